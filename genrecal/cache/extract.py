@@ -1,0 +1,108 @@
+"""Body outputs -> answer rows and question rows. Both backends and the live teacher end here, so their records agree."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from genrecal.errors import SampleError
+from genrecal.shards.codecs import round_to_bf16
+from genrecal.shards.head import FrozenHead
+from genrecal.shards.record import NO_TARGET, AnswerRows, QuestionRows
+from genrecal.vlm.rendering import Encoded
+
+LOGIT_BUDGET = 2**25  # float32 logits that exist at once: 128 MiB, 220 rows of Qwen's vocabulary
+
+
+def answer_positions(encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and turns of the answer rows, int64 `[R]` each: per turn, the last of Q_t to the last of A_t."""
+    positions, turns = [], []
+    for turn, (start, end, _) in enumerate(segment for segment in encoded.segments() if segment[2]):
+        positions.append(np.arange(start - 1, end))
+        turns.append(np.full(end - start + 1, turn))
+    return np.concatenate(positions), np.concatenate(turns)
+
+
+def question_positions(encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and turns of the question rows, int64 `[R]` each."""
+    segments = [segment for segment in encoded.segments() if not segment[2]]
+    positions = [np.arange(start, end) for start, end, _ in segments]
+    turns = [np.full(end - start, turn) for turn, (start, end, _) in enumerate(segments)]
+    return np.concatenate(positions), np.concatenate(turns)
+
+
+def extract_answer(encoded: Encoded, hidden: torch.Tensor, head: FrozenHead, *, top_k: int) -> AnswerRows:
+    """One sample's answer rows.
+
+    Args:
+        hidden: `[L, D]`, the body's output over the conversation (rows past L are not looked at).
+        top_k: logits kept a row; at most V are.
+
+    Raises:
+        SampleError: a state or a logit is not finite.
+    """
+    positions, turns = answer_positions(encoded)
+    states = hidden[torch.from_numpy(positions).to(hidden.device)]
+    targets = _targets(encoded)
+    ids, logits, logsumexp, target_logit = _top_k(states, targets["target_id"], head, top_k)
+    if not (np.isfinite(logits).all() and np.isfinite(logsumexp).all()):
+        raise SampleError("the teacher's logits are not finite")
+    return AnswerRows(
+        turn=turns.astype(np.int32),
+        position=positions.astype(np.int32),
+        token_id=encoded.input_ids[positions].astype(np.int32),
+        hidden=_finite_bf16(states),
+        **targets,
+        target_logit=target_logit,
+        topk_ids=ids,
+        topk_logits=logits,
+        logsumexp=logsumexp,
+    )
+
+
+def extract_question(encoded: Encoded, hidden: torch.Tensor) -> QuestionRows:
+    """One sample's question rows from `hidden` `[L, D]`. Raises SampleError if a state is not finite."""
+    positions, turns = question_positions(encoded)
+    return QuestionRows(
+        turn=turns.astype(np.int32),
+        position=positions.astype(np.int32),
+        token_id=encoded.input_ids[positions].astype(np.int32),
+        hidden=_finite_bf16(hidden[torch.from_numpy(positions).to(hidden.device)]),
+    )
+
+
+def _finite_bf16(states: torch.Tensor) -> np.ndarray:
+    values = states.float().cpu().numpy()
+    if not np.isfinite(values).all():
+        raise SampleError("the teacher's hidden states hold NaN or Inf")
+    return round_to_bf16(values)
+
+
+def _targets(encoded: Encoded) -> dict[str, np.ndarray]:
+    """Per answer row: the next token and the bytes it covers; NO_TARGET on each turn's last row."""
+    columns: dict[str, list[int]] = {"target_id": [], "target_start": [], "target_end": []}
+    for answer in encoded.answers:
+        for name, values in zip(columns, (answer.ids, answer.starts, answer.ends), strict=True):
+            columns[name] += [*values.tolist(), NO_TARGET]
+    return {name: np.array(values, np.int32) for name, values in columns.items()}
+
+
+def _top_k(
+    states: torch.Tensor, target_id: np.ndarray, head: FrozenHead, top_k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """ids int32 `[R, k]`, logits float32 `[R, k]`, logsumexp float32 `[R]`, the target's logit float32 `[R]`."""
+    rows, num_logits = len(states), head.weight.shape[0]
+    k = min(top_k, num_logits)
+    targets = torch.from_numpy(np.maximum(target_id, 0).astype(np.int64)).to(states.device)
+    pieces = []
+    for chunk in _chunks(rows, max(1, LOGIT_BUDGET // num_logits)):
+        logits = head.logits(states[chunk])  # [r, V]
+        values, ids = logits.topk(k, dim=-1)
+        target = logits.gather(1, targets[chunk, None])[:, 0]
+        pieces.append((ids.int().cpu(), values.cpu(), logits.logsumexp(-1).cpu(), target.cpu()))
+    ids, values, logsumexp, target = (torch.cat(part).numpy() for part in zip(*pieces, strict=True))
+    return ids, values, logsumexp, target
+
+
+def _chunks(rows: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))

@@ -1,0 +1,324 @@
+"""The cache job, from top to bottom: plan shards, run the teacher over each, commit, say what was skipped.
+
+Which samples are in which shard follows from the input's order and the shard size alone, so a restart repeats only the
+shards that have no manifest, and makes the same bytes.
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+import genrecal
+from genrecal.cache.teacher import States, Teacher
+from genrecal.errors import DamageError, DataError, SampleError, UsageError
+from genrecal.progress import Progress
+from genrecal.samples import BadRecord, Sample, SampleSet
+from genrecal.shards.codecs import CODECS, check_codec_option
+from genrecal.shards.head import HEAD_FILE
+from genrecal.shards.layout import (
+    CACHE_FILE,
+    FORMAT_VERSION,
+    TEACHER_FOLDER,
+    manifest_path,
+    put_in_place,
+    read_cache_json,
+    remove_stale_temporaries,
+    tar_path,
+    temporary_path,
+    write_cache_json,
+)
+from genrecal.shards.manifest import read_manifest
+from genrecal.shards.record import Record
+from genrecal.shards.writer import ShardWriter
+from genrecal.vlm.loading import file_digest, image_backend, model_folder, processor_files
+from genrecal.vlm.rendering import Encoded
+
+LOOKAHEAD = 64  # samples rendered before they are grouped by length; bounds the pictures held in memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """What decides a cache's content, besides the teacher and the samples.
+
+    Args:
+        top_k: logits kept for each predicting row.
+        answer_codec, question_codec: names in `genrecal.shards.codecs`; `question_codec` may be "none".
+        question_fraction: share of samples whose question states are kept, chosen by key and seed.
+        question_seed: see `keeps_question`.
+        samples_per_shard: input records a shard.
+        batch_tokens: tokens of a teacher batch, padding included.
+        max_tokens: longest conversation the teacher is given, in its tokens; 0 for no limit.
+        max_skip: share of the input that may be skipped before the job fails.
+    """
+
+    top_k: int = 64
+    answer_codec: str = "bf16"
+    question_codec: str = "bf16"
+    question_fraction: float = 1.0
+    question_seed: int = 0
+    samples_per_shard: int = 256
+    batch_tokens: int = 16384
+    max_tokens: int = 0
+    max_skip: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_codec_option("--answer-codec", self.answer_codec)
+        if self.question_codec != "none":
+            check_codec_option("--question-codec", self.question_codec)
+        for name in ("top_k", "samples_per_shard", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
+        for name in ("question_fraction", "max_skip"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected a share from 0 to 1")
+
+    def keeps_question(self, key: str) -> bool:
+        """Whether this sample's question states are cached: its place in [0, 1) by hash is below the fraction."""
+        place = xxhash.xxh3_64_intdigest(f"{self.question_seed}:{key}".encode()) / 2**64
+        return self.question_codec != "none" and place < self.question_fraction
+
+
+@dataclass
+class CacheReport:
+    """What a run of the job did."""
+
+    cache: Path
+    shards_done: int = 0
+    shards_found: int = 0  # finished by an earlier run
+    cached: int = 0
+    skipped: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+
+def run_cache_job(teacher: Teacher, samples: SampleSet, cache: Path, options: CacheOptions) -> CacheReport:
+    """Cache `samples` into the directory `cache`, skipping shards that are finished.
+
+    Raises:
+        UsageError: the directory holds a cache made with other options, another teacher or other data.
+        DataError: more than `options.max_skip` of the input cannot be used.
+    """
+    num_shards = -(-len(samples) // options.samples_per_shard)
+    _prepare_directory(teacher, samples, cache, options, num_shards)
+    report = CacheReport(cache)
+    with Progress("cache", len(samples), "samples") as progress:
+        for shard in range(num_shards):
+            start = shard * options.samples_per_shard
+            records = range(start, min(start + options.samples_per_shard, len(samples)))
+            facts = _finished(cache, shard)
+            if facts is not None:
+                report.shards_found += 1
+            else:
+                facts = _run_shard(teacher, samples, records, cache, shard, options, report)
+                report.shards_done += 1
+            report.cached += facts["cached"]
+            report.skipped += facts["skipped"]
+            progress.advance(len(records), f"{report.skipped} skipped")
+    _write_totals(cache, report, num_shards)
+    _check_skipped(report.skipped, len(samples), options, report)
+    return report
+
+
+def _run_shard(
+    teacher: Teacher,
+    samples: SampleSet,
+    records: range,
+    cache: Path,
+    shard: int,
+    options: CacheOptions,
+    report: CacheReport,
+) -> dict[str, Any]:
+    """One shard from its input records to its commit."""
+    question_codec = None if options.question_codec == "none" else CODECS[options.question_codec]
+    skipped = report.skipped
+    with ShardWriter(
+        cache, shard, answer_codec=CODECS[options.answer_codec], question_codec=question_codec
+    ) as writer:
+        for start in range(records.start, records.stop, LOOKAHEAD):
+            window = [samples[i] for i in range(start, min(start + LOOKAHEAD, records.stop))]
+            for sample, result in zip(window, _run_window(teacher, window, options, report), strict=True):
+                if isinstance(result, SampleError) or isinstance(sample, BadRecord):
+                    reason = sample.reason if isinstance(sample, BadRecord) else str(result)
+                    writer.skip(sample, reason)
+                    report.reasons[reason] += 1
+                    skipped += 1
+                    _check_skipped(skipped, len(samples), options, report)
+                else:
+                    record = Record(sample=sample, answer=result.answer, question=result.question)
+                    writer.add(record, [image.read() for image in sample.images])
+        return writer.commit()
+
+
+def _run_window(
+    teacher: Teacher, window: Sequence[Sample | BadRecord], options: CacheOptions, report: CacheReport
+) -> list[States | SampleError]:
+    """Render, group by length, run; results in the window's order."""
+    results: list[Any] = [SampleError("") for _ in window]
+    encoded: dict[int, Encoded] = {}
+    for number, sample in enumerate(window):
+        if isinstance(sample, BadRecord):
+            continue
+        try:
+            encoded[number] = teacher.encode(sample, max_tokens=options.max_tokens or None)
+        except SampleError as error:
+            results[number] = error
+    if encoded and not report.shards_done and not report.cached:
+        teacher.prove(next(iter(encoded.values())))
+    for batch in batches_by_length({number: len(item) for number, item in encoded.items()}, options.batch_tokens):
+        questions = [options.keeps_question(encoded[number].key) for number in batch]
+        states = teacher.states([encoded[number] for number in batch], questions=questions, top_k=options.top_k)
+        for number, state in zip(batch, states, strict=True):
+            results[number] = state
+    return results
+
+
+def batches_by_length(lengths: dict[int, int], batch_tokens: int) -> Iterator[list[int]]:
+    """Ids of like length together, each batch at most `batch_tokens` with its padding (but at least one id)."""
+    batch: list[int] = []
+    for number in sorted(lengths, key=lambda n: (lengths[n], n)):
+        if batch and lengths[number] * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+# ------------------------------------------------------------------------------------------------------- the directory
+
+
+def _prepare_directory(
+    teacher: Teacher, samples: SampleSet, cache: Path, options: CacheOptions, num_shards: int
+) -> None:
+    """Write cache.json, the head and the teacher's files, or check that the ones there are of the same job."""
+    source = model_folder(teacher.path)
+    files = [source / "config.json", *processor_files(source)]
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        remove_stale_temporaries(cache)
+        head_digest = _write_head(teacher, cache)
+    except OSError as error:
+        raise UsageError(f"--out {cache}: cannot be written: {error.strerror or error}") from None
+    description = _description(teacher, samples, options, num_shards, files, head_digest)
+    if (cache / CACHE_FILE).exists():
+        _refuse_another_job(cache, description)
+        return
+    (cache / TEACHER_FOLDER).mkdir(exist_ok=True)
+    for file in files:
+        shutil.copyfile(file, cache / TEACHER_FOLDER / file.name)
+    write_cache_json(cache, description)
+
+
+def _description(
+    teacher: Teacher,
+    samples: SampleSet,
+    options: CacheOptions,
+    num_shards: int,
+    files: list[Path],
+    head_digest: str,
+) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    num_rows, hidden_size = teacher.head.weight.shape
+    folder = Path(teacher.path)
+    return {
+        "format_version": FORMAT_VERSION,
+        "software": {
+            "genrecal": genrecal.__version__, "torch": torch.__version__, "transformers": transformers.__version__
+        },
+        "teacher": {
+            "name": folder.resolve().name if folder.is_dir() else teacher.path,
+            "files_sha256": {file.name: file_digest(file) for file in files},
+            "head_sha256": head_digest,
+            "dtype": str(teacher.head.weight.dtype).removeprefix("torch."),
+        },
+        "image_backend": image_backend(),
+        "hidden_size": hidden_size,
+        "head_rows": num_rows,
+        "vocab_size": teacher.head.vocab_size,
+        "top_k": min(options.top_k, num_rows),
+        "answer_codec": options.answer_codec,
+        "question_codec": options.question_codec,
+        "question_fraction": options.question_fraction,
+        "question_seed": options.question_seed,
+        "samples_per_shard": options.samples_per_shard,
+        "batch_tokens": options.batch_tokens,
+        "max_tokens": options.max_tokens,
+        "num_samples": len(samples),
+        "num_shards": num_shards,
+        "data": [{"name": file.path.name, "sha256": file_digest(file.path)} for file in samples.files],
+    }  # fmt: skip
+
+
+def _write_head(teacher: Teacher, cache: Path) -> str:
+    """Write head.safetensors beside what is there and compare: another head is another teacher."""
+    temporary = temporary_path(cache / HEAD_FILE)
+    teacher.head.save(temporary)
+    digest = file_digest(temporary)
+    if (cache / HEAD_FILE).exists():
+        temporary.unlink()
+    else:
+        put_in_place(temporary, cache / HEAD_FILE)
+    return digest
+
+
+def _refuse_another_job(cache: Path, wanted: dict[str, Any]) -> None:
+    found = read_cache_json(cache)
+    found.pop("totals", None)
+    different = [
+        f"{name} was {found.get(name)!r}, now {wanted.get(name)!r}"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name) and name != "software"
+    ]
+    if different:
+        raise UsageError(
+            f"--out {cache} holds a cache made by another job: {'; '.join(different)}. "
+            "Use the same options to resume it, or another --out"
+        )
+
+
+def _finished(cache: Path, shard: int) -> dict[str, Any] | None:
+    """The facts of a shard that is done: its manifest can be read and its tars have the size it says."""
+    if not manifest_path(cache, shard).exists():
+        return None
+    try:
+        table, facts = read_manifest(manifest_path(cache, shard))
+    except DamageError:
+        return None
+    ends = {tier: 0 for tier in facts["sha256"]}
+    for members in table.column("members").to_pylist():
+        for member in members:
+            ends[member["tier"]] = max(ends[member["tier"]], member["offset"] + member["size"])
+    for tier, end in ends.items():
+        path = tar_path(cache, tier, shard)
+        if not path.exists() and tier == "questions":
+            continue  # the tier may be deleted after stage 1
+        if not path.exists() or path.stat().st_size < end:
+            return None
+    return facts
+
+
+def _write_totals(cache: Path, report: CacheReport, num_shards: int) -> None:
+    description = read_cache_json(cache)
+    parts = [read_manifest(manifest_path(cache, shard))[0] for shard in range(num_shards)]
+    totals: dict[str, Any] = {"cached": report.cached, "skipped": report.skipped}
+    for name in ("question_tokens", "answer_tokens", "images", "turns"):
+        totals[name] = sum(value or 0 for part in parts for value in part.column(name).to_pylist())
+    description["totals"] = totals
+    write_cache_json(cache, description)
+
+
+def _check_skipped(skipped: int, total: int, options: CacheOptions, report: CacheReport) -> None:
+    if skipped > options.max_skip * total:
+        most = "; ".join(f"{count} x {reason}" for reason, count in report.reasons.most_common(3))
+        raise DataError(
+            f"{skipped} of {total} samples cannot be used, over the limit of {options.max_skip:.2%} (--max-skip)"
+            + (f": {most}" if most else f"; `genrecal inspect {report.cache}` lists the reasons")
+        )
+
+

@@ -1,0 +1,43 @@
+"""Every error genrecal raises for a user's mistake or for damaged data.
+
+The command line prints these as one line and exits with `exit_status`; anything else is a bug of ours and keeps its
+traceback. A message says what, where (file, shard, key, field), expected, got, and what to do.
+"""
+
+from typing import ClassVar
+
+
+class GenrecalError(Exception):
+    """Base of the tree; exit status 1: the command failed or found damage."""
+
+    exit_status: ClassVar[int] = 1
+
+
+class UsageError(GenrecalError, ValueError):
+    """A wrong option or setting; exit status 2."""
+
+    exit_status: ClassVar[int] = 2
+
+
+class DataError(GenrecalError, ValueError):
+    """The input data cannot be read, or too much of it is bad."""
+
+
+class SampleError(GenrecalError, ValueError):
+    """One sample cannot be used; the cache job skips it with this reason, and counts it."""
+
+
+class ModelError(GenrecalError, ValueError):
+    """A model, processor or chat template that genrecal cannot handle; the message is the reason."""
+
+
+class FormatError(GenrecalError, ValueError):
+    """A cache of a format version, codec or schema that this reader does not know."""
+
+
+class DamageError(GenrecalError, ValueError):
+    """Bytes of a cache that are not what its manifest says."""
+
+
+class TrainingError(GenrecalError, RuntimeError):
+    """Training cannot go on: non-finite numbers, or a checkpoint of something else."""

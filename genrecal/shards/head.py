@@ -1,0 +1,114 @@
+"""`head.safetensors`: the teacher's frozen head and what follows it.
+
+Kept apart from the model it came from: the trainer loads this file and never the teacher.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from genrecal.errors import FormatError
+
+if TYPE_CHECKING:
+    import torch
+
+HEAD_FILE = "head.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitTransform:
+    """What a model does to its head's output: `logits = softcap * tanh(scale * x / divisor / softcap)`.
+
+    `scale` and `divisor` are kept apart, and a step that does nothing is left out, so that the result is the model's
+    own bit for bit. `softcap` None: no cap.
+    """
+
+    scale: float = 1.0
+    divisor: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, x: "torch.Tensor") -> "torch.Tensor":
+        """Head outputs `[..., V]` -> logits `[..., V]`, same dtype."""
+        if self.divisor != 1.0:
+            x = x / self.divisor
+        if self.scale != 1.0:
+            x = x * self.scale
+        if self.softcap is not None:
+            x = (x / self.softcap).tanh() * self.softcap
+        return x
+
+    def slope(self, logits: "torch.Tensor") -> "torch.Tensor | float":
+        """d logits / d head output, from the logits themselves."""
+        linear = self.scale / self.divisor
+        return linear if self.softcap is None else linear * (1 - (logits / self.softcap) ** 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenHead:
+    """The teacher's language-model head.
+
+    Args:
+        weight: `[V, D]`, in the teacher's dtype. V counts every row, also those past the tokenizer's vocabulary, since
+            the model's own softmax runs over them.
+        bias: `[V]` or None.
+        transform: what follows the head.
+        vocab_size: number of ids the tokenizer knows; at most V.
+    """
+
+    weight: "torch.Tensor"
+    bias: "torch.Tensor | None" = None
+    transform: LogitTransform = dataclasses.field(default_factory=LogitTransform)
+    vocab_size: int
+
+    def logits(self, hidden: "torch.Tensor") -> "torch.Tensor":
+        """Hidden states `[N, D]` -> float32 logits `[N, V]`, whole vocabulary at once; products accumulate in float32."""
+        x = linear_float32(hidden, self.weight)
+        if self.bias is not None:
+            x = x + self.bias.float()
+        return self.transform(x)
+
+    def save(self, path: Path) -> None:
+        """Write the head to `path`."""
+        from safetensors.torch import save_file
+
+        tensors = {"weight": self.weight.detach().cpu().contiguous()}
+        if self.bias is not None:
+            tensors["bias"] = self.bias.detach().cpu().contiguous()
+        facts: dict[str, Any] = dataclasses.asdict(self.transform) | {"vocab_size": self.vocab_size}
+        save_file(tensors, path, metadata={"genrecal": json.dumps(facts, sort_keys=True)})
+        path.chmod(0o644)  # safetensors makes files that only their owner can read
+
+    @classmethod
+    def load(cls, folder: Path, device: str = "cpu") -> "FrozenHead":
+        """Read `head.safetensors`. Raises FormatError when it is missing or not ours."""
+        from safetensors import SafetensorError, safe_open
+
+        path = folder / HEAD_FILE
+        try:
+            with safe_open(path, framework="pt", device=device) as file:
+                facts = json.loads((file.metadata() or {})["genrecal"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError, KeyError) as error:
+            raise FormatError(f"{path}: expected a head written by genrecal, got {error!r}") from None
+        vocab_size = facts.pop("vocab_size")
+        return cls(
+            weight=tensors["weight"],
+            bias=tensors.get("bias"),
+            transform=LogitTransform(**facts),
+            vocab_size=vocab_size,
+        )
+
+
+def linear_float32(x: "torch.Tensor", weight: "torch.Tensor") -> "torch.Tensor":
+    """`x @ weight.T` in float32: `[N, D]`, `[V, D]` -> `[N, V]`.
+
+    A bf16 result would round a logit of 20 by up to 0.06. On CUDA the inputs stay as narrow as the weight and only the
+    sums are float32; elsewhere both are widened first.
+    """
+    import torch
+
+    if x.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(x.to(weight.dtype), weight.t(), out_dtype=torch.float32)
+    return torch.nn.functional.linear(x.float(), weight.float())

@@ -1,0 +1,219 @@
+"""Open a cache and read records by byte range, each checked against the checksum that its manifest holds."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from genrecal.errors import DamageError, FormatError
+from genrecal.samples import ImageSource, Sample
+from genrecal.shards.head import FrozenHead
+from genrecal.shards.layout import TEACHER_FOLDER, manifest_path, read_cache_json, tar_path
+from genrecal.shards.manifest import CACHED, SCHEMA, SKIPPED, read_manifest
+from genrecal.shards.record import AnswerRows, QuestionRows, Record, answer_rows, question_rows, read_table
+
+
+class Cache(Sequence["CachedRecord"]):
+    """The cached samples of a cache directory, in input order; skipped ones are in `manifest()` only.
+
+    Opening reads `cache.json` and the manifests; a record's bytes are read when it is asked for them.
+    Raises FormatError for a directory that is no cache or of a version or codec that is not known, DamageError for
+    manifests that cannot be read or are missing from a cache that says it is complete.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.description = read_cache_json(self.path)
+        found = sorted(self.path.glob("manifest/[0-9]*.parquet"))
+        self.shards = [int(file.stem) for file in found]
+        missing = sorted(set(range(self.num_shards)) - set(self.shards))
+        if missing and "totals" in self.description:
+            raise DamageError(
+                f"{manifest_path(self.path, missing[0])}: missing, of a cache that says it is complete "
+                f"({len(missing)} of {self.num_shards} manifests); run `genrecal cache` again, it redoes those shards"
+            )
+        parts = [read_manifest(file) for file in found]
+        self.shard_facts = {int(facts["shard"]): facts for _, facts in parts}
+        tables = [table for table, _ in parts]
+        self._manifest = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+        status = np.asarray(self._manifest.column("status").to_numpy(zero_copy_only=False))
+        self._rows = np.flatnonzero(status == CACHED)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the whole plan, finished or not."""
+        return int(self.description["num_shards"])
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.shards) == self.num_shards
+
+    @property
+    def hidden_size(self) -> int:
+        """D of the teacher."""
+        return int(self.description["hidden_size"])
+
+    @property
+    def teacher_folder(self) -> Path:
+        """The teacher's config, tokenizer and processor files."""
+        return self.path / TEACHER_FOLDER
+
+    def manifest(self) -> pa.Table:
+        """One row per input sample, skipped ones too; see `genrecal.shards.manifest.SCHEMA`."""
+        return self._manifest
+
+    @cached_property
+    def cached(self) -> pa.Table:
+        """The manifest's rows of this sequence, row i being record i."""
+        return self._manifest.take(pa.array(self._rows))
+
+    def column(self, name: str) -> np.ndarray:
+        """A manifest column over the cached samples, as numpy."""
+        return np.asarray(self.cached.column(name).to_numpy(zero_copy_only=False))
+
+    def head(self, device: str = "cpu") -> FrozenHead:
+        """The teacher's frozen head."""
+        return FrozenHead.load(self.path, device)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        row = int(self._rows[index])
+        return CachedRecord(self, self._manifest.slice(row, 1).to_pylist()[0])
+
+    def __iter__(self) -> Iterator["CachedRecord"]:
+        return (self[i] for i in range(len(self)))
+
+    def by_key(self, key: str) -> "CachedRecord":
+        """The record of that key. Raises FormatError if there is none, with the reason if it was skipped."""
+        rows = np.flatnonzero(np.asarray(self._manifest.column("key").to_numpy(zero_copy_only=False)) == key)
+        if not len(rows):
+            raise FormatError(f"{self.path}: no sample has the key {key!r}")
+        row = self._manifest.slice(int(rows[0]), 1).to_pylist()[0]
+        if row["status"] == SKIPPED:
+            raise FormatError(f"{self.path}: sample {key} was skipped: {row['reason']}")
+        return CachedRecord(self, row)
+
+
+@dataclass(frozen=True)
+class CachedRecord:
+    """One sample of a cache; every property reads what it needs from disk, and no more.
+
+    `row` is its manifest row as a dict.
+    """
+
+    cache: Cache
+    row: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        return str(self.row["key"])
+
+    @property
+    def has_question(self) -> bool:
+        return bool(self.row["has_question"])
+
+    @property
+    def images(self) -> list[bytes]:
+        """The pictures' original bytes."""
+        return [self.read(member) for member in self._image_members]
+
+    @property
+    def sample(self) -> Sample:
+        """The conversation, its pictures in memory."""
+        content = json.loads(self.read(self._member(".json")))
+        images = [
+            ImageSource(data=self.read(member), suffix=member["name"].rsplit(".", 1)[1]) for member in self._image_members
+        ]
+        return Sample.from_json(self.key, content, images)
+
+    @property
+    def answer(self) -> pa.Table:
+        """The answer rows as they are stored."""
+        member = self._member(".answer.arrow")
+        return read_table(self.read(member), where=self._where(member))
+
+    @property
+    def question(self) -> pa.Table | None:
+        """The question rows as they are stored; None if this sample's were not cached."""
+        if not self.has_question:
+            return None
+        member = self._member(".question.arrow")
+        return read_table(self.read(member), where=self._where(member))
+
+    def answer_rows(self) -> AnswerRows:
+        """The answer rows, decoded."""
+        return answer_rows(self.answer, where=self._where(self._member(".answer.arrow")))
+
+    def question_rows(self) -> QuestionRows | None:
+        """The question rows, decoded; None if this sample's were not cached."""
+        table = self.question
+        return None if table is None else question_rows(table, where=self._where(self._member(".question.arrow")))
+
+    def hidden(self) -> np.ndarray:
+        """float32 `[R, D]`: the teacher's states over the answer rows."""
+        return self.answer_rows().hidden
+
+    def question_hidden(self) -> np.ndarray | None:
+        """float32 `[R, D]`: the teacher's states over the question rows; None if this sample's were not cached."""
+        rows = self.question_rows()
+        return None if rows is None else rows.hidden
+
+    def record(self, *, question: bool = True) -> Record:
+        """Everything, decoded; without the question tier's bytes being read if `question` is False."""
+        return Record(
+            sample=self.sample, answer=self.answer_rows(), question=self.question_rows() if question else None
+        )
+
+    def read(self, member: dict[str, Any]) -> bytes:
+        """A member's bytes. Raises DamageError if they are not what the manifest says."""
+        path = tar_path(self.cache.path, member["tier"], self.row["shard"])
+        try:
+            data = os.pread(_open(str(path)).fileno(), member["size"], member["offset"])
+        except OSError as error:
+            raise DamageError(f"{path}: {error.strerror}; the manifest lists it with sample {self.key}") from None
+        if len(data) != member["size"] or xxhash.xxh3_64_intdigest(data) != member["xxh3"]:
+            raise DamageError(
+                f"{path}: member {member['name']} at byte {member['offset']}: expected {member['size']} bytes of xxh3 "
+                f"{member['xxh3']:016x}, got {len(data)} bytes of {xxhash.xxh3_64_intdigest(data):016x}; "
+                f"delete {manifest_path(self.cache.path, self.row['shard'])} and run `genrecal cache` again to redo it"
+            )
+        return data
+
+    @property
+    def _image_members(self) -> list[dict[str, Any]]:
+        names = (".json", ".answer.arrow", ".question.arrow")
+        return [member for member in self.row["members"] if not member["name"].endswith(names)]
+
+    def _member(self, suffix: str) -> dict[str, Any]:
+        name = self.key + suffix
+        for member in self.row["members"]:
+            if member["name"] == name:
+                return dict(member)
+        raise DamageError(f"{manifest_path(self.cache.path, self.row['shard'])}: sample {self.key} has no member {name}")
+
+    def _where(self, member: dict[str, Any]) -> str:
+        return f"{tar_path(self.cache.path, member['tier'], self.row['shard'])}: member {member['name']}"
+
+
+@lru_cache(maxsize=64)
+def _open(path: str) -> BinaryIO:
+    """The few most recent tars stay open: a shuffling window touches only that many."""
+    return open(path, "rb", buffering=0)
+
+
+def open_cache(path: str | Path) -> Cache:
+    """Open a cache directory as a sequence of records."""
+    return Cache(path)

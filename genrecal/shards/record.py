@@ -1,0 +1,164 @@
+"""One sample's teacher states, in memory and as Arrow IPC files.
+
+Letters used for shapes: R rows, D hidden size of the teacher, k stored logits a row, V head rows.
+"""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from genrecal.errors import DamageError, FormatError
+from genrecal.samples import Sample
+from genrecal.shards.codecs import Codec, codec_named
+
+METADATA_KEY = b"genrecal"
+NO_TARGET = -1  # in memory; null on disk
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionRows:
+    """The teacher's states over the Q segments, in sequence order.
+
+    turn, position, token_id: int32 `[R]`; hidden: float32 `[R, D]`.
+    """
+
+    turn: np.ndarray
+    position: np.ndarray
+    token_id: np.ndarray
+    hidden: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.turn)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerRows(QuestionRows):
+    """The answer rows: of each turn, the last position of its Q segment and every position of its A segment.
+
+    All but a turn's last row predict the answer token that follows; the last `n_t` rows of a turn are the answer's own
+    states. `hidden` is what the body gave (rounded to bf16); the targets come from the unrounded state.
+
+    target_id: int32 `[R]`, NO_TARGET on a turn's last row. target_start, target_end: int32 `[R]`, the bytes of the
+    turn's answer text that the target token covers. target_logit: float32 `[R]`, the target's own logit, which may lie
+    outside the top k (all four are null on a turn's last row, on disk). topk_ids: int32 `[R, k]`, by falling logit. topk_logits: float32
+    `[R, k]`. logsumexp: float32 `[R]`, over all V logits, so that exp(topk_logits - logsumexp) are exact probabilities.
+    """
+
+    target_id: np.ndarray
+    target_start: np.ndarray
+    target_end: np.ndarray
+    target_logit: np.ndarray
+    topk_ids: np.ndarray
+    topk_logits: np.ndarray
+    logsumexp: np.ndarray
+
+    @property
+    def predicts(self) -> np.ndarray:
+        """bool `[R]`: the rows that have a target."""
+        return self.target_id != NO_TARGET
+
+    @property
+    def target_log_prob(self) -> np.ndarray:
+        """float32 `[R]`: the teacher's log-probability of each target, nats; meaningless where there is none."""
+        return self.target_logit - self.logsumexp
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What the cache holds of one sample; `question` is None where the question tier was not asked for."""
+
+    sample: Sample
+    answer: AnswerRows
+    question: QuestionRows | None
+
+
+# --------------------------------------------------------------------------------------------------- rows -> Arrow file
+
+
+def to_arrow(rows: QuestionRows, codec: Codec) -> bytes:
+    """Rows -> the bytes of an Arrow IPC file, buffers zstd-compressed. The same rows give the same bytes."""
+    columns: dict[str, pa.Array] = {
+        "turn": pa.array(rows.turn, pa.int32()),
+        "position": pa.array(rows.position, pa.int32()),
+        "token_id": pa.array(rows.token_id, pa.int32()),
+    }
+    for name, values in codec.encode(rows.hidden).items():
+        columns[name] = _tensor_column(values)
+    if isinstance(rows, AnswerRows):
+        absent = ~rows.predicts
+        for name in ("target_id", "target_start", "target_end"):
+            columns[name] = pa.array(getattr(rows, name), pa.int32(), mask=absent)
+        columns["target_logit"] = pa.array(rows.target_logit, pa.float32(), mask=absent)
+        columns["topk_ids"] = _tensor_column(rows.topk_ids.astype(np.int32, copy=False))
+        columns["topk_logits"] = _tensor_column(rows.topk_logits.astype(np.float32, copy=False))
+        columns["logsumexp"] = pa.array(rows.logsumexp, pa.float32())
+    facts = {"codec": codec.name, "hidden_size": int(rows.hidden.shape[1])}
+    table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(facts, sort_keys=True)})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def _tensor_column(values: np.ndarray) -> pa.Array:
+    return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(values))
+
+
+# --------------------------------------------------------------------------------------------------- Arrow file -> rows
+
+
+def read_table(data: bytes, *, where: str) -> pa.Table:
+    """The Arrow table of an `.arrow` member, nothing decoded. Raises DamageError if it is not one."""
+    try:
+        return pa.ipc.open_file(pa.py_buffer(data)).read_all()
+    except pa.ArrowException as error:
+        raise DamageError(f"{where}: not a readable Arrow file: {error}") from None
+
+
+def decode_hidden(table: pa.Table, *, where: str) -> np.ndarray:
+    """float32 `[R, D]` of a table, through the codec that its metadata names."""
+    try:
+        facts = json.loads((table.schema.metadata or {})[METADATA_KEY])
+        codec, width = codec_named(facts["codec"], where=where), int(facts["hidden_size"])
+    except (KeyError, ValueError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{where}: the Arrow metadata does not say codec and hidden size ({error!r})") from None
+    return codec.decode({name: tensor(table, name, where=where) for name in codec.columns}, width)
+
+
+def tensor(table: pa.Table, name: str, *, where: str) -> np.ndarray:
+    """A column as numpy: `[R]`, or `[R, n]` for a fixed-shape tensor column."""
+    if name not in table.column_names:
+        raise FormatError(f"{where}: column {name} is missing")
+    column = table.column(name)
+    if isinstance(column.type, pa.FixedShapeTensorType):
+        if not len(column):
+            return np.empty((0, *column.type.shape), column.type.value_type.to_pandas_dtype())
+        return np.asarray(column.combine_chunks().to_numpy_ndarray())
+    return np.asarray(column.to_numpy())
+
+
+def question_rows(table: pa.Table, *, where: str) -> QuestionRows:
+    """Decode a `.question.arrow` table."""
+    names = ("turn", "position", "token_id")
+    return QuestionRows(
+        **{name: tensor(table, name, where=where) for name in names}, hidden=decode_hidden(table, where=where)
+    )
+
+
+def answer_rows(table: pa.Table, *, where: str) -> AnswerRows:
+    """Decode an `.answer.arrow` table."""
+    plain = ("turn", "position", "token_id", "topk_ids", "topk_logits", "logsumexp")
+    nullable = ("target_id", "target_start", "target_end", "target_logit")
+    for name in nullable:
+        if name not in table.column_names:
+            raise FormatError(f"{where}: column {name} is missing")
+    targets = {name: np.asarray(table.column(name).fill_null(NO_TARGET).to_numpy()) for name in nullable}
+    return AnswerRows(
+        **{name: tensor(table, name, where=where) for name in plain},
+        **targets,
+        hidden=decode_hidden(table, where=where),
+    )

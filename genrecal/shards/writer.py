@@ -1,0 +1,173 @@
+"""Records -> one shard: two tars and a manifest, committed together.
+
+The tars are written under temporary names, flushed and renamed; the manifest comes last and is the commit mark. The same
+records give the same bytes: members have time 0 and owner 0, and nothing of the machine or the moment is written.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+import xxhash
+
+from genrecal.samples import BadRecord, Sample
+from genrecal.shards.codecs import Codec
+from genrecal.shards.layout import (
+    FORMAT_VERSION,
+    TIERS,
+    manifest_path,
+    put_in_place,
+    tar_path,
+    temporary_path,
+    write_whole,
+)
+from genrecal.shards.manifest import CACHED, SKIPPED, ManifestRow, Member, manifest_bytes
+from genrecal.shards.record import AnswerRows, Record, to_arrow
+
+
+class ShardWriter:
+    """Writes one shard. Use as a context manager and call `commit`; leaving without it leaves no trace.
+
+    Args:
+        cache: the cache directory.
+        shard: its number.
+        answer_codec, question_codec: how hidden states are coded; a question codec of None writes no question tier.
+    """
+
+    def __init__(self, cache: Path, shard: int, *, answer_codec: Codec, question_codec: Codec | None):
+        self.cache, self.shard = cache, shard
+        self.answer_codec, self.question_codec = answer_codec, question_codec
+        self.rows: list[ManifestRow] = []
+        self._tars = {
+            tier: _Tar(tar_path(cache, tier, shard)) for tier in TIERS if tier == "samples" or question_codec is not None
+        }
+
+    def add(self, record: Record, images: list[bytes]) -> None:
+        """Append a record; `images` are the encoded bytes of the sample's pictures, written as they are."""
+        sample, answer = record.sample, record.answer
+        content = json.dumps(sample.to_json(), sort_keys=True, ensure_ascii=False).encode()
+        members = [self._member("samples", f"{sample.key}.json", content)]
+        for number, (source, data) in enumerate(zip(sample.images, images, strict=True)):
+            members.append(self._member("samples", f"{sample.key}.{number}.{source.suffix}", data))
+        members.append(self._member("samples", f"{sample.key}.answer.arrow", to_arrow(answer, self.answer_codec)))
+        has_question = record.question is not None and self.question_codec is not None
+        if has_question:
+            assert record.question is not None and self.question_codec is not None
+            data = to_arrow(record.question, self.question_codec)
+            members.append(self._member("questions", f"{sample.key}.question.arrow", data))
+        self.rows.append(
+            ManifestRow(
+                key=sample.key,
+                sample_id=sample.sample_id,
+                status=CACHED,
+                shard=self.shard,
+                members=members,
+                category=sample.category,
+                source=sample.source,
+                turns=len(sample.answers),
+                images=len(images),
+                question_tokens=_question_tokens(answer),
+                answer_tokens=int(answer.predicts.sum()),
+                has_question=has_question,
+                **_answer_statistics(answer),
+            )
+        )
+
+    def skip(self, sample: Sample | BadRecord, reason: str) -> None:
+        """Note an input record that is not cached, with the reason and where it stands in the input."""
+        self.rows.append(
+            ManifestRow(
+                key=sample.key,
+                sample_id=sample.sample_id,
+                status=SKIPPED,
+                reason=f"{sample.location}: {reason}" if sample.location else reason,
+                shard=self.shard,
+                category=sample.category,
+                source=sample.source,
+            )
+        )
+
+    def commit(self) -> dict[str, Any]:
+        """Put the shard in place and return its shard-level facts."""
+        facts: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "shard": self.shard,
+            "rows": len(self.rows),
+            "cached": sum(row.status == CACHED for row in self.rows),
+            "skipped": sum(row.status == SKIPPED for row in self.rows),
+            "codecs": {"answer": self.answer_codec.name},
+            "sha256": {},
+        }
+        if self.question_codec is not None:
+            facts["codecs"]["question"] = self.question_codec.name
+        for tier, tar in self._tars.items():
+            facts["sha256"][tier] = tar.commit()
+        write_whole(manifest_path(self.cache, self.shard), manifest_bytes(self.rows, facts))
+        return facts
+
+    def _member(self, tier: str, name: str, data: bytes) -> Member:
+        offset = self._tars[tier].add(name, data)
+        return Member(name=name, tier=tier, offset=offset, size=len(data), xxh3=xxhash.xxh3_64_intdigest(data))
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for tar in self._tars.values():
+            tar.discard()
+
+
+class _Tar:
+    """A tar file under a temporary name."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.temporary = path, temporary_path(path)
+        self._file: BinaryIO = self.temporary.open("wb")
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)
+
+    def add(self, name: str, data: bytes) -> int:
+        """Append a member and return the offset of its first byte."""
+        info = tarfile.TarInfo(name)  # time 0, owner 0, no names: nothing of this machine
+        info.size = len(data)
+        info.mode = 0o644
+        self._tar.addfile(info, io.BytesIO(data))
+        padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        return int(self._tar.offset) - padded
+
+    def commit(self) -> str:
+        """Close, put in place, and return the sha256."""
+        self._tar.close()
+        self._file.close()
+        with self.temporary.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        put_in_place(self.temporary, self.path)
+        return digest
+
+    def discard(self) -> None:
+        self._file.close()
+        self.temporary.unlink(missing_ok=True)
+
+
+def _question_tokens(answer: AnswerRows) -> int:
+    """Q tokens of a conversation, from the answer rows alone: all tokens up to the last row less the A tokens."""
+    return int(answer.position[-1]) + 1 - int(answer.predicts.sum())
+
+
+def _answer_statistics(answer: AnswerRows) -> dict[str, float]:
+    """Entropy (tail as one token), log-probability of the given tokens, and top-1 agreement, means over target rows."""
+    rows = answer.predicts
+    log_probs = answer.topk_logits[rows].astype(np.float64) - answer.logsumexp[rows].astype(np.float64)[:, None]
+    probs = np.exp(log_probs)
+    tail = np.clip(1 - probs.sum(1), 0, 1)
+    entropy = -(probs * log_probs).sum(1) - np.where(tail > 0, tail * np.log(np.maximum(tail, 1e-300)), 0)
+    return {
+        "entropy": float(entropy.mean()),
+        "log_prob": float(answer.target_log_prob[rows].mean()),
+        "top1_agreement": float((answer.topk_ids[rows, 0] == answer.target_id[rows]).mean()),
+    }

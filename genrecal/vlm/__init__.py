@@ -1,0 +1,1 @@
+"""What both sides know of a VLM: loading, body and head, conversations -> token ids and segments."""

@@ -1,0 +1,273 @@
+"""Load any vision-language model that transformers' AutoModelForImageTextToText knows, split as body and head."""
+
+import contextlib
+import hashlib
+import itertools
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from genrecal.errors import ModelError
+from genrecal.samples import ImageRef, Message
+from genrecal.shards.head import FrozenHead, LogitTransform
+from genrecal.vlm.rendering import Renderer
+
+# What families call the numbers that follow their head, by what is done with them.
+SOFTCAP_NAMES = ("final_logit_softcapping", "final_logit_softcap", "logits_soft_cap")
+SCALE_NAMES = ("logit_scale", "output_multiplier", "output_multiplier_scale", "lm_head_multiplier")
+DIVISOR_NAMES = ("logits_scaling", "logits_scale")
+
+
+@contextlib.contextmanager
+def without_video_processors() -> Iterator[None]:
+    """Where torchvision is absent, build and load processors without their video half.
+
+    Every video processor of transformers 5 needs torchvision, and the processors of most families contain one, so that
+    without torchvision they can neither be built nor loaded. Images and text do not need it.
+    """
+    from transformers.processing_utils import ProcessorMixin
+    from transformers.utils import is_torchvision_available
+
+    if is_torchvision_available():
+        yield
+        return
+    original = ProcessorMixin.__dict__["get_attributes"]
+
+    def get_attributes(cls: type) -> list[str]:
+        return [name for name in original.__get__(None, cls)() if name != "video_processor"]
+
+    ProcessorMixin.get_attributes = classmethod(get_attributes)
+    try:
+        yield
+    finally:
+        ProcessorMixin.get_attributes = original
+
+
+def image_backend() -> str:
+    """The library that resizes pictures here: PIL and torchvision give pixels that differ by up to 0.18 normalised."""
+    from transformers.utils import is_torchvision_available
+
+    return "torchvision" if is_torchvision_available() else "pil"
+
+
+def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The model's own processor. Raises ModelError if it cannot be loaded.
+
+    One loaded without its video half refuses to be saved: its folder would not load where torchvision exists. Export
+    copies the base model's files instead.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        with without_video_processors(), _quiet():
+            processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ModelError(f"{path}: its processor cannot be loaded: {_first_line(error)}") from None
+    if image_backend() == "pil" and "video_processor" in type(processor).get_attributes():
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise ModelError("this processor was loaded without its video half and must not be saved; copy the files")
+
+        processor.save_pretrained = refuse
+    return processor
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLM:
+    """A model split where genrecal needs it: `transform(head(body(x))) == model(x).logits`, bit for bit.
+
+    Args:
+        path: where it was loaded from.
+        model: the stock model; body: its part up to and including the final norm; head: its `lm_head`.
+        transform: what follows the head, found by test.
+        renderer: conversations -> tokens and batches.
+    """
+
+    path: str
+    model: Any
+    body: nn.Module
+    head: nn.Linear
+    transform: LogitTransform
+    renderer: Renderer
+
+    @property
+    def text_config(self) -> Any:
+        return self.model.config.get_text_config()
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of the head's input."""
+        return int(self.head.weight.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def frozen_head(self) -> FrozenHead:
+        """The head with what follows it, sharing the model's tensors."""
+        weight, bias = self.head.weight.detach(), self.head.bias
+        return FrozenHead(
+            weight=weight,
+            bias=None if bias is None else bias.detach(),
+            transform=self.transform,
+            vocab_size=min(len(self.renderer.tokenizer), weight.shape[0]),
+        )
+
+    def hidden(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The body's output `[B, L, D]` for a collated batch, on the model's device."""
+        return self.body(**self.on_device(inputs), use_cache=False).last_hidden_state
+
+    def on_device(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Move a batch; floating tensors take the model's dtype."""
+        dtype = self.head.weight.dtype
+        return {
+            name: value.to(self.device, dtype if value.is_floating_point() else None) for name, value in inputs.items()
+        }
+
+
+def load_vlm(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    attention: str | None = None,
+) -> VLM:
+    """Load a model folder (or hub name) and find its parts.
+
+    Args:
+        dtype: "auto" takes the checkpoint's.
+        attention: transformers' `attn_implementation`; None lets it choose.
+        trust_remote_code: run Python that comes with the checkpoint; never done without being asked for.
+
+    Raises:
+        ModelError: the folder is not a model that AutoModelForImageTextToText knows, its chat template cannot be split
+            into turns, or nothing known makes its logits from its head's output. The message is the reason.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    if Path(path).expanduser().exists() and not (Path(path) / "config.json").exists():
+        raise ModelError(f"{path}: expected a model folder, found no config.json in it")
+    try:
+        with _quiet():
+            model = AutoModelForImageTextToText.from_pretrained(
+                path, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attention
+            )
+    except Exception as error:
+        raise ModelError(f"{path}: the model cannot be loaded: {_first_line(error)}") from None
+    renderer = Renderer(load_processor(path, trust_remote_code=trust_remote_code))
+    return split_vlm(model.to(device).eval(), renderer, path=str(path))
+
+
+def split_vlm(model: Any, renderer: Renderer, *, path: str = "") -> VLM:
+    """Split an already built model; see `load_vlm`."""
+    body, head = model.base_model, model.get_output_embeddings()
+    if body is model or not isinstance(head, nn.Linear):
+        raise ModelError(f"{path}: {type(model).__name__} has no language-model head apart from its body")
+    transform = find_logit_transform(model, body, head, renderer)
+    return VLM(path=path, model=model, body=body, head=head, transform=transform, renderer=renderer)
+
+
+@torch.no_grad()
+def find_logit_transform(model: Any, body: nn.Module, head: nn.Linear, renderer: Renderer) -> LogitTransform:
+    """What the model does after its head, by trying on a real forward; the config alone is not believed.
+
+    (Gemma3ForConditionalGeneration of transformers 5.23 has a softcap in its config and does not apply it.)
+    Raises ModelError if no known combination gives the model's own logits bit for bit.
+    """
+    parts = (ImageRef(0), "What is shown?") if hasattr(renderer.processor, "image_processor") else ("What is it?",)
+    picture = Image.effect_mandelbrot((96, 64), (-2, -1.5, 1, 1.5), 40).convert("RGB")
+    pictures = [picture] if len(parts) == 2 else []
+    messages = [Message(role="user", parts=parts), Message(role="assistant", parts=("a red square",))]
+    inputs = renderer.collate([renderer.encode_messages(messages, pictures)])
+    dtype = head.weight.dtype
+    inputs = {k: v.to(head.weight.device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+    logits = model(**inputs, use_cache=False).logits
+    raw = head(body(**inputs, use_cache=False).last_hidden_state)
+    if logits.shape != raw.shape:
+        raise ModelError(
+            f"{type(model).__name__}: its logits have {logits.shape[-1]} columns but its head {raw.shape[-1]} rows"
+        )
+    for transform in _candidate_transforms(model.config):
+        if torch.equal(transform(raw), logits):
+            return transform
+    worst = (raw.float() - logits.float()).abs().max().item()
+    raise ModelError(
+        f"{type(model).__name__}: its logits are not its head's output, nor that output scaled or softcapped as its "
+        f"config says (largest difference {worst:.3g}); hidden states alone would not reproduce this teacher"
+    )
+
+
+def _candidate_transforms(config: Any) -> Iterator[LogitTransform]:
+    """Every combination of what the text config mentions, the simplest first."""
+
+    def values(names: tuple[str, ...], absent: float | None) -> list[Any]:
+        places = (config.get_text_config(), config)
+        found = [getattr(place, name, None) for place in places for name in names]
+        return [absent, *dict.fromkeys(float(value) for value in found if value)]
+
+    for divisor, scale, softcap in itertools.product(
+        values(DIVISOR_NAMES, 1.0), values(SCALE_NAMES, 1.0), values(SOFTCAP_NAMES, None)
+    ):
+        yield LogitTransform(scale=scale, divisor=divisor, softcap=softcap)
+
+
+# ----------------------------------------------------------------------------------------------------- files and digests
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
+PROCESSOR_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "processor_config.json",
+    "preprocessor_config.json", "video_preprocessor_config.json", "image_processor_config.json",
+)  # fmt: skip
+
+
+def model_folder(path: str | Path) -> Path:
+    """The local folder of a model: itself, or the hub's snapshot for a hub name (without its weights if absent)."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), ignore_patterns=[f"*{suffix}" for suffix in WEIGHT_SUFFIXES]))
+    except Exception as error:
+        raise ModelError(f"{path}: neither a model folder nor a reachable hub model: {_first_line(error)}") from None
+
+
+def processor_files(folder: Path) -> list[Path]:
+    """The tokenizer, chat template and processor files that stand in a model folder."""
+    return [folder / name for name in PROCESSOR_FILES if (folder / name).is_file()]
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No per-file progress bars and no notes on slow image processors while loading."""
+    from transformers.utils import logging as library_logging
+
+    level = library_logging.get_verbosity()
+    library_logging.set_verbosity(logging.ERROR)
+    library_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        library_logging.set_verbosity(level)

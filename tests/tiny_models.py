@@ -1,0 +1,312 @@
+"""Tiny models of the real architecture classes with real tokenizers and processors, made in a second and offline.
+
+`make(family, folder)` writes a complete Hugging Face folder. Weights are random; everything else is as in the released
+models of that family, only smaller.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from genrecal.vlm.loading import without_video_processors
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "What is shown in the image? A red square and a blue circle.",
+    "user assistant system You are a helpful assistant.",
+    "How many bars are there? 0 1 2 3 4 5 6 7 8 9 (A) (B) (C) (D)",
+    "Which company issued this receipt? What is the total amount?",
+] * 20
+
+CHATML = (
+    "{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{%- if m['content'] is string -%}{{ m['content'] }}{%- else -%}{%- for c in m['content'] -%}"
+    "{%- if c['type'] == 'image' -%}{{ 'IMAGE' }}{%- else -%}{{ c['text'] }}{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{{ '<|im_end|>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+
+GEMMA = (
+    "{{ bos_token }}{%- for m in messages -%}"
+    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
+    "{%- if m['content'] is string -%}{{ m['content'] }}{%- else -%}{%- for c in m['content'] -%}"
+    "{%- if c['type'] == 'image' -%}{{ 'IMAGE' }}{%- else -%}{{ c['text'] | trim }}{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{{ '<end_of_turn>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
+)
+
+IDEFICS = (
+    "<|begin_of_text|>{%- for m in messages -%}{{ m['role'] | capitalize }}"
+    "{%- if m['content'] is not string and m['content'][0]['type'] == 'image' -%}{{ ':' }}{%- else -%}{{ ': ' }}{%- endif -%}"
+    "{%- if m['content'] is string -%}{{ m['content'] }}{%- else -%}{%- for c in m['content'] -%}"
+    "{%- if c['type'] == 'image' -%}{{ 'IMAGE' }}{%- else -%}{{ c['text'] }}{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{{ '<end_of_utterance>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"
+)
+
+TEXT = dict(
+    hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=4096,
+)  # fmt: skip
+VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+
+
+def byte_bpe(specials: list[str], *, vocab_size: int = 400) -> Tokenizer:
+    """A Qwen2-like byte-level BPE."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet)
+    )
+    return tokenizer
+
+
+def sentencepiece_bpe(specials: list[str], *, vocab_size: int = 420) -> Tokenizer:
+    """A Llama-2- or InternLM2-like BPE: spaces as U+2581, a dummy space before the text, bytes for what it lacks."""
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trained.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("▁", "merged_with_next")])
+    byte_tokens = [f"<0x{value:02X}>" for value in range(256)]
+    trained.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<unk>", *specials, *byte_tokens])
+    )
+    import json
+
+    content = json.loads(trained.to_str())
+    content["model"]["byte_fallback"] = True
+    content["model"]["unk_token"] = "<unk>"
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] not in byte_tokens]
+    content["pre_tokenizer"] = None
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
+
+
+def fast(
+    backend: Tokenizer, template: str, *, specials: list[str], eos: str = "<|im_end|>", **kwargs: Any
+) -> PreTrainedTokenizerFast:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=eos,
+        pad_token="<|endoftext|>",
+        additional_special_tokens=specials,
+        padding_side="right",
+        model_max_length=4096,
+        **kwargs,
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def _text(tokenizer: PreTrainedTokenizerFast, **kwargs: Any) -> dict[str, Any]:
+    return dict(
+        TEXT,
+        vocab_size=kwargs.pop("rows", len(tokenizer)),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **kwargs,
+    )
+
+
+def _image_processor(name: str, **kwargs: Any) -> Any:
+    plain = transformers.utils.is_torchvision_available()
+    return getattr(transformers, name if plain else f"{name}Pil")(**kwargs)
+
+
+def _video_processor(name: str, **kwargs: Any) -> Any:
+    return getattr(transformers, name)(**kwargs) if transformers.utils.is_torchvision_available() else None
+
+
+def qwen_vl(version: str, *, head_rows_past_tokenizer: int = 0) -> tuple[Any, Any]:
+    specials = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    template = CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    tokenizer = fast(byte_bpe(["<|endoftext|>", "<|im_end|>", *specials]), template, specials=specials)
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
+        for name, token in zip(("vision_start", "vision_end", "image", "video"), specials[1:], strict=True)
+    }
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
+    text = _text(tokenizer, rope_parameters=rope, rows=len(tokenizer) + head_rows_past_tokenizer)
+    patch = 14
+    if version == "2":
+        vision = dict(depth=1, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=patch)
+        config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+        model: Any = transformers.Qwen2VLForConditionalGeneration(config)
+        processor_class: Any = transformers.Qwen2VLProcessor
+    elif version == "2.5":
+        vision = dict(
+            depth=2, hidden_size=32, intermediate_size=64, out_hidden_size=32, num_heads=2, patch_size=patch,
+            window_size=56, fullatt_block_indexes=[1],
+        )  # fmt: skip
+        config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
+        model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+        processor_class = transformers.Qwen2_5_VLProcessor
+    else:
+        patch = 16
+        text |= dict(head_dim=8, rope_parameters=rope | {"mrope_interleaved": True, "mrope_section": [2, 1, 1]})
+        vision = dict(
+            depth=3, hidden_size=32, intermediate_size=64, out_hidden_size=32, num_heads=2, patch_size=patch,
+            num_position_embeddings=64, deepstack_visual_indexes=[0, 1],
+        )  # fmt: skip
+        config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+        model = transformers.Qwen3VLForConditionalGeneration(config)
+        processor_class = transformers.Qwen3VLProcessor
+    size = {"shortest_edge": (2 * patch) ** 2 * 2, "longest_edge": (2 * patch) ** 2 * 8}
+    processor = processor_class(
+        image_processor=_image_processor("Qwen2VLImageProcessor", patch_size=patch, size=size),
+        tokenizer=tokenizer,
+        video_processor=_video_processor("Qwen2VLVideoProcessor", patch_size=patch),
+        chat_template=tokenizer.chat_template,
+    )
+    return model, processor
+
+
+def internvl(text_model: str) -> tuple[Any, Any]:
+    """InternVL with Qwen2 text and byte-level BPE, or Llama text and a sentencepiece-like BPE (as InternLM2 has)."""
+    template = CHATML.replace("IMAGE", "<IMG_CONTEXT>")
+    base = ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
+    backend = sentencepiece_bpe(base) if text_model == "llama" else byte_bpe(base, vocab_size=360)
+    extra = {
+        "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }  # fmt: skip
+    tokenizer = fast(backend, template, specials=["<|im_start|>"], extra_special_tokens=extra)
+    config = transformers.InternVLConfig(
+        text_config=_text(tokenizer, model_type=text_model),
+        vision_config=dict(VISION, image_size=[56, 56], patch_size=[14, 14]),
+        image_token_id=tokenizer.context_image_token_id,
+        image_seq_length=4,
+        downsample_ratio=0.5,
+        tie_word_embeddings=False,
+    )
+    size = {"height": 56, "width": 56}
+    processor = transformers.InternVLProcessor(
+        image_processor=_image_processor(
+            "GotOcr2ImageProcessor", size=size, crop_to_patches=True, min_patches=1, max_patches=4
+        ),
+        tokenizer=tokenizer,
+        video_processor=_video_processor("InternVLVideoProcessor", size=size),
+        image_seq_length=4,
+        chat_template=tokenizer.chat_template,
+    )
+    return transformers.InternVLForConditionalGeneration(config), processor
+
+
+def llava_onevision() -> tuple[Any, Any]:
+    specials = ["<|im_start|>", "<image>", "<video>"]
+    backend = byte_bpe(["<|endoftext|>", "<|im_end|>", *specials])
+    tokenizer = fast(backend, CHATML.replace("IMAGE", "<image>"), specials=specials)
+    pinpoints = [[56, 56], [56, 112], [112, 56], [112, 112]]
+    config = transformers.LlavaOnevisionConfig(
+        text_config=_text(tokenizer, model_type="qwen2"),
+        vision_config=dict(
+            VISION, num_hidden_layers=2, model_type="siglip_vision_model", image_size=56, patch_size=14,
+            vision_use_head=False,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=pinpoints,
+        vision_aspect_ratio="anyres_max_4",
+    )  # fmt: skip
+    size = {"height": 56, "width": 56}
+    processor = transformers.LlavaOnevisionProcessor(
+        image_processor=_image_processor("LlavaOnevisionImageProcessor", size=size, image_grid_pinpoints=pinpoints),
+        tokenizer=tokenizer,
+        video_processor=_video_processor("LlavaOnevisionVideoProcessor", size=size),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_4",
+        chat_template=tokenizer.chat_template,
+    )
+    return transformers.LlavaOnevisionForConditionalGeneration(config), processor
+
+
+def idefics3() -> tuple[Any, Any]:
+    specials = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<|begin_of_text|>"]
+    specials += [f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)]
+    backend = byte_bpe(["<|endoftext|>", *specials])
+    tokenizer = fast(
+        backend, IDEFICS.replace("IMAGE", "<image>"), specials=specials, eos="<end_of_utterance>", bos_token="<|begin_of_text|>"
+    )
+    config = transformers.Idefics3Config(
+        text_config=_text(tokenizer, model_type="llama"),
+        vision_config=dict(VISION, image_size=56, patch_size=14),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    processor = transformers.Idefics3Processor(
+        image_processor=_image_processor(
+            "Idefics3ImageProcessor", size={"longest_edge": 112}, max_image_size={"longest_edge": 56}
+        ),
+        tokenizer=tokenizer,
+        image_seq_len=4,
+        chat_template=tokenizer.chat_template,
+    )
+    return transformers.Idefics3ForConditionalGeneration(config), processor
+
+
+def gemma3() -> tuple[Any, Any]:
+    extra = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    specials = ["<start_of_turn>", "<end_of_turn>"]
+    backend = byte_bpe(["<|endoftext|>", "<bos>", *specials])
+    tokenizer = fast(
+        backend, GEMMA.replace("IMAGE", "<start_of_image>"), specials=specials, eos="<end_of_turn>", bos_token="<bos>",
+        extra_special_tokens=extra,
+    )  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=_text(tokenizer, head_dim=16, query_pre_attn_scalar=16, sliding_window=32, sliding_window_pattern=2),
+        vision_config=dict(VISION, image_size=56, patch_size=14, vision_use_head=False),
+        mm_tokens_per_image=4,
+        image_token_index=tokenizer.image_token_id,
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+    )
+    processor = transformers.Gemma3Processor(
+        image_processor=_image_processor("Gemma3ImageProcessor", size={"height": 56, "width": 56}),
+        tokenizer=tokenizer,
+        image_seq_length=4,
+        chat_template=tokenizer.chat_template,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config), processor
+
+
+FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "qwen2_vl": functools.partial(qwen_vl, "2"),
+    "qwen2_vl_padded_head": functools.partial(qwen_vl, "2", head_rows_past_tokenizer=24),
+    "qwen2_5_vl": functools.partial(qwen_vl, "2.5"),
+    "qwen3_vl": functools.partial(qwen_vl, "3"),
+    "internvl_qwen2": functools.partial(internvl, "qwen2"),
+    "internvl_llama": functools.partial(internvl, "llama"),
+    "llava_onevision": llava_onevision,
+    "idefics3": idefics3,
+    "gemma3": gemma3,
+}
+
+
+def make(family: str, folder: Path, seed: int = 0) -> Path:
+    """Write the tiny model of `family` to `folder` once and return it."""
+    if not (folder / "config.json").exists():
+        torch.manual_seed(seed)
+        with without_video_processors():
+            model, processor = FAMILIES[family]()
+            _spread_weights(model)
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def _spread_weights(model: torch.nn.Module) -> None:
+    """Larger weights than the default 0.02, so that logits are peaked and a misplaced position shows at once."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            parameter.normal_(0, 0.5 if "embed" in name else 2.0 / parameter[0].numel() ** 0.5)
