@@ -1,0 +1,275 @@
+"""Records and student renderings -> what one micro-step computes on."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from genrecal.errors import SampleError
+from genrecal.samples import Sample
+from genrecal.shards.order import SampleOrder, micro_batches
+from genrecal.shards.reader import Cache
+from genrecal.shards.record import Record
+from genrecal.train.splice import splice_index
+from genrecal.vlm.rendering import Encoded, Renderer
+
+
+@dataclass(kw_only=True)
+class Splice:
+    """One splice of a batch on the device; see `genrecal.train.splice`."""
+
+    rows: torch.Tensor  # int64 [B, L]
+    predicts: torch.Tensor  # int64 [N], flat in B * L
+
+
+@dataclass(kw_only=True)
+class MicroBatch:
+    """One micro-step's input. B samples; N teacher rows that predict; M student tokens that are predicted.
+
+    Args:
+        keys: the samples.
+        student_inputs: collated tensors of the student's own rendering, text padded on the right to `[B, L_s]`.
+        sft_rows: int64 `[M]`, flat in B * L_s: the student's positions that predict an answer token.
+        sft_ids: int64 `[M]`, the token each predicts; sft_first: bool `[M]`, the first of a turn's answer.
+        answer_states: float32 `[R, D_t]`, z_a of every turn: the answer's own states.
+        splice: student's questions with the teacher's answers; None where only the student's own loss is wanted.
+        target_ids: int64 `[N]`; first: bool `[N]`, the first token of a turn's answer.
+        topk_ids, topk_log_probs: `[N, k]`; exact_states: float32 `[N, D_t]`, the teacher's state at each row.
+        question_states: float32 `[Q, D_t]`, z_q of the samples that have it; None without the regularisation pass.
+        reg_splice: the teacher's questions with its own answers; reg_rows: int64, which of the N rows it predicts.
+    """
+
+    keys: list[str]
+    student_inputs: dict[str, torch.Tensor]
+    sft_rows: torch.Tensor
+    sft_ids: torch.Tensor
+    sft_first: torch.Tensor
+    answer_states: torch.Tensor | None = None
+    splice: Splice | None = None
+    target_ids: torch.Tensor | None = None
+    first: torch.Tensor | None = None
+    topk_ids: torch.Tensor | None = None
+    topk_log_probs: torch.Tensor | None = None
+    exact_states: torch.Tensor | None = None
+    question_states: torch.Tensor | None = None
+    reg_splice: Splice | None = None
+    reg_rows: torch.Tensor | None = None
+
+    def to(self, device: torch.device, student_dtype: torch.dtype) -> "MicroBatch":
+        """Move to a device; floating student inputs (pictures) take the student's dtype."""
+        moved: dict[str, Any] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, torch.Tensor):
+                value = value.to(device, non_blocking=True)
+            elif isinstance(value, Splice):
+                value = Splice(rows=value.rows.to(device), predicts=value.predicts.to(device))
+            moved[item.name] = value
+        moved["student_inputs"] = {
+            name: value.to(device, student_dtype if value.is_floating_point() else None)
+            for name, value in self.student_inputs.items()
+        }
+        return MicroBatch(**moved)
+
+
+# ----------------------------------------------------------------------------------------------------- sources of records
+
+
+class RecordSource(Protocol):
+    """Where a stage's teacher states come from: the shards, or a live teacher."""
+
+    def fetch(self, indices: Sequence[int], *, teacher: bool, questions: bool) -> list[tuple[Sample, Record | None]]:
+        """Samples of the cache and, where `teacher` states are wanted, their records, with questions or without."""
+
+
+class ShardSource:
+    """Reads what is asked for from the shards, and nothing else."""
+
+    def __init__(self, cache: Cache):
+        self.cache = cache
+
+    def fetch(self, indices: Sequence[int], *, teacher: bool, questions: bool) -> list[tuple[Sample, Record | None]]:
+        found: list[tuple[Sample, Record | None]] = []
+        for index in indices:
+            entry = self.cache[index]
+            record = entry.record(question=questions) if teacher else None
+            found.append((record.sample if record else entry.sample, record))
+        return found
+
+
+class LiveSource:
+    """Takes the samples from the cache and makes their states anew with a teacher that stands beside the student."""
+
+    def __init__(self, cache: Cache, live: Any):
+        self.cache, self.live = cache, live
+
+    def fetch(self, indices: Sequence[int], *, teacher: bool, questions: bool) -> list[tuple[Sample, Record | None]]:
+        entries = [self.cache[index] for index in indices]
+        samples = [entry.sample for entry in entries]
+        if not teacher:
+            return [(sample, None) for sample in samples]
+        wanted = [questions and entry.has_question for entry in entries]
+        return list(zip(samples, self.live.records(samples, questions=wanted), strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------------- building
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a stage reads: teacher states at all, and the question tier."""
+
+    teacher: bool
+    questions: bool
+    exact: bool = False
+
+
+class BatchBuilder(Dataset[MicroBatch]):
+    """Indices of samples -> MicroBatch; a Dataset so that torch's DataLoader can do it in worker processes."""
+
+    def __init__(self, source: RecordSource, renderer: Renderer, wanted: Wanted, *, max_tokens: int = 0):
+        self.source, self.renderer, self.wanted, self.max_tokens = source, renderer, wanted, max_tokens
+
+    def __getitem__(self, indices: Sequence[int]) -> MicroBatch | None:  # type: ignore[override]
+        """None for no indices: a rank without samples in a micro-step."""
+        if not len(indices):
+            return None
+        pairs = self.source.fetch(
+            [int(i) for i in indices], teacher=self.wanted.teacher, questions=self.wanted.questions
+        )
+        encoded = []
+        for sample, _ in pairs:
+            try:
+                encoded.append(self.renderer.encode(sample, max_tokens=self.max_tokens or None))
+            except SampleError as error:
+                raise SampleError(f"sample {sample.key}: the student cannot take it: {error}") from None
+        batch = _student_part(encoded, self.renderer)
+        if self.wanted.teacher:
+            records = [record for _, record in pairs if record is not None]
+            _add_teacher_part(batch, encoded, records, exact=self.wanted.exact)
+        return batch
+
+
+def _student_part(encoded: Sequence[Encoded], renderer: Renderer) -> MicroBatch:
+    inputs = renderer.collate(encoded)
+    length = inputs["input_ids"].shape[1]
+    rows, first = [], []
+    for number, item in enumerate(encoded):
+        for start, end, is_answer in item.segments():
+            if is_answer:
+                rows.append(np.arange(start - 1, end - 1) + number * length)
+                first.append(_first_of(end - start))
+    flat = torch.from_numpy(np.concatenate(rows))
+    return MicroBatch(
+        keys=[item.key for item in encoded],
+        student_inputs=inputs,
+        sft_rows=flat,
+        sft_ids=inputs["input_ids"].flatten()[flat + 1],
+        sft_first=torch.from_numpy(np.concatenate(first)),
+    )
+
+
+def _add_teacher_part(batch: MicroBatch, encoded: Sequence[Encoded], records: Sequence[Record], *, exact: bool) -> None:
+    length = batch.student_inputs["input_ids"].shape[1]
+    answers = [record.answer for record in records]
+    lengths = [_turn_lengths(record) for record in records]
+    own = [np.diff(a.turn, prepend=a.turn[0] - 1) == 0 for a in answers]  # not a turn's first row
+    batch.answer_states = torch.from_numpy(np.concatenate([a.hidden[mask] for a, mask in zip(answers, own, strict=True)]))
+    questions = [
+        [np.arange(s, e) + number * length for s, e, is_answer in item.segments() if not is_answer]
+        for number, item in enumerate(encoded)
+    ]
+    index = splice_index(questions, lengths, len(encoded) * length)
+    batch.splice = Splice(rows=torch.from_numpy(index.rows), predicts=torch.from_numpy(index.predicts))
+    predicts = [a.predicts for a in answers]
+
+    def over_rows(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([getattr(a, name)[p] for a, p in zip(answers, predicts, strict=True)]))
+
+    batch.target_ids = over_rows("target_id").long()
+    batch.first = torch.from_numpy(np.concatenate([_first_of(n) for turns in lengths for n in turns]))
+    batch.topk_ids = over_rows("topk_ids").long()
+    batch.topk_log_probs = over_rows("topk_logits") - over_rows("logsumexp")[:, None]
+    if exact:
+        batch.exact_states = over_rows("hidden")
+    if any(record.question is not None for record in records):
+        _add_regularisation(batch, records, lengths)
+
+
+def _add_regularisation(batch: MicroBatch, records: Sequence[Record], lengths: Sequence[list[int]]) -> None:
+    """Algorithm 2: the teacher's own question states in place of the student's, for the samples that have them."""
+    states, questions, kept_lengths, rows = [], [], [], []
+    answer_place, row_place, kept_answers = 0, 0, []
+    at = 0
+    for record, turns in zip(records, lengths, strict=True):
+        count = sum(turns)
+        if record.question is not None:
+            turn = record.question.turn
+            questions.append([np.flatnonzero(turn == t) + at for t in range(len(turns))])
+            states.append(record.question.hidden)
+            at += len(turn)
+            kept_lengths.append(turns)
+            kept_answers.append(np.arange(answer_place, answer_place + count))
+            rows.append(np.arange(row_place, row_place + count))
+        answer_place += count
+        row_place += count
+    index = splice_index(questions, kept_lengths, at)
+    # The splice counts the answers of the kept samples only; point it at their places among all answer states.
+    kept = np.concatenate(kept_answers)
+    source = index.rows.copy()
+    is_answer = source >= at
+    source[is_answer] = kept[source[is_answer] - at] + at
+    batch.question_states = torch.from_numpy(np.concatenate(states))
+    batch.reg_splice = Splice(rows=torch.from_numpy(source), predicts=torch.from_numpy(index.predicts))
+    batch.reg_rows = torch.from_numpy(np.concatenate(rows))
+
+
+def _turn_lengths(record: Record) -> list[int]:
+    """n_t of each turn: its answer rows less the one that belongs to the question."""
+    return [int(n) - 1 for n in np.bincount(record.answer.turn)]
+
+
+def _first_of(count: int) -> np.ndarray:
+    first = np.zeros(count, bool)
+    first[:1] = True
+    return first
+
+
+# ---------------------------------------------------------------------------------------------------------------- loading
+
+
+def micro_batch_stream(
+    builder: BatchBuilder,
+    *,
+    order: SampleOrder,
+    lengths: np.ndarray,
+    steps: range,
+    global_batch: int,
+    last_sample: int,
+    batch_size: int,
+    workers: int,
+) -> Iterator[list[MicroBatch]]:
+    """The micro-batches of each optimizer step of `steps`, read ahead in worker processes.
+
+    Args:
+        last_sample: where the stage ends in the endless stream of samples; the last step takes what is left.
+    """
+
+    ranges = [(step * global_batch, min((step + 1) * global_batch, last_sample)) for step in steps]
+
+    def plan() -> Iterator[np.ndarray]:
+        for start, end in ranges:
+            yield from micro_batches(order.slice(start, end), lengths, batch_size=batch_size)
+
+    sampler: Any = plan()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's advice on the number of workers
+        loader = iter(
+            DataLoader(builder, sampler=sampler, batch_size=None, num_workers=workers, prefetch_factor=2 if workers else None)
+        )
+    for start, end in ranges:
+        yield [next(loader) for _ in range(-(-(end - start) // batch_size))]

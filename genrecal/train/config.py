@@ -1,0 +1,205 @@
+"""Every setting of a training run: nested tables, read from TOML and `--set a.b=v`. The defaults are the paper's.
+
+Where the paper gives a number (section 4.1(c)) it stands here; docs/method.md lists those it does not give.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from genrecal.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage.
+
+    Args:
+        epochs: passes over the cache; may be a fraction.
+        max_steps: optimizer steps at most; 0 for no limit.
+        lr, lr_end: learning rate, falling linearly from the first step to the last.
+        batch_size: samples a device takes in a micro-step.
+        accumulation: micro-steps of one optimizer step.
+        weight_decay: AdamW's.
+        max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
+        checkpoint_every: optimizer steps between checkpoints; 0 for none but the stage's result.
+        exclude_categories: samples of these categories are left out of the stage.
+    """
+
+    epochs: float = 1.0
+    max_steps: int = 0
+    lr: float = 1e-4
+    lr_end: float = 1e-5
+    batch_size: int = 4
+    accumulation: int = 16
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    checkpoint_every: int = 500
+    exclude_categories: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """LoRA on the student's language model in stage 2; `rank` 0 trains the decoder layers and final norm themselves."""
+
+    rank: int = 64
+    alpha: float = 64.0
+    dropout: float = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the terms, and what the KL is taken from.
+
+    Args:
+        ce_weight, kl_weight: of the Recalibrator's cross-entropy and KL, in both passes.
+        reg_weight: of the regularisation pass (stage 1).
+        sft_weight: of the student's own cross-entropy (stage 2).
+        target: "topk", the stored logits and one bucket for the rest; "exact", recomputed from the cached state.
+        chunk_rows: rows of logits that exist at once.
+    """
+
+    ce_weight: float = 1.0
+    kl_weight: float = 1.0
+    reg_weight: float = 1.0
+    sft_weight: float = 1.0
+    target: str = "topk"
+    chunk_rows: int = 256
+
+    def __post_init__(self) -> None:
+        if self.target not in ("topk", "exact"):
+            raise UsageError(f"loss.target {self.target!r}: expected topk or exact")
+        if self.chunk_rows < 1:
+            raise UsageError(f"loss.chunk_rows {self.chunk_rows}: expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Reading.
+
+    Args:
+        workers: processes that read and render; 0 does it in the training process.
+        window: shards among which samples are shuffled.
+    """
+
+    workers: int = 2
+    window: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole run.
+
+    Args:
+        seed: of the order, the Recalibrator's first weights and dropout.
+        objective: "genrecal", or "sft": stages 2 and 3 with the student's own cross-entropy alone.
+        precision: "bf16" computes in bfloat16 with float32 trained weights; "fp32"; "auto" is bf16 on CUDA, else fp32.
+        device: "auto", "cpu", "cuda".
+        attention: of the student and the Recalibrator; "auto" lets transformers choose.
+        gradient_checkpointing: compute activations of the student's and Recalibrator's blocks again in the backward pass.
+        max_tokens: longest conversation the student is given, in its tokens; 0 for no limit.
+        log_every: optimizer steps between lines of metrics.
+        keep_checkpoints: newest checkpoints of a stage that are kept.
+    """
+
+    seed: int = 0
+    objective: str = "genrecal"
+    precision: str = "auto"
+    device: str = "auto"
+    attention: str = "auto"
+    gradient_checkpointing: bool = True
+    max_tokens: int = 0
+    log_every: int = 1
+    keep_checkpoints: int = 2
+    stage1: StageConfig = field(default_factory=StageConfig)
+    stage2: StageConfig = field(default_factory=lambda: StageConfig(batch_size=2))
+    stage3: StageConfig = field(default_factory=StageConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        for name, choices in (("objective", ("genrecal", "sft")), ("precision", ("auto", "bf16", "fp32"))):
+            if getattr(self, name) not in choices:
+                raise UsageError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(choices)}")
+
+    def stage(self, number: int) -> StageConfig:
+        return (self.stage1, self.stage2, self.stage3)[number - 1]
+
+
+def load_config(file: Path | None = None, settings: Sequence[str] = ()) -> TrainConfig:
+    """A TOML file's tables, then `a.b=v` settings over them.
+
+    Raises UsageError for a key that does not exist (naming the nearest that does) or a value of the wrong type.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = tomllib.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--config {file}: {error}") from None
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise UsageError(f"--set {setting!r}: expected a.b=value")
+        *tables, name = key.strip().split(".")
+        place = values
+        for table in tables:
+            place = place.setdefault(table, {})
+            if not isinstance(place, dict):
+                raise UsageError(f"--set {setting!r}: {table} is no table")
+        place[name] = _parse_value(text.strip())
+    return _build(TrainConfig(), values, "")
+
+
+def _parse_value(text: str) -> Any:
+    """As TOML reads it; what TOML cannot read is a string (so `--set engine=ddp` needs no quotes)."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _build(default: Any, values: dict[str, Any], prefix: str) -> Any:
+    fields = {item.name: item for item in dataclasses.fields(default)}
+    changed: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in fields:
+            near = difflib.get_close_matches(prefix + name, _all_keys(TrainConfig()), n=1, cutoff=0)
+            raise UsageError(f"unknown setting {prefix}{name}; the nearest one is {near[0]}")
+        old = getattr(default, name)
+        if dataclasses.is_dataclass(old):
+            if not isinstance(value, dict):
+                raise UsageError(f"setting {prefix}{name}: expected a table, got {value!r}")
+            changed[name] = _build(old, value, f"{prefix}{name}.")
+        else:
+            changed[name] = _converted(old, value, f"{prefix}{name}")
+    return dataclasses.replace(default, **changed)
+
+
+def _converted(old: Any, value: Any, key: str) -> Any:
+    if isinstance(old, tuple):
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise UsageError(f"setting {key}: expected a list of strings, got {value!r}")
+    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(old):
+        raise UsageError(f"setting {key}: expected {type(old).__name__}, got {value!r}")
+    if isinstance(old, int | float) and not isinstance(old, bool) and value < 0:
+        raise UsageError(f"setting {key}: expected no negative number, got {value!r}")
+    if key.endswith((".batch_size", ".accumulation", "log_every", "keep_checkpoints", ".window")) and value < 1:
+        raise UsageError(f"setting {key}: expected at least 1, got {value!r}")
+    return value
+
+
+def _all_keys(config: Any, prefix: str = "") -> list[str]:
+    keys = []
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        keys += _all_keys(value, f"{prefix}{item.name}.") if dataclasses.is_dataclass(value) else [prefix + item.name]
+    return keys

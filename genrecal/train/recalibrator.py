@@ -1,0 +1,56 @@
+"""The Recalibrator: two of the student's decoder blocks between two projections, up to the teacher's head."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Recalibrator(nn.Module):
+    """Maps a splice of student and teacher states to states that the teacher's head reads.
+
+        rec_norm(rec_proj_post(rec_body(splice)))
+
+    (paper, section 3.2, section 4.1(a) and Figure 3(c)). The blocks take the student's text configuration, are causal,
+    and have a rotary embedding and consecutive position ids of their own. Dropped at export.
+
+    Args:
+        student_config: the student's config, whose text part shapes the blocks.
+        teacher_size: D_t.
+        num_blocks: decoder blocks of rec_body.
+    """
+
+    def __init__(self, student_config: Any, teacher_size: int, *, num_blocks: int = 2, attention: str = "sdpa"):
+        super().__init__()
+        from transformers import AutoModel
+
+        config = recalibrator_config(student_config, num_blocks)
+        student_size = config.hidden_size
+        self.rec_proj_pre = nn.Linear(teacher_size, student_size)
+        self.rec_body = AutoModel.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        self.rec_body.embed_tokens = None  # it is given states, never ids
+        self.rec_body.norm = nn.Identity()  # the paper's blocks end without one; rec_norm comes after the projection
+        self.rec_proj_post = nn.Linear(student_size, teacher_size)
+        self.rec_norm = nn.LayerNorm(teacher_size)
+
+    def forward(self, splice: torch.Tensor) -> torch.Tensor:
+        """Splices `[B, L, D_s]`, padded on the right -> states `[B, L, D_t]`.
+
+        No mask is passed: a causal body cannot look at padding on its right, and without a mask the attention kernels
+        take their causal path. Position ids are the default 0, 1, 2, ...
+        """
+        hidden = self.rec_body(inputs_embeds=splice, use_cache=False).last_hidden_state
+        return self.rec_norm(self.rec_proj_post(hidden))
+
+
+def recalibrator_config(student_config: Any, num_blocks: int) -> Any:
+    """The student's text config with `num_blocks` layers of full attention and no vocabulary of its own."""
+    config = copy.deepcopy(student_config.get_text_config())
+    config.num_hidden_layers = num_blocks
+    if getattr(config, "layer_types", None):
+        config.layer_types = ["full_attention"] * num_blocks  # its length must match; a window would cut the question
+    config.vocab_size = 1
+    config.pad_token_id = None
+    config.use_cache = False
+    return config

@@ -1,0 +1,216 @@
+"""The three stages: what is trained in each, and what one micro-step computes (paper, section 3.3, Algorithms 1-3)."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from genrecal.errors import ModelError
+from genrecal.shards.head import FrozenHead
+from genrecal.train.batches import MicroBatch, Splice, Wanted
+from genrecal.train.config import LoraConfig, LossConfig, TrainConfig
+from genrecal.train.losses import Exact, Target, TopK, chunked_cross_entropy, head_losses
+from genrecal.train.recalibrator import Recalibrator
+from genrecal.vlm.loading import VLM
+
+VISION_PARTS = ("visual", "vision_tower", "vision_model", "image_tower", "vision_encoder")
+PROJECTOR_PARTS = ("merger", "merger_list", "deepstack_merger_list", "multi_modal_projector", "connector", "projector")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denominators:
+    """Rows that each term is divided by: their number in the whole global batch (all micro-steps, all ranks)."""
+
+    teacher_rows: int
+    student_rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutput:
+    """A micro-step's part of the global batch's loss, and sums of its terms over rows for the log.
+
+    sums: name -> float32 scalar; counts: name -> rows summed. A term's mean is sums / counts.
+    """
+
+    loss: torch.Tensor
+    sums: dict[str, torch.Tensor]
+    counts: dict[str, int]
+
+
+def wanted_by(stage: int, config: TrainConfig) -> Wanted:
+    """What a stage reads of the cache."""
+    if config.objective == "sft" or stage == 3:
+        return Wanted(teacher=False, questions=False)
+    questions = stage == 1 and config.loss.reg_weight > 0
+    return Wanted(teacher=True, questions=questions, exact=config.loss.target == "exact")
+
+
+class Distiller(nn.Module):
+    """Everything a stage computes with, in one module whose forward is a whole micro-step.
+
+    Args:
+        stage: 1, 2 or 3.
+        student: the student; LoRA, if any, is already in its model.
+        recalibrator, head: None in stage 3 and for objective "sft".
+        question_fraction: share of samples whose questions are cached; their regularisation terms are weighted by its
+            inverse, so that the expected loss is that of a full question tier.
+    """
+
+    def __init__(
+        self,
+        stage: int,
+        student: VLM,
+        recalibrator: Recalibrator | None,
+        head: FrozenHead | None,
+        loss: LossConfig,
+        *,
+        question_fraction: float = 1.0,
+    ):
+        super().__init__()
+        self.stage, self.student, self.loss = stage, student, loss
+        self.model = student.model  # registers the student's parameters
+        self.recalibrator, self.head = recalibrator, head
+        self.question_fraction = question_fraction
+
+    def forward(self, batch: MicroBatch, denominators: Denominators) -> StepOutput:
+        """One micro-step; `loss` sums to the global batch's loss over its micro-steps."""
+        with torch.set_grad_enabled(self.stage > 1 and torch.is_grad_enabled()):
+            hidden = self.student.body(**batch.student_inputs, use_cache=False).last_hidden_state  # [B, L, D_s]
+        states = hidden.flatten(0, 1)
+        loss = states.new_zeros((), dtype=torch.float32)
+        sums: dict[str, torch.Tensor] = {}
+        counts: dict[str, int] = {}
+
+        def log(name: str, values: torch.Tensor, first: torch.Tensor) -> None:
+            """The first token of an answer apart from the later ones: only there the student's state is not bypassed."""
+            values = values.detach()
+            for suffix, rows in (("", slice(None)), ("_first", first), ("_later", ~first)):
+                sums[name + suffix] = values[rows].sum()
+                counts[name + suffix] = int(values[rows].numel())
+
+        if self.recalibrator is not None:
+            assert batch.splice is not None and batch.answer_states is not None and batch.first is not None
+            answers = self.recalibrator.rec_proj_pre(batch.answer_states)  # [R, D_s]
+            rows = self._recalibrated(states, answers, batch.splice)
+            losses = self._losses(rows, batch, slice(None))
+            loss = loss + losses.weighted.sum() / denominators.teacher_rows
+            log("ce", losses.ce, batch.first)
+            log("kl", losses.kl, batch.first)
+            if self.stage == 1 and batch.reg_splice is not None and batch.question_states is not None:
+                questions = self.recalibrator.rec_proj_pre(batch.question_states)  # [Q, D_s]
+                rows = self._recalibrated(questions, answers, batch.reg_splice)
+                losses = self._losses(rows, batch, batch.reg_rows)
+                weight = self.loss.reg_weight / self.question_fraction
+                loss = loss + weight * losses.weighted.sum() / denominators.teacher_rows
+                log("reg_ce", losses.ce, batch.first[batch.reg_rows])
+                log("reg_kl", losses.kl, batch.first[batch.reg_rows])
+        if self.stage > 1:
+            ce = chunked_cross_entropy(
+                states[batch.sft_rows],
+                self.student.head,
+                self.student.transform,
+                batch.sft_ids,
+                chunk_rows=self.loss.chunk_rows,
+            )
+            weight = self.loss.sft_weight if self.recalibrator is not None else 1.0
+            loss = loss + weight * ce.sum() / denominators.student_rows
+            log("sft", ce, batch.sft_first)
+        return StepOutput(loss=loss, sums=sums, counts=counts)
+
+    def _recalibrated(self, questions: torch.Tensor, answers: torch.Tensor, splice: Splice) -> torch.Tensor:
+        """Recalibrator(splice) at the prediction positions, `[N, D_t]`."""
+        assert self.recalibrator is not None
+        source = torch.cat([questions.to(answers.dtype), answers])
+        recalibrated = self.recalibrator(source[splice.rows])
+        return recalibrated.flatten(0, 1)[splice.predicts]
+
+    def _losses(self, rows: torch.Tensor, batch: MicroBatch, which: slice | torch.Tensor):  # noqa: ANN202
+        assert self.head is not None and batch.target_ids is not None and batch.topk_ids is not None
+        target: Target
+        if batch.exact_states is not None:
+            target = Exact(hidden=batch.exact_states[which])
+        else:
+            assert batch.topk_log_probs is not None
+            target = TopK(ids=batch.topk_ids[which], log_probs=batch.topk_log_probs[which])
+        return head_losses(
+            rows,
+            self.head,
+            batch.target_ids[which],
+            target,
+            ce_weight=self.loss.ce_weight,
+            kl_weight=self.loss.kl_weight,
+            chunk_rows=self.loss.chunk_rows,
+        )
+
+
+# ----------------------------------------------------------------------------------------------------- what is trained
+
+
+def language_model_linears(student: VLM) -> str:
+    """A pattern for PEFT that matches the linear layers of the student's language model, and nothing else."""
+    decoder = student.model.get_decoder()
+    names = {id(module): name for name, module in student.model.named_modules()}
+    leaves = sorted({name.split(".")[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)})
+    if id(decoder) not in names or not leaves:
+        raise ModelError(f"{student.path}: no language model with linear layers was found in the student")
+    return rf"{re.escape(names[id(decoder)])}\..*\.({'|'.join(map(re.escape, leaves))})"
+
+
+def add_lora(student: VLM, config: LoraConfig) -> None:
+    """Put LoRA into the student's language model, in place; the model keeps its class."""
+    import peft
+
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=language_model_linears(student),
+    )
+    peft.inject_adapter_in_model(settings, student.model)
+
+
+def merge_lora(student: VLM) -> None:
+    """Add LoRA's product to the weights it stands beside and take it out, in place."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(student.model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge(safe_merge=True)
+            parent, _, leaf = name.rpartition(".")
+            setattr(student.model.get_submodule(parent), leaf, module.get_base_layer())
+
+
+def select_trainable(stage: int, student: VLM, lora: LoraConfig) -> list[str]:
+    """Freeze and unfreeze the student for a stage; names of its trained parameters.
+
+    Stage 1: none. Stage 2: LoRA, or with rank 0 the decoder layers and the final norm. Stage 3: all but the vision
+    encoder (the projector is trained).
+    """
+    student.model.requires_grad_(False)
+    named = dict(student.model.named_parameters())
+    if stage == 1:
+        return []
+    if stage == 2 and lora.rank:
+        chosen = [name for name in named if ".lora_A." in name or ".lora_B." in name]
+    elif stage == 2:
+        decoder = student.model.get_decoder()
+        embeddings = {id(p) for p in student.model.get_input_embeddings().parameters()}
+        inside = {id(p) for p in decoder.parameters()} - embeddings
+        chosen = [name for name, parameter in named.items() if id(parameter) in inside]
+    else:
+        chosen = [name for name in named if not is_vision_encoder(name)]
+        if len(chosen) == len(named) and hasattr(student.renderer.processor, "image_processor"):
+            raise ModelError(
+                f"{student.path}: stage 3 trains all but the vision encoder, but none of {', '.join(VISION_PARTS)} "
+                "is part of this student's parameter names"
+            )
+    for name in chosen:
+        named[name].requires_grad_(True)
+    return chosen
+
+
+def is_vision_encoder(parameter: str) -> bool:
+    """Whether a parameter belongs to the vision encoder: under its module, and not in the projector to the text side."""
+    parts = parameter.split(".")
+    return any(part in VISION_PARTS for part in parts) and not any(part in PROJECTOR_PARTS for part in parts)
