@@ -95,7 +95,9 @@ class Sample:
                 {
                     "role": message.role,
                     "content": [
-                        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "index": part.index}
+                        {"type": "text", "text": part}
+                        if isinstance(part, str)
+                        else {"type": "image", "index": part.index}
                         for part in message.parts
                     ],
                 }
@@ -144,7 +146,9 @@ def decode_image(data: bytes, max_pixels: int = 178_956_970) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         if image.width * image.height > max_pixels:
-            raise SampleError(f"image of {image.width} x {image.height} pixels is over the limit of {max_pixels} pixels")
+            raise SampleError(
+                f"image of {image.width} x {image.height} pixels is over the limit of {max_pixels} pixels"
+            )
         return ImageOps.exif_transpose(image).convert("RGB")
     except SampleError:
         raise
@@ -338,9 +342,7 @@ class SampleSet(Sequence[Sample | BadRecord]):
                 record = json.loads(file.text(row))
             except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise SampleError(f"broken JSON: {error}") from None
-            return parse_record(
-                record, index=index, location=location, image_root=self.image_root or file.path.parent
-            )
+            return parse_record(record, index=index, location=location, image_root=self.image_root or file.path.parent)
         except SampleError as error:
             known = record if isinstance(record, dict) else {}
             sample_id = str(known.get("id", ""))
@@ -421,7 +423,9 @@ def _decompressed(path: Path, stream: BinaryIO) -> BinaryIO:
 
 
 def _index_lines(path: Path, stream: BinaryIO) -> tuple[list[tuple[int, int]], list[int]]:
-    ranges, lines, offset = [], [], 0
+    ranges: list[tuple[int, int]] = []
+    lines: list[int] = []
+    offset = 0
     for number, line in enumerate(stream, start=1):
         if line.strip():
             ranges.append((offset, offset + len(line)))
@@ -437,7 +441,8 @@ def _index_array(path: Path, stream: BinaryIO) -> tuple[list[tuple[int, int]], l
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text: {error}") from None
     decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
-    ranges, lines = [], []
+    ranges: list[tuple[int, int]] = []
+    lines: list[int] = []
     at = text.index("[") + 1
     byte, line, counted = 0, 1, 0
     while True:

@@ -234,7 +234,11 @@ def idefics3() -> tuple[Any, Any]:
     specials += [f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)]
     backend = byte_bpe(["<|endoftext|>", *specials])
     tokenizer = fast(
-        backend, IDEFICS.replace("IMAGE", "<image>"), specials=specials, eos="<end_of_utterance>", bos_token="<|begin_of_text|>"
+        backend,
+        IDEFICS.replace("IMAGE", "<image>"),
+        specials=specials,
+        eos="<end_of_utterance>",
+        bos_token="<|begin_of_text|>",
     )
     config = transformers.Idefics3Config(
         text_config=_text(tokenizer, model_type="llama"),
@@ -263,7 +267,9 @@ def gemma3() -> tuple[Any, Any]:
         extra_special_tokens=extra,
     )  # fmt: skip
     config = transformers.Gemma3Config(
-        text_config=_text(tokenizer, head_dim=16, query_pre_attn_scalar=16, sliding_window=32, sliding_window_pattern=2),
+        text_config=_text(
+            tokenizer, head_dim=16, query_pre_attn_scalar=16, sliding_window=32, sliding_window_pattern=2
+        ),
         vision_config=dict(VISION, image_size=56, patch_size=14, vision_use_head=False),
         mm_tokens_per_image=4,
         image_token_index=tokenizer.image_token_id,

@@ -100,8 +100,8 @@ def _top_k(
         values, ids = logits.topk(k, dim=-1)
         target = logits.gather(1, targets[chunk, None])[:, 0]
         pieces.append((ids.int().cpu(), values.cpu(), logits.logsumexp(-1).cpu(), target.cpu()))
-    ids, values, logsumexp, target = (torch.cat(part).numpy() for part in zip(*pieces, strict=True))
-    return ids, values, logsumexp, target
+    columns = [torch.cat(part).numpy() for part in zip(*pieces, strict=True)]
+    return columns[0], columns[1], columns[2], columns[3]
 
 
 def _chunks(rows: int, size: int) -> Iterator[slice]:

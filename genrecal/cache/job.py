@@ -135,9 +135,7 @@ def _run_shard(
     """One shard from its input records to its commit."""
     question_codec = None if options.question_codec == "none" else CODECS[options.question_codec]
     skipped = report.skipped
-    with ShardWriter(
-        cache, shard, answer_codec=CODECS[options.answer_codec], question_codec=question_codec
-    ) as writer:
+    with ShardWriter(cache, shard, answer_codec=CODECS[options.answer_codec], question_codec=question_codec) as writer:
         for start in range(records.start, records.stop, LOOKAHEAD):
             window = [samples[i] for i in range(start, min(start + LOOKAHEAD, records.stop))]
             for sample, result in zip(window, _run_window(teacher, window, options, report), strict=True):
@@ -320,5 +318,3 @@ def _check_skipped(skipped: int, total: int, options: CacheOptions, report: Cach
             f"{skipped} of {total} samples cannot be used, over the limit of {options.max_skip:.2%} (--max-skip)"
             + (f": {most}" if most else f"; `genrecal inspect {report.cache}` lists the reasons")
         )
-
-

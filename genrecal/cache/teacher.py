@@ -36,9 +36,7 @@ class Teacher(Protocol):
     def encode(self, sample: Sample, *, max_tokens: int | None) -> Encoded:
         """Render a sample. Raises SampleError if this teacher cannot take it."""
 
-    def states(
-        self, batch: Sequence[Encoded], *, questions: Sequence[bool], top_k: int
-    ) -> list[States | SampleError]:
+    def states(self, batch: Sequence[Encoded], *, questions: Sequence[bool], top_k: int) -> list[States | SampleError]:
         """Run the body over a batch; a sample whose states cannot be used gives its error instead."""
 
     def prove(self, encoded: Encoded) -> None:
@@ -62,9 +60,7 @@ class HFTeacher:
         return self.vlm.renderer.encode(sample, max_tokens=max_tokens)
 
     @torch.inference_mode()
-    def states(
-        self, batch: Sequence[Encoded], *, questions: Sequence[bool], top_k: int
-    ) -> list[States | SampleError]:
+    def states(self, batch: Sequence[Encoded], *, questions: Sequence[bool], top_k: int) -> list[States | SampleError]:
         hidden = self.vlm.hidden(self.vlm.renderer.collate(batch))
         results: list[States | SampleError] = []
         for encoded, rows, wants_question in zip(batch, hidden, questions, strict=True):

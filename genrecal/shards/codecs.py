@@ -60,9 +60,7 @@ def _expect_width(column: np.ndarray, width: int, name: str) -> None:
 
 CODECS = {
     codec.name: codec
-    for codec in (
-        Codec(name="bf16", columns=("hidden_hi", "hidden_lo"), encode=_encode_bf16, decode=_decode_bf16),
-    )
+    for codec in (Codec(name="bf16", columns=("hidden_hi", "hidden_lo"), encode=_encode_bf16, decode=_decode_bf16),)
 }
 
 

@@ -94,5 +94,7 @@ def read_manifest(path: Path) -> tuple[pa.Table, dict[str, Any]]:
         facts = json.loads((table.schema.metadata or {})[METADATA_KEY])
         table = table.select(SCHEMA.names).cast(SCHEMA)
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        raise DamageError(f"{path}: not a readable manifest: {error}; delete it and run `genrecal cache` again") from None
+        raise DamageError(
+            f"{path}: not a readable manifest: {error}; delete it and run `genrecal cache` again"
+        ) from None
     return table, facts

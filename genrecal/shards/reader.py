@@ -135,7 +135,8 @@ class CachedRecord:
         """The conversation, its pictures in memory."""
         content = json.loads(self.read(self._member(".json")))
         images = [
-            ImageSource(data=self.read(member), suffix=member["name"].rsplit(".", 1)[1]) for member in self._image_members
+            ImageSource(data=self.read(member), suffix=member["name"].rsplit(".", 1)[1])
+            for member in self._image_members
         ]
         return Sample.from_json(self.key, content, images)
 
@@ -202,7 +203,9 @@ class CachedRecord:
         for member in self.row["members"]:
             if member["name"] == name:
                 return dict(member)
-        raise DamageError(f"{manifest_path(self.cache.path, self.row['shard'])}: sample {self.key} has no member {name}")
+        raise DamageError(
+            f"{manifest_path(self.cache.path, self.row['shard'])}: sample {self.key} has no member {name}"
+        )
 
     def _where(self, member: dict[str, Any]) -> str:
         return f"{tar_path(self.cache.path, member['tier'], self.row['shard'])}: member {member['name']}"

@@ -44,7 +44,9 @@ class ShardWriter:
         self.answer_codec, self.question_codec = answer_codec, question_codec
         self.rows: list[ManifestRow] = []
         self._tars = {
-            tier: _Tar(tar_path(cache, tier, shard)) for tier in TIERS if tier == "samples" or question_codec is not None
+            tier: _Tar(tar_path(cache, tier, shard))
+            for tier in TIERS
+            if tier == "samples" or question_codec is not None
         }
 
     def add(self, record: Record, images: list[bytes]) -> None:
@@ -55,6 +57,7 @@ class ShardWriter:
         for number, (source, data) in enumerate(zip(sample.images, images, strict=True)):
             members.append(self._member("samples", f"{sample.key}.{number}.{source.suffix}", data))
         members.append(self._member("samples", f"{sample.key}.answer.arrow", to_arrow(answer, self.answer_codec)))
+        statistics: dict[str, Any] = _answer_statistics(answer)
         has_question = record.question is not None and self.question_codec is not None
         if has_question:
             assert record.question is not None and self.question_codec is not None
@@ -74,7 +77,7 @@ class ShardWriter:
                 question_tokens=_question_tokens(answer),
                 answer_tokens=int(answer.predicts.sum()),
                 has_question=has_question,
-                **_answer_statistics(answer),
+                **statistics,
             )
         )
 
@@ -117,7 +120,9 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for tar in self._tars.values():
             tar.discard()
 

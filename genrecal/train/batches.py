@@ -178,7 +178,9 @@ def _add_teacher_part(batch: MicroBatch, encoded: Sequence[Encoded], records: Se
     answers = [record.answer for record in records]
     lengths = [_turn_lengths(record) for record in records]
     own = [np.diff(a.turn, prepend=a.turn[0] - 1) == 0 for a in answers]  # not a turn's first row
-    batch.answer_states = torch.from_numpy(np.concatenate([a.hidden[mask] for a, mask in zip(answers, own, strict=True)]))
+    batch.answer_states = torch.from_numpy(
+        np.concatenate([a.hidden[mask] for a, mask in zip(answers, own, strict=True)])
+    )
     questions = [
         [np.arange(s, e) + number * length for s, e, is_answer in item.segments() if not is_answer]
         for number, item in enumerate(encoded)
@@ -269,7 +271,9 @@ def micro_batch_stream(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch's advice on the number of workers
         loader = iter(
-            DataLoader(builder, sampler=sampler, batch_size=None, num_workers=workers, prefetch_factor=2 if workers else None)
+            DataLoader(
+                builder, sampler=sampler, batch_size=None, num_workers=workers, prefetch_factor=2 if workers else None
+            )
         )
     for start, end in ranges:
         yield [next(loader) for _ in range(-(-(end - start) // batch_size))]

@@ -26,7 +26,12 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_checkpoint(
-    folder: Path, stage: int, step: int, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, keep: int
+    folder: Path,
+    stage: int,
+    step: int,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    keep: int,
 ) -> Path:
     """Write `stageN-stepS` under `folder` and remove all but the newest `keep` of that stage."""
     path = folder / f"stage{stage}-step{step:08d}"

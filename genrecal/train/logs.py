@@ -45,7 +45,11 @@ class RunLog:
     def __init__(self, run: Path, stage: int, *, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        kept = [line for line in read_metrics(run) if line["stage"] < stage or (line["stage"] == stage and line["step"] < first_step)]
+        kept = [
+            line
+            for line in read_metrics(run)
+            if line["stage"] < stage or (line["stage"] == stage and line["step"] < first_step)
+        ]
         write_whole(run / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.stage = stage
         self._file = (run / METRICS_FILE).open("a")
@@ -60,6 +64,8 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._file.close()
         self._board.close()

@@ -13,7 +13,13 @@ from genrecal.progress import Progress
 from genrecal.shards.order import SampleOrder
 from genrecal.shards.reader import Cache
 from genrecal.train.batches import BatchBuilder, LiveSource, MicroBatch, RecordSource, ShardSource, micro_batch_stream
-from genrecal.train.checkpoint import copy_weights, find_checkpoints, load_checkpoint, save_checkpoint, trained_parameters
+from genrecal.train.checkpoint import (
+    copy_weights,
+    find_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    trained_parameters,
+)
 from genrecal.train.config import StageConfig, TrainConfig
 from genrecal.train.logs import RunLog, term_means
 from genrecal.train.recalibrator import Recalibrator
@@ -89,7 +95,10 @@ def _train_stage(run: Run, cache: Cache, stage: int, source: RecordSource) -> No
     checkpoints = find_checkpoints(run.checkpoints, stage)
     first_step = load_checkpoint(checkpoints[-1], parameters, optimizer) if checkpoints else 0
     builder = BatchBuilder(
-        _Subset(source, plan.indices), distiller.student.renderer, wanted_by(stage, config), max_tokens=config.max_tokens
+        _Subset(source, plan.indices),
+        distiller.student.renderer,
+        wanted_by(stage, config),
+        max_tokens=config.max_tokens,
     )
     stream = micro_batch_stream(
         builder,
@@ -136,9 +145,7 @@ class _Subset:
         return self.source.fetch([int(self.indices[i]) for i in indices], teacher=teacher, questions=questions)
 
 
-def build_distiller(
-    run: Run, cache: Cache, stage: int, device: torch.device, compute_dtype: torch.dtype
-) -> Distiller:
+def build_distiller(run: Run, cache: Cache, stage: int, device: torch.device, compute_dtype: torch.dtype) -> Distiller:
     """The student as the stage before left it, what the stage trains, and the frozen head.
 
     Trained parameters are float32; frozen ones take the compute dtype.
@@ -212,7 +219,9 @@ def train_step(
         with torch.autocast(device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32):
             output = distiller(batch.to(device, compute_dtype), denominators)
         if not torch.isfinite(output.loss):
-            raise TrainingError(f"the loss is {output.loss.item()} on samples {', '.join(batch.keys)}; nothing was updated")
+            raise TrainingError(
+                f"the loss is {output.loss.item()} on samples {', '.join(batch.keys)}; nothing was updated"
+            )
         output.loss.backward()
         outputs.append(output)
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm or float("inf"))

@@ -7,6 +7,7 @@ Letters: N rows, D hidden size, V head rows, k stored logits a row.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,9 +84,18 @@ class _FrozenHeadLosses(torch.autograd.Function):
     """Works out the gradient while the logits of a chunk exist; backward only scales it."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx, hidden, head, target_ids, topk_ids, topk_log_probs, teacher_hidden, ce_weight, kl_weight, chunk_rows
-    ):
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: FrozenHead,
+        target_ids: torch.Tensor,
+        topk_ids: torch.Tensor | None,
+        topk_log_probs: torch.Tensor | None,
+        teacher_hidden: torch.Tensor | None,
+        ce_weight: float,
+        kl_weight: float,
+        chunk_rows: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         num_rows = hidden.shape[0]
         ce = torch.zeros(num_rows, dtype=torch.float32, device=hidden.device)
         kl = torch.zeros_like(ce)
@@ -97,12 +107,11 @@ class _FrozenHeadLosses(torch.autograd.Function):
             log_q = logits.sub_(logits.logsumexp(-1, keepdim=True))
             ids = target_ids[rows, None]
             ce[rows] = -log_q.gather(1, ids)[:, 0]
-            if topk_ids is not None:
+            d_kl: torch.Tensor | None = None
+            if topk_ids is not None and topk_log_probs is not None:
                 kl[rows], d_kl = _topk_kl(log_q, topk_ids[rows], topk_log_probs[rows], gradient is not None)
             elif teacher_hidden is not None:
                 kl[rows], d_kl = _exact_kl(log_q, head, teacher_hidden[rows], gradient is not None)
-            else:
-                d_kl = None
             if gradient is None:
                 continue
             d_logits = log_q.exp_()  # softmax(z)
@@ -118,7 +127,7 @@ class _FrozenHeadLosses(torch.autograd.Function):
         return ce_weight * ce + kl_weight * kl, ce, kl
 
     @staticmethod
-    def backward(ctx, d_weighted, *_):  # type: ignore[override]
+    def backward(ctx: Any, d_weighted: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         gradient = ctx.gradient
         return (gradient * d_weighted[:, None].to(gradient.dtype), *(None,) * 8)
 

@@ -1,9 +1,9 @@
 """A run's folder, and what a stage starts from.
 
-    RUN/run.json                    the whole configuration, the student, the cache and its digest, versions
-    RUN/metrics.jsonl, tensorboard/ every term of every step
-    RUN/checkpoints/stageN-stepS/   to go on from
-    RUN/stageN/trained.safetensors  a finished stage's result: every parameter it trained
+RUN/run.json                    the whole configuration, the student, the cache and its digest, versions
+RUN/metrics.jsonl, tensorboard/ every term of every step
+RUN/checkpoints/stageN-stepS/   to go on from
+RUN/stageN/trained.safetensors  a finished stage's result: every parameter it trained
 """
 
 import dataclasses
@@ -128,7 +128,9 @@ class Run:
         try:
             content = json.loads((path / RUN_FILE).read_text())
         except (OSError, ValueError) as error:
-            raise UsageError(f"{path}: not a run: {RUN_FILE}: {error}; `genrecal train --out {path}` makes one") from None
+            raise UsageError(
+                f"{path}: not a run: {RUN_FILE}: {error}; `genrecal train --out {path}` makes one"
+            ) from None
         return cls(
             path=path,
             config=_build(TrainConfig(), content["config"], ""),

@@ -10,7 +10,7 @@ from genrecal.errors import ModelError
 from genrecal.shards.head import FrozenHead
 from genrecal.train.batches import MicroBatch, Splice, Wanted
 from genrecal.train.config import LoraConfig, LossConfig, TrainConfig
-from genrecal.train.losses import Exact, Target, TopK, chunked_cross_entropy, head_losses
+from genrecal.train.losses import Exact, RowLosses, Target, TopK, chunked_cross_entropy, head_losses
 from genrecal.train.recalibrator import Recalibrator
 from genrecal.vlm.loading import VLM
 
@@ -97,7 +97,8 @@ class Distiller(nn.Module):
             loss = loss + losses.weighted.sum() / denominators.teacher_rows
             log("ce", losses.ce, batch.first)
             log("kl", losses.kl, batch.first)
-            if self.stage == 1 and batch.reg_splice is not None and batch.question_states is not None:
+            if self.stage == 1 and batch.reg_splice is not None:
+                assert batch.question_states is not None and batch.reg_rows is not None
                 questions = self.recalibrator.rec_proj_pre(batch.question_states)  # [Q, D_s]
                 rows = self._recalibrated(questions, answers, batch.reg_splice)
                 losses = self._losses(rows, batch, batch.reg_rows)
@@ -125,7 +126,7 @@ class Distiller(nn.Module):
         recalibrated = self.recalibrator(source[splice.rows])
         return recalibrated.flatten(0, 1)[splice.predicts]
 
-    def _losses(self, rows: torch.Tensor, batch: MicroBatch, which: slice | torch.Tensor):  # noqa: ANN202
+    def _losses(self, rows: torch.Tensor, batch: MicroBatch, which: slice | torch.Tensor) -> RowLosses:
         assert self.head is not None and batch.target_ids is not None and batch.topk_ids is not None
         target: Target
         if batch.exact_states is not None:

@@ -127,9 +127,7 @@ class Renderer:
         answer = Message(role="assistant", parts=("a",))
         encoded = self.encode_messages([*messages, answer], images)
         length = len(encoded) - encoded.answer_lengths[-1]
-        return {
-            name: value[:, :length] if name in self.text_keys else value for name, value in encoded.inputs.items()
-        }
+        return {name: value[:, :length] if name in self.text_keys else value for name, value in encoded.inputs.items()}
 
     def _insert_answers(
         self,
@@ -191,7 +189,9 @@ class Renderer:
             if number == num_answers:
                 return text + marks.end_of_turn, ordinals
             if not piece.endswith(marks.header + marks.answer_prefix):
-                raise SampleError(f"turn {number + 1}: the chat template does not open the answer as it did in the probe")
+                raise SampleError(
+                    f"turn {number + 1}: the chat template does not open the answer as it did in the probe"
+                )
             text += piece[: len(piece) - len(marks.header + marks.answer_prefix)] + marks.prompt
         raise AssertionError("a conversation has at least one answer")
 
@@ -221,7 +221,9 @@ class Renderer:
 
     # ------------------------------------------------------------------------------------------------------- batches
 
-    def collate(self, batch: Sequence[Encoded | dict[str, torch.Tensor]], *, padding_side: str = "right") -> dict[str, Any]:
+    def collate(
+        self, batch: Sequence[Encoded | dict[str, torch.Tensor]], *, padding_side: str = "right"
+    ) -> dict[str, Any]:
         """Conversations -> one batch, as the processor itself would have made of them all.
 
         Text tensors are padded to `[B, L]`. Pictures' tensors are either joined along their first axis (those that have
@@ -235,7 +237,9 @@ class Renderer:
             padded = torch.full((len(rows), length), fill, dtype=rows[0][name].dtype)
             for number, row in enumerate(rows):
                 used = row[name].shape[1]
-                padded[number, slice(0, used) if padding_side == "right" else slice(length - used, length)] = row[name][0]
+                padded[number, slice(0, used) if padding_side == "right" else slice(length - used, length)] = row[name][
+                    0
+                ]
             result[name] = padded
         for name in dict.fromkeys(name for row in rows for name in row if name not in self.text_keys):
             result[name] = self._join([row.get(name) for row in rows], per_sample=name in self._per_sample_keys)
@@ -246,7 +250,9 @@ class Renderer:
         present = [value for value in values if value is not None]
         widest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in present), strict=True)]
         if per_sample:
-            values = [value if value is not None else present[0].new_zeros((1, *present[0].shape[1:])) for value in values]
+            values = [
+                value if value is not None else present[0].new_zeros((1, *present[0].shape[1:])) for value in values
+            ]
             present = [value for value in values if value is not None]
         padded = []
         for value in present:
@@ -317,7 +323,9 @@ class Renderer:
         names = [name for name in short.inputs if name not in self.text_keys]
         for name in names:
             if short.inputs[name].shape != long.inputs[name].shape:
-                raise ModelError(f"the processor's {name} depends on the text's length, so answers cannot be put in later")
+                raise ModelError(
+                    f"the processor's {name} depends on the text's length, so answers cannot be put in later"
+                )
         return frozenset(name for name in names if short.inputs[name].shape[0] == 1)
 
 

@@ -1,0 +1,339 @@
+"""The command line: parse, call one run function, print errors. Heavy libraries are imported by the command that needs them."""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import genrecal
+from genrecal.errors import GenrecalError, UsageError
+
+app = typer.Typer(
+    help="Cache a large vision-language model's states once, then distil it into small models from the shards.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console(soft_wrap=True)
+
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a checkpoint.")
+]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+def main() -> None:
+    """Entry point. Exit status 0 done, 1 failed or found damage, 2 wrong usage; no traceback without --debug."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rendering may run in forked workers
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app()
+    except GenrecalError as error:
+        if debug:
+            raise
+        message = " ".join(str(error).split())
+        sys.stderr.write(f"genrecal: error: {message}\n")
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        sys.stderr.write("genrecal: interrupted; run the same command again to go on from what is finished\n")
+        sys.exit(130)
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=lambda value: _version(value), help="Print the version."),
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Options of every command."""
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"genrecal {genrecal.__version__}")
+        raise typer.Exit
+
+
+# ------------------------------------------------------------------------------------------------------------------ cache
+
+
+@app.command()
+def cache(
+    teacher: Annotated[str, typer.Option(help="Teacher model: a folder or a hub name.")],
+    data: Annotated[
+        list[Path], typer.Option(help="LLaVA json or chat jsonl, may be .zst; may be given several times.")
+    ],
+    out: Annotated[Path, typer.Option(help="Cache directory; an unfinished one is resumed.")],
+    image_root: Annotated[
+        Path | None, typer.Option(help="Where relative image paths start; else the data's folder.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Use the first N records only.", min=1)] = None,
+    top_k: Annotated[int, typer.Option(help="Logits kept for each answer token.")] = 64,
+    answer_codec: Annotated[str, typer.Option(help="How answer states are written: bf16.")] = "bf16",
+    question_codec: Annotated[str, typer.Option(help="How question states are written: bf16, or none.")] = "bf16",
+    question_fraction: Annotated[float, typer.Option(help="Share of samples whose question states are kept.")] = 1.0,
+    question_seed: Annotated[int, typer.Option(help="Which samples those are.")] = 0,
+    samples_per_shard: Annotated[int, typer.Option(help="Input records a shard.")] = 256,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a teacher batch, padding included.")] = 16384,
+    max_tokens: Annotated[int, typer.Option(help="Skip conversations longer than this; 0 for no limit.")] = 0,
+    max_skip: Annotated[float, typer.Option(help="Fail when more than this share of the input is skipped.")] = 0.01,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Run the teacher once over the data and write its states as shards."""
+    from genrecal.cache.job import CacheOptions, run_cache_job
+    from genrecal.samples import open_samples
+
+    settings = CacheOptions(
+        top_k=top_k,
+        answer_codec=answer_codec,
+        question_codec=question_codec,
+        question_fraction=question_fraction,
+        question_seed=question_seed,
+        samples_per_shard=samples_per_shard,
+        batch_tokens=batch_tokens,
+        max_tokens=max_tokens,
+        max_skip=max_skip,
+    )
+    samples = open_samples(data, image_root=image_root, limit=limit)
+    report = run_cache_job(_teacher(teacher, dtype, device, trust_remote_code), samples, out, settings)
+    for reason, count in report.reasons.most_common(10):
+        console.print(f"skipped {count}: {reason}", style="yellow")
+    console.print(
+        f"{out}: {report.cached} samples cached, {report.skipped} skipped; "
+        f"{report.shards_done} shards written, {report.shards_found} were there"
+    )
+
+
+def _teacher(path: str, dtype: str, device: str, trust_remote_code: bool) -> Any:
+    from genrecal.cache.teacher import HFTeacher
+
+    return HFTeacher.load(path, dtype=_dtype(dtype), device=_device(device), trust_remote_code=trust_remote_code)
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    names = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in names:
+        raise UsageError(f"--dtype {name!r}: expected one of {', '.join(names)}")
+    return names[name]
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {name!r}: this machine has no CUDA device")
+    return name
+
+
+# ---------------------------------------------------------------------------------------------------------------- inspect
+
+
+@app.command()
+def inspect(
+    cache: Annotated[Path, typer.Argument(help="Cache directory.")],
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a cache holds."""
+    from genrecal.shards.inspect import summarize
+    from genrecal.shards.reader import open_cache
+
+    summary = summarize(open_cache(cache))
+    if json_:
+        typer.echo(json.dumps(dataclasses.asdict(summary), indent=2, ensure_ascii=False))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    finished, planned = summary.shards
+    state = "complete" if finished == planned else "unfinished"
+    rows: list[tuple[str, str]] = [
+        ("cache", f"{summary.path} (format {summary.format_version})"),
+        ("teacher", f"{summary.teacher['name']}, {summary.teacher['dtype']}, D {summary.hidden_size}, V {summary.head_rows}"),
+        ("shards", f"{finished} of {planned}, {state}"),
+        ("samples", f"{summary.cached} cached, {summary.skipped} skipped"),
+        *((f"  {name or '(no category)'}", str(count)) for name, count in summary.categories.items()),
+        *((f"  skipped: {reason}", str(count)) for reason, count in summary.skip_reasons.items()),
+        ("turns, images", f"{summary.turns}, {summary.images}"),
+        ("tokens", f"{summary.question_tokens} question, {summary.answer_tokens} answer"),
+        ("states", f"answers {summary.codecs['answer']}, questions {summary.codecs['question']} "
+                   f"({summary.with_question} of {summary.cached} samples), top-{summary.top_k} logits"),
+        *((f"  {name}", _size(count)) for name, count in summary.bytes.items()),
+        ("teacher on the given answers", f"log-probability {summary.log_prob:.3f} nats a token, entropy "
+                                         f"{summary.entropy:.3f}, top-1 agreement {summary.top1_agreement:.1%}"),
+    ]  # fmt: skip
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1000
+    return f"{value:.2f} TB"
+
+
+# ------------------------------------------------------------------------------------------------------------------ train
+
+
+@app.command()
+def train(
+    cache: Annotated[Path, typer.Option(help="Cache directory.")],
+    student: Annotated[str, typer.Option(help="Student model: a folder or a hub name.")],
+    out: Annotated[Path, typer.Option(help="Run directory; an unfinished run of the same settings goes on.")],
+    stages: Annotated[str, typer.Option(help="Stages to train, such as 1,2,3 or 2.")] = "1,2,3",
+    objective: Annotated[str | None, typer.Option(help="genrecal or sft; the same as --set objective=...")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="One setting, such as stage1.lr=2e-4.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="live:MODEL runs that teacher beside the student in place of the shards.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Train a student from a cache, in three stages."""
+    from genrecal.train.config import load_config
+    from genrecal.train.loop import resolve_device, train
+    from genrecal.train.run import Run
+
+    numbers = _stages(stages)
+    settings = load_config(config, [*(set_ or []), *([f"objective={objective}"] if objective else [])])
+    if teacher is not None and not teacher.startswith("live:"):
+        raise UsageError(f"--teacher {teacher!r}: expected live:MODEL")
+    run = Run(
+        path=out,
+        config=settings,
+        student=student,
+        cache=cache,
+        teacher=teacher or "cache",
+        trust_remote_code=trust_remote_code,
+    )
+    live = (
+        _live_teacher(teacher.removeprefix("live:"), cache, str(resolve_device(settings)), trust_remote_code)
+        if teacher
+        else None
+    )
+    train(run, stages=numbers, live_teacher=live)
+    console.print(
+        f"{out}: stage {run.last_finished_stage()} finished; `genrecal export {out} --out DIR` writes the student"
+    )
+
+
+def _stages(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not set(numbers) <= {1, 2, 3}:
+        raise UsageError(f"--stages {text!r}: expected numbers from 1 to 3 with commas, such as 1,2,3")
+    return numbers
+
+
+def _live_teacher(path: str, cache: Path, device: str, trust_remote_code: bool) -> Any:
+    """The co-resident teacher; with the cache's dtype and head, or else it is another teacher."""
+    from genrecal.cache.teacher import LiveTeacher
+    from genrecal.shards.reader import open_cache
+
+    opened = open_cache(cache)
+    teacher = _teacher(path, opened.description["teacher"]["dtype"], device, trust_remote_code)
+    if not teacher.head.weight.cpu().equal(opened.head().weight):
+        raise UsageError(f"--teacher live:{path}: its head is not the one that the cache {cache} was made with")
+    return LiveTeacher(teacher, top_k=opened.description["top_k"])
+
+
+# ------------------------------------------------------------------------------------------------------- export, evaluate
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoint; must not exist.")],
+    cache: Annotated[Path | None, typer.Option(help="Cache to check outputs on, if it has moved.")] = None,
+    stage: Annotated[int | None, typer.Option(help="Stage to export; else the last finished.", min=2, max=3)] = None,
+) -> None:
+    """Write the trained student as a stock Hugging Face checkpoint."""
+    from genrecal.train.export import export
+    from genrecal.train.run import Run
+
+    done = export(Run.open(run), out, cache=cache, stage=stage)
+    console.print(
+        f"{out}: the student after stage {done}; reloaded, its logits and greedy answers are the trained one's"
+    )
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="Model folder or hub name.")],
+    data: Annotated[list[Path], typer.Option(help="Data files, as for cache.")],
+    metric: Annotated[str, typer.Option(help="auto, exact, relaxed, anls or choice.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Write the predictions here, as jsonl.")] = None,
+    image_root: Annotated[Path | None, typer.Option(help="Where relative image paths start.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use the first N records only.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples at a time.", min=1)] = 8,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer; else the generation config's.", min=1)
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Generate answers and score them."""
+    from genrecal.samples import open_samples
+    from genrecal.train.evaluate import evaluate, save_evaluation
+    from genrecal.vlm.loading import load_vlm
+
+    samples = open_samples(data, image_root=image_root, limit=limit)
+    vlm = load_vlm(model, dtype=_dtype(dtype), device=_device(device), trust_remote_code=trust_remote_code)
+    result = evaluate(vlm, samples, metric=metric, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    if out is not None:
+        save_evaluation(result, out)
+    for where, why in result.skipped:
+        sys.stderr.write(f"skipped {where}: {why}\n")
+    scores = {"overall": result.overall, **result.by_category}
+    if json_:
+        typer.echo(json.dumps({name: dataclasses.asdict(score) for name, score in scores.items()}, indent=2))
+        return
+    table = Table("category", "questions", "accuracy", "answer log-loss, nats", box=None, pad_edge=False)
+    for name, score in scores.items():
+        table.add_row(
+            name or "(no category)",
+            str(score.n),
+            f"{score.accuracy:.1%} ± {score.accuracy_error:.1%}",
+            f"{score.log_loss:.3f} ± {score.log_loss_error:.3f}",
+        )
+    console.print(table)
+
+
+# ------------------------------------------------------------------------------------------------------------------- demo
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the cache, the runs and the report.")] = Path("demo-out"),
+    seed: Annotated[int, typer.Option(help="Of the data, the order and the Recalibrator.")] = 0,
+) -> None:
+    """Run the whole pipeline on bundled data and tiny models, on a CPU."""
+    from genrecal.demo.pipeline import run_demo
+
+    run_demo(out, seed=seed, say=console.print)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Generate answers with a model's own generation settings, and score them: accuracy by category, and answer log-loss."""
+
+import copy
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from genrecal.errors import DataError, SampleError, UsageError
+from genrecal.progress import Progress
+from genrecal.samples import BadRecord, Sample, SampleSet, decode_image
+from genrecal.shards.layout import write_whole
+from genrecal.train.scores import METRICS, metric_for
+from genrecal.vlm.loading import VLM
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One question's outcome. `log_loss`: -log p(answer and end of turn), nats, teacher-forced on the turns before."""
+
+    key: str
+    turn: int
+    category: str
+    question: str
+    answer: str
+    prediction: str
+    metric: str
+    score: float
+    log_loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A mean over `n` questions with its standard error."""
+
+    n: int
+    accuracy: float
+    accuracy_error: float
+    log_loss: float
+    log_loss_error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """All predictions, and scores overall and by category; `skipped`: (location, reason) of records not asked."""
+
+    predictions: list[Prediction]
+    overall: Score
+    by_category: dict[str, Score]
+    skipped: list[tuple[str, str]]
+
+
+def evaluate(
+    model: VLM,
+    samples: SampleSet | Sequence[Sample | BadRecord],
+    *,
+    metric: str = "auto",
+    batch_size: int = 8,
+    max_new_tokens: int | None = None,
+    title: str = "evaluate",
+) -> Evaluation:
+    """Ask every user turn with the right answers of the turns before it, and score what is generated.
+
+    Args:
+        metric: a name in `genrecal.train.scores.METRICS`, or "auto": by the form of each answer.
+        max_new_tokens: longest answer; None takes the model's generation config, or 256 where that sets none.
+
+    Raises:
+        UsageError: no such metric. DataError: no sample can be used.
+    """
+    if metric != "auto" and metric not in METRICS:
+        raise UsageError(f"--metric {metric!r}: expected auto or one of {', '.join(METRICS)}")
+    predictions: list[Prediction] = []
+    skipped: list[tuple[str, str]] = []
+    with Progress(title, len(samples), "samples") as progress:
+        for start in range(0, len(samples), batch_size):
+            batch = []
+            for number in range(start, min(start + batch_size, len(samples))):
+                sample = samples[number]
+                if isinstance(sample, BadRecord):
+                    skipped.append((sample.location, sample.reason))
+                    continue
+                try:
+                    batch.append(_Asked.prepare(model, sample))
+                except SampleError as error:
+                    skipped.append((sample.location or sample.key, str(error)))
+            if batch:
+                predictions += _answer(model, batch, metric, max_new_tokens)
+            progress.advance(min(batch_size, len(samples) - start))
+    if not predictions:
+        where, why = skipped[0] if skipped else ("the data", "it holds no samples")
+        raise DataError(f"nothing to evaluate: {where}: {why}")
+    categories = dict.fromkeys(prediction.category for prediction in predictions)
+    return Evaluation(
+        predictions=predictions,
+        overall=_score(predictions),
+        by_category={c: _score([p for p in predictions if p.category == c]) for c in sorted(categories)},
+        skipped=skipped,
+    )
+
+
+def save_evaluation(evaluation: Evaluation, path: Path) -> None:
+    """Write predictions as jsonl, one question a line."""
+    lines = [json.dumps(asdict(prediction), ensure_ascii=False) for prediction in evaluation.predictions]
+    write_whole(path, ("\n".join(lines) + "\n").encode())
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A sample with its prompts, one a turn, and its teacher-forced rendering."""
+
+    sample: Sample
+    prompts: list[dict[str, torch.Tensor]]
+    encoded: Any
+
+    @classmethod
+    def prepare(cls, model: VLM, sample: Sample) -> "_Asked":
+        pictures = [decode_image(image.read()) for image in sample.images]
+        encoded = model.renderer.encode_messages(sample.messages, pictures, key=sample.key)
+        return cls(sample, prompts_of(model, sample, pictures), encoded)
+
+
+def prompts_of(model: VLM, sample: Sample, pictures: Sequence[Image.Image]) -> list[dict[str, torch.Tensor]]:
+    """The prompt of each turn: everything before it, with the right answers of the turns before."""
+    prompts = []
+    for number, message in enumerate(sample.messages):
+        if message.role == "assistant":
+            before = sample.messages[:number]
+            count = sum(not isinstance(part, str) for m in before for part in m.parts)
+            prompts.append(model.renderer.encode_prompt(before, pictures[:count]))
+    return prompts
+
+
+@torch.inference_mode()
+def _answer(model: VLM, batch: Sequence[_Asked], metric: str, max_new_tokens: int | None) -> list[Prediction]:
+    prompts = [prompt for asked in batch for prompt in asked.prompts]
+    texts = generate(model, prompts, max_new_tokens=max_new_tokens)
+    losses = answer_log_losses(model, [asked.encoded for asked in batch])
+    predictions = []
+    for asked, sample_losses in zip(batch, losses, strict=True):
+        questions = [message.text for message in asked.sample.messages if message.role == "user"]
+        for turn, (question, answer) in enumerate(zip(questions, asked.sample.answers, strict=True)):
+            text, rule = texts.pop(0), metric_for(question, answer) if metric == "auto" else metric
+            predictions.append(
+                Prediction(
+                    key=asked.sample.key,
+                    turn=turn,
+                    category=asked.sample.category,
+                    question=question,
+                    answer=answer,
+                    prediction=text,
+                    metric=rule,
+                    score=METRICS[rule](text, answer),
+                    log_loss=sample_losses[turn],
+                )
+            )
+    return predictions
+
+
+@torch.inference_mode()
+def generate(model: VLM, prompts: Sequence[dict[str, torch.Tensor]], *, max_new_tokens: int | None = None) -> list[str]:
+    """Answers to prompts, by the model's own generation config; the template's end of turn always ends one."""
+    renderer = model.renderer
+    settings = copy.deepcopy(model.model.generation_config)
+    stops = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    settings.eos_token_id = sorted({stop for stop in stops if stop is not None} | {renderer.marks.end_of_turn_id})
+    settings.pad_token_id = renderer.tokenizer.pad_token_id or settings.eos_token_id[0]
+    if max_new_tokens is not None:
+        settings.max_new_tokens = max_new_tokens
+    elif settings.max_new_tokens is None:
+        settings.max_new_tokens = 256
+    inputs = model.on_device(renderer.collate(prompts, padding_side="left"))
+    ids = model.model.generate(**inputs, generation_config=settings)
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in renderer.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+@torch.inference_mode()
+def answer_log_losses(model: VLM, batch: Sequence[Any]) -> list[list[float]]:
+    """-log p of each turn's answer with its end of turn, nats, teacher-forced.
+
+    Summed over the answer, so that models with other tokenizers can be compared.
+    """
+    hidden = model.hidden(model.renderer.collate(batch))
+    losses = []
+    for encoded, states in zip(batch, hidden, strict=True):
+        turns = []
+        for start, end, is_answer in encoded.segments():
+            if is_answer:
+                logits = model.transform(model.head(states[start - 1 : end - 1])).float()
+                ids = torch.from_numpy(encoded.input_ids[start:end]).to(logits.device)
+                turns.append(F.cross_entropy(logits, ids, reduction="sum").item())
+        losses.append(turns)
+    return losses
+
+
+def _score(predictions: Sequence[Prediction]) -> Score:
+    """Means and standard errors; turns of one conversation share a picture, so errors are taken over conversations."""
+    groups: dict[str, list[Prediction]] = defaultdict(list)
+    for prediction in predictions:
+        groups[prediction.key].append(prediction)
+    accuracy, accuracy_error = _clustered([[p.score for p in group] for group in groups.values()])
+    log_loss, log_loss_error = _clustered([[p.log_loss for p in group] for group in groups.values()])
+    return Score(
+        n=len(predictions),
+        accuracy=accuracy,
+        accuracy_error=accuracy_error,
+        log_loss=log_loss,
+        log_loss_error=log_loss_error,
+    )
+
+
+def _clustered(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """The mean over all values, and its standard error with values of one group taken as dependent."""
+    count = sum(len(group) for group in groups)
+    mean = sum(map(sum, groups)) / count
+    residuals = np.array([sum(value - mean for value in group) for group in groups])
+    if len(groups) < 2:
+        return mean, math.nan
+    return mean, float(np.sqrt((residuals**2).sum() * len(groups) / (len(groups) - 1)) / count)
