@@ -63,20 +63,18 @@ def test_the_written_records_are_llava_records(tmp_path: pathlib.Path) -> None:
     records = json.loads(path.read_text(encoding="utf-8"))
     assert path == tmp_path / "data.json"
     assert len({record["id"] for record in records}) == len(records) == 300
+    shown = 0
     for record in records:
         names = record.get("image", [])
         names = [names] if isinstance(names, str) else names
-        marks = sum(message["value"].count("<image>") for message in record["conversations"])
-        assert marks == len(names)
-        assert [message["from"] for message in record["conversations"]] == ["human", "gpt"] * (
-            len(record["conversations"]) // 2
-        )
+        shown += len(names)
+        assert sum(message["value"].count("<image>") for message in record["conversations"]) == len(names)
+        senders = [message["from"] for message in record["conversations"]]
+        assert senders == ["human", "gpt"] * (len(senders) // 2)
         for name in names:
             with Image.open(tmp_path / name) as image:
                 assert (image.size, image.mode) == ((data.SIZE, data.SIZE), "RGB")
-    assert len(list((tmp_path / "images").iterdir())) == sum(
-        len(names) if isinstance(names := record.get("image", []), list) else 1 for record in records
-    )
+    assert len(list((tmp_path / "images").iterdir())) == shown
 
 
 def test_every_category_is_about_a_third(samples: list[data.Sample]) -> None:

@@ -1,0 +1,1 @@
+"""The whole pipeline on bundled data and tiny models."""

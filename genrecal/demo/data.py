@@ -1,0 +1,530 @@
+"""The demo's questions about pictures: three categories, small pictures, answers that follow from the pixels.
+
+The demo has to run offline on two CPU cores, so its data are made here: coloured shapes drawn with PIL,
+scikit-learn's real handwritten digits, and bar charts that matplotlib draws from scikit-learn's real tables. The
+digits and the table rows behind the ``test`` split never appear in ``train`` or ``pretrain``, so a test score is a
+held-out one. ``pretrain`` only describes what is in a picture (captions and reading); the questions that need
+knowledge or reasoning (invented names, sums, comparisons, counting) are left to ``train``: that is what a small model
+has still to learn when the distillation starts.
+
+Every sample draws from its own random stream, seeded by split, seed and index: the same arguments give the same bytes,
+and a longer data set begins with the shorter one.
+"""
+
+import functools
+import json
+import pathlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+from sklearn import datasets
+
+Split = Literal["train", "test", "pretrain"]
+SPLITS: tuple[Split, ...] = ("train", "test", "pretrain")
+KNOWLEDGE, SCIENCE, CHART = CATEGORIES = ("Knowledge", "Science & Math", "Chart & Document")
+
+SIZE = 64
+HALF = SIZE // 2
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (40, 70, 220),
+    "yellow": (235, 205, 40),
+    "black": (35, 35, 35),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+ROWS = ("top", "bottom")
+# One invented word for every colour and shape: nothing but memory can answer "What is the red object called?".
+_NAMES = (
+    "tamon",
+    "kelir",
+    "zudo",
+    "pevix",
+    "nahor",
+    "gribo",
+    "lumet",
+    "sokan",
+    "vidra",
+    "fumel",
+    "bexin",
+    "rolva",
+    "hupik",
+    "cadro",
+    "mizel",
+    "jonta",
+    "wekin",
+    "darpu",
+    "quvel",
+    "yosti",
+)
+OBJECT_NAMES = {
+    (color, shape): _NAMES[(7 * index + 3) % len(_NAMES)]
+    for index, (color, shape) in enumerate((c, s) for c in COLORS for s in SHAPES)
+}
+NUMBER_WORDS = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+)
+
+TABLES: dict[str, Callable[[], Any]] = {
+    "iris": datasets.load_iris,
+    "wine": datasets.load_wine,
+    "diabetes": datasets.load_diabetes,
+    "breast_cancer": datasets.load_breast_cancer,
+}
+MAX_LEVEL = 9
+LEVEL_PIXELS = 6
+BASELINE = 4
+BAR_WIDTH = 13
+BAR_SLOTS = 4
+HELD_OUT_EVERY = 5
+
+TEXT_ONLY_SHARE = 0.04
+TWO_IMAGES_SHARE = 0.05
+MULTI_TURN_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture and the facts it was drawn from: every question about it can be answered from the facts."""
+
+    category: str
+    source: str
+    image: Image.Image
+    facts: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its answer; ``kind`` is the question type, for reporting accuracy by type."""
+
+    kind: str
+    question: str
+    answer: str
+    new_image: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation with its pictures, in the order in which the turns show them."""
+
+    id: str
+    category: str
+    source: str
+    turns: tuple[Turn, ...]
+    images: tuple[Image.Image, ...] = field(default=(), repr=False)
+
+    def conversations(self) -> list[dict[str, str]]:
+        """The turns as LLaVA writes them: an image is shown where its ``<image>`` mark stands."""
+        messages: list[dict[str, str]] = []
+        for turn in self.turns:
+            question = f"<image>\n{turn.question}" if turn.new_image else turn.question
+            messages += [{"from": "human", "value": question}, {"from": "gpt", "value": turn.answer}]
+        return messages
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+
+
+def held_out(index: int) -> bool:
+    """Whether a digit or a table row belongs to the test split: every fifth one, so that writers and classes mix."""
+    return index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+
+
+def pool(size: int, split: Split) -> tuple[int, ...]:
+    """Indices of the digits (or of a table's rows) that a split may use; ``train`` and ``pretrain`` share theirs."""
+    return tuple(index for index in range(size) if held_out(index) == (split == "test"))
+
+
+@functools.cache
+def digit_images() -> tuple[np.ndarray, np.ndarray]:
+    """Scikit-learn's handwritten digits: pixels 0..16, shape [1797, 8, 8], and their labels."""
+    bunch = datasets.load_digits()
+    return bunch.images, bunch.target
+
+
+@functools.cache
+def table_levels(name: str) -> np.ndarray:
+    """A real table with every feature put on the chart's axis of 1..9 (5th to 95th percentile, then clipped)."""
+    values = np.asarray(TABLES[name]().data, dtype=np.float64)
+    low, high = np.percentile(values, [5, 95], axis=0)
+    scaled = (values - low) / np.maximum(high - low, 1e-9)
+    return (1 + np.rint(np.clip(scaled, 0, 1) * (MAX_LEVEL - 1))).astype(int)
+
+
+def _shade(color: str, rng: random.Random) -> tuple[int, int, int]:
+    red, green, blue = (min(255, max(0, value + rng.randint(-20, 20))) for value in COLORS[color])
+    return red, green, blue
+
+
+def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, center: tuple[int, int], radius: int, fill: Any) -> None:
+    x, y = center
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if shape == "circle":
+        draw.ellipse(box, fill=fill)
+    elif shape == "square":
+        draw.rectangle(box, fill=fill)
+    elif shape == "triangle":
+        draw.polygon([(x, y - radius), (x - radius, y + radius), (x + radius, y + radius)], fill=fill)
+    else:
+        draw.line(box, fill=fill, width=6)
+        draw.line((box[0], box[3], box[2], box[1]), fill=fill, width=6)
+
+
+def shapes_scene(rng: random.Random, split: Split) -> Scene:
+    """Up to four shapes of different colours on a grid of two by two; facts: (colour, shape) or None for each cell."""
+    del split  # drawn, not taken from a pool
+    image = Image.new("RGB", (SIZE, SIZE), (245, 245, 245))
+    draw = ImageDraw.Draw(image)
+    colors = rng.sample(list(COLORS), 4)
+    cells: list[tuple[str, str] | None] = [
+        None if rng.random() < 0.2 else (color, rng.choice(SHAPES)) for color in colors
+    ]
+    if not any(cells):
+        cells[rng.randrange(4)] = (colors[0], rng.choice(SHAPES))
+    for index, cell in enumerate(cells):
+        if cell is None:
+            continue
+        x = index % 2 * HALF + HALF // 2 + rng.randint(-1, 1)
+        y = index // 2 * HALF + HALF // 2 + rng.randint(-1, 1)
+        _draw_shape(draw, cell[1], (x, y), rng.randint(11, 13), _shade(cell[0], rng))
+    return Scene(KNOWLEDGE, "demo-shapes", image, tuple(cells))
+
+
+def digits_scene(rng: random.Random, split: Split) -> Scene:
+    """Two handwritten digits side by side above a ruled line; facts: the two labels."""
+    images, labels = digit_images()
+    indices = rng.choices(pool(len(labels), split), k=2)
+    page = np.zeros((SIZE, SIZE), dtype=np.uint8)
+    side = 28
+    for position, index in enumerate(indices):
+        ink = Image.fromarray((images[index] * (255 / 16)).astype(np.uint8)).resize(
+            (side, side), Image.Resampling.BILINEAR
+        )
+        y, x = 2 + rng.randint(-1, 1), position * HALF + 2 + rng.randint(-1, 1)
+        page[y : y + side, x : x + side] = np.asarray(ink)
+    page[44:46, 8:56] = 120
+    image = Image.fromarray(255 - page).convert("RGB")
+    return Scene(SCIENCE, "sklearn-digits", image, tuple(int(labels[index]) for index in indices))
+
+
+class _Chart:
+    """One matplotlib figure whose bars are moved for every chart: building a new one takes far longer."""
+
+    def __init__(self) -> None:
+        figure = Figure(figsize=(1.0, 1.0), dpi=SIZE)
+        self.canvas = FigureCanvasAgg(figure)
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set_axis_off()
+        axes.set_xlim(0, SIZE)
+        axes.set_ylim(0, SIZE)
+        axes.hlines([BASELINE + LEVEL_PIXELS * level for level in (3, 6, 9)], 0, SIZE, colors="0.8", linewidth=0.8)
+        axes.hlines([BASELINE], 0, SIZE, colors="0.3", linewidth=1.5)
+        self.bars = axes.bar(range(BAR_SLOTS), [1] * BAR_SLOTS, width=BAR_WIDTH, zorder=3)
+
+    def render(self, bars: list[tuple[int, int, tuple[int, int, int]]]) -> Image.Image:
+        """Draw bars given as (left edge, level, colour)."""
+        for patch in self.bars:
+            patch.set_visible(False)
+        for patch, (left, level, color) in zip(self.bars, bars, strict=False):
+            patch.set_visible(True)
+            patch.set(x=left, y=BASELINE, width=BAR_WIDTH, height=level * LEVEL_PIXELS)
+            patch.set_facecolor([value / 255 for value in color])
+        self.canvas.draw()
+        return Image.fromarray(np.asarray(self.canvas.buffer_rgba())[..., :3].copy())
+
+
+_chart = functools.cache(_Chart)
+
+
+def chart_scene(rng: random.Random, split: Split) -> Scene:
+    """Two or three rows of a real table as coloured bars; facts: (colour, value) from left to right."""
+    name = rng.choice(list(TABLES))
+    levels = table_levels(name)
+    feature = rng.randrange(levels.shape[1])
+    count = rng.choice((2, 3, 3))
+    values = [int(levels[row, feature]) for row in rng.sample(pool(len(levels), split), count)]
+    colors = rng.sample(list(COLORS), count)
+    slots = sorted(rng.sample(range(BAR_SLOTS), count))
+    bars = [
+        (slot * (SIZE // BAR_SLOTS) + 1 + rng.randint(0, 1), value, _shade(color, rng))
+        for slot, value, color in zip(slots, values, colors, strict=True)
+    ]
+    return Scene(CHART, f"sklearn-{name}", _chart().render(bars), tuple(zip(colors, values, strict=True)))
+
+
+SCENES: dict[str, Callable[[random.Random, Split], Scene]] = {
+    KNOWLEDGE: shapes_scene,
+    SCIENCE: digits_scene,
+    CHART: chart_scene,
+}
+
+
+def make_scene(category: str, rng: random.Random, split: Split) -> Scene:
+    """Draw one picture of a category."""
+    return SCENES[category](rng, split)
+
+
+# -------------------------------------------------------------------------------------------------------- questions
+
+
+def _join(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def _objects(scene: Scene) -> list[tuple[str, str]]:
+    return [cell for cell in scene.facts if cell is not None]
+
+
+def _ask_name(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    color, shape = rng.choice(_objects(scene))
+    return f"What is the {color} object called?", OBJECT_NAMES[color, shape]
+
+
+def _ask_shape(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    color, shape = rng.choice(_objects(scene))
+    return f"Which shape is the {color} object?", shape
+
+
+def _ask_color(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+    shapes = [shape for _, shape in _objects(scene)]
+    single = [(color, shape) for color, shape in _objects(scene) if shapes.count(shape) == 1]
+    if not single:
+        return None
+    color, shape = rng.choice(single)
+    return f"Which color is the {shape}?", color
+
+
+def _ask_count(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    shapes = [shape for _, shape in _objects(scene)]
+    if rng.random() < 0.4:
+        return "How many objects are there?", str(len(shapes))
+    shape = rng.choice(SHAPES) if rng.random() < 0.3 else rng.choice(shapes)
+    return f"How many {shape}{'es' if shape == 'cross' else 's'} are there?", str(shapes.count(shape))
+
+
+def _ask_exists(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    present = _objects(scene)
+    color, shape = rng.choice(present)
+    if rng.random() < 0.5:
+        others = [other for other in SHAPES if (color, other) not in present]
+        shape = rng.choice(others)
+    return f"Is there a {color} {shape}?", "yes" if (color, shape) in present else "no"
+
+
+def _ask_row(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    row = rng.randrange(2)
+    cells = [cell for cell in scene.facts[2 * row : 2 * row + 2] if cell is not None]
+    if not cells:
+        return f"Describe the {ROWS[row]} row.", f"The {ROWS[row]} row is empty."
+    listed = _join([f"a {color} {shape}" for color, shape in cells])
+    return f"Describe the {ROWS[row]} row.", f"The {ROWS[row]} row shows {listed}."
+
+
+def _ask_picture(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    del rng
+    listed = _join([f"a {color} {shape}" for color, shape in _objects(scene)])
+    return "Describe the picture.", f"There is {listed}."
+
+
+def _ask_digit(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    side = rng.randrange(2)
+    return f"What is the {('left', 'right')[side]} digit?", str(scene.facts[side])
+
+
+def _ask_sum(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    del rng
+    return "What is the sum of the digits?", str(sum(scene.facts))
+
+
+def _ask_larger(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    del rng
+    left, right = scene.facts
+    return "Which digit is larger?", "left" if left > right else "right" if right > left else "equal"
+
+
+def _ask_parity(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    side = rng.randrange(2)
+    answer = "odd" if scene.facts[side] % 2 else "even"
+    return f"Is the {('left', 'right')[side]} digit even or odd?", answer
+
+
+def _ask_read(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    del rng
+    left, right = scene.facts
+    return "Read the digits.", f"The left digit is {left} and the right digit is {right}."
+
+
+def _ask_explain(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    del rng
+    left, right = scene.facts
+    return "Explain the sum.", f"The digits are {left} and {right}, so the sum is {left + right}."
+
+
+def _ask_value(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    color, value = rng.choice(scene.facts)
+    return f"What is the value of the {color} bar?", str(value)
+
+
+def _ask_extreme(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+    word, choose = rng.choice((("highest", max), ("lowest", min)))
+    values = [value for _, value in scene.facts]
+    best = choose(values)
+    if values.count(best) > 1:
+        return None
+    return f"Which bar is the {word}?", scene.facts[values.index(best)][0]
+
+
+def _ask_compare(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+    (color, value), (other, other_value) = rng.sample(scene.facts, 2)
+    if value == other_value:
+        return None
+    return f"Is the {color} bar higher than the {other} bar?", "yes" if value > other_value else "no"
+
+
+def _ask_chart(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    del rng
+    listed = _join([f"the {color} bar is {value}" for color, value in scene.facts])
+    return "Read the chart.", f"{listed[0].upper()}{listed[1:]}."
+
+
+Ask = Callable[[Scene, random.Random], tuple[str, str] | None]
+# Question types by category, with their share among a category's questions.
+KINDS: dict[str, dict[str, tuple[float, Ask]]] = {
+    KNOWLEDGE: {
+        "name": (0.22, _ask_name),
+        "shape": (0.13, _ask_shape),
+        "color": (0.13, _ask_color),
+        "count": (0.12, _ask_count),
+        "exists": (0.12, _ask_exists),
+        "row": (0.14, _ask_row),
+        "picture": (0.14, _ask_picture),
+    },
+    SCIENCE: {
+        "digit": (0.20, _ask_digit),
+        "sum": (0.20, _ask_sum),
+        "larger": (0.15, _ask_larger),
+        "parity": (0.17, _ask_parity),
+        "read": (0.12, _ask_read),
+        "explain": (0.16, _ask_explain),
+    },
+    CHART: {
+        "value": (0.28, _ask_value),
+        "extreme": (0.22, _ask_extreme),
+        "compare": (0.22, _ask_compare),
+        "chart": (0.28, _ask_chart),
+    },
+}
+CAPTION_KINDS = frozenset({"row", "picture", "read", "explain", "chart"})
+PRETRAIN_KINDS = frozenset({"shape", "color", "row", "picture", "digit", "read", "value", "chart"})
+TEXT_KIND = "words"
+
+
+def ask(scene: Scene, rng: random.Random, split: Split, *, taken: frozenset[str] = frozenset()) -> Turn | None:
+    """Ask something that was not asked before (``taken`` holds the questions already asked).
+
+    A plain picture allows only a few questions (two equal bars have no highest one): None when none seems left.
+    """
+    kinds = {
+        kind: entry for kind, entry in KINDS[scene.category].items() if split != "pretrain" or kind in PRETRAIN_KINDS
+    }
+    weights = [share for share, _ in kinds.values()]
+    for _ in range(100):
+        kind = rng.choices(list(kinds), weights)[0]
+        asked = kinds[kind][1](scene, rng)
+        if asked is not None and asked[0] not in taken:
+            return Turn(kind, *asked)
+    return None
+
+
+def ask_text(rng: random.Random, split: Split) -> Turn:
+    """A question without a picture: sums in words (``pretrain`` only repeats a number, it has no reasoning)."""
+    first, second = rng.randrange(10), rng.randrange(10)
+    if split == "pretrain":
+        return Turn(TEXT_KIND, f"Write {first} as a word.", NUMBER_WORDS[first])
+    question = f"What is {NUMBER_WORDS[first]} plus {NUMBER_WORDS[second]}?"
+    return Turn(TEXT_KIND, question, NUMBER_WORDS[first + second])
+
+
+# ---------------------------------------------------------------------------------------------------------- samples
+
+
+def dialogue(scenes: list[Scene], turns_per_scene: list[int], rng: random.Random, split: Split) -> tuple[Turn, ...]:
+    """Several questions about each picture in turn; a picture is shown with the first question about it."""
+    turns: list[Turn] = []
+    for scene, count in zip(scenes, turns_per_scene, strict=True):
+        taken: frozenset[str] = frozenset()
+        for index in range(count):
+            turn = ask(scene, rng, split, taken=taken)
+            if turn is None:
+                break
+            taken |= {turn.question}
+            turns.append(Turn(turn.kind, turn.question, turn.answer, new_image=index == 0))
+    return tuple(turns)
+
+
+def make_sample(index: int, split: Split, seed: int) -> Sample:
+    """The sample at a place in a data set: depends on nothing but the three arguments."""
+    rng = random.Random(f"genrecal-demo/{split}/{seed}/{index}")
+    name = f"{split}-{seed}-{index:06d}"
+    form = rng.random()
+    if form < TEXT_ONLY_SHARE:
+        return Sample(name, SCIENCE, "demo-arithmetic", (ask_text(rng, split),))
+    category = CATEGORIES[index % len(CATEGORIES)]
+    scenes = [make_scene(category, rng, split)]
+    counts = [1]
+    if form < TEXT_ONLY_SHARE + TWO_IMAGES_SHARE:
+        scenes.append(make_scene(category, rng, split))
+        counts = [rng.choice((1, 2)), 1]
+    elif form < TEXT_ONLY_SHARE + MULTI_TURN_SHARE:
+        counts = [rng.choice((2, 3))]
+    turns = dialogue(scenes, counts, rng, split)
+    return Sample(name, category, scenes[0].source, turns, tuple(scene.image for scene in scenes))
+
+
+def make_samples(num_samples: int, split: Split, seed: int) -> Iterator[Sample]:
+    """A data set in memory, without files."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: expected one of {SPLITS}")
+    return (make_sample(index, split, seed) for index in range(num_samples))
+
+
+def write_dataset(folder: pathlib.Path, *, num_samples: int, split: Split, seed: int) -> pathlib.Path:
+    """Write a data set as LLaVA lays it out (``data.json`` beside ``images/``) and return the path of ``data.json``."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    records: list[dict[str, Any]] = []
+    for sample in make_samples(num_samples, split, seed):
+        names = [f"images/{sample.id}-{number}.png" for number in range(len(sample.images))]
+        for name, image in zip(names, sample.images, strict=True):
+            image.save(folder / name)
+        record: dict[str, Any] = {"id": sample.id}
+        if names:
+            record["image"] = names[0] if len(names) == 1 else names
+        record |= {"conversations": sample.conversations(), "category": sample.category, "source": sample.source}
+        records.append(record)
+    path = folder / "data.json"
+    path.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
