@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,23 +30,27 @@ Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bflo
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
-def main() -> None:
-    """Entry point. Exit status 0 done, 1 failed or found damage, 2 wrong usage; no traceback without --debug."""
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point. Exit status 0 done, 1 failed or found damage, 2 wrong usage; no traceback without --debug.
+
+    Args:
+        args: the words after `genrecal`; None takes those of this process.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rendering may run in forked workers
-    debug = "--debug" in sys.argv
-    if debug:
-        sys.argv.remove("--debug")
+    words = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in words
     try:
-        app()
+        app(args=[word for word in words if word != "--debug"])
     except GenrecalError as error:
         if debug:
             raise
         message = " ".join(str(error).split())
         sys.stderr.write(f"genrecal: error: {message}\n")
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        sys.stderr.write("genrecal: interrupted; run the same command again to go on from what is finished\n")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # what Typer makes of Ctrl-C
+            sys.stderr.write("genrecal: interrupted; run the same command again to go on from what is finished\n")
+        raise
 
 
 @app.callback()
@@ -209,13 +214,16 @@ def train(
 ) -> None:
     """Train a student from a cache, in three stages."""
     from genrecal.train.config import load_config
-    from genrecal.train.loop import resolve_device, train
-    from genrecal.train.run import Run
 
     numbers = _stages(stages)
     settings = load_config(config, [*(set_ or []), *([f"objective={objective}"] if objective else [])])
     if teacher is not None and not teacher.startswith("live:"):
         raise UsageError(f"--teacher {teacher!r}: expected live:MODEL")
+
+    # These take seconds: only once the settings are known to be right.
+    from genrecal.train.loop import resolve_device, train
+    from genrecal.train.run import Run
+
     run = Run(
         path=out,
         config=settings,

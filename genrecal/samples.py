@@ -6,7 +6,6 @@ conversations keeps their offsets, not their objects.
 """
 
 import base64
-import binascii
 import io
 import json
 import re
@@ -23,6 +22,7 @@ from PIL import Image, ImageOps
 from genrecal.errors import DataError, SampleError
 
 IMAGE_TAG = "<image>"
+LONGEST_PATH = 4096  # characters; a longer one is a picture pasted in without its data: prefix
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -149,7 +149,10 @@ def decode_image(data: bytes, max_pixels: int = 178_956_970) -> Image.Image:
             raise SampleError(
                 f"image of {image.width} x {image.height} pixels is over the limit of {max_pixels} pixels"
             )
-        return ImageOps.exif_transpose(image).convert("RGB")
+        upright: Image.Image = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion makes all but the darkest white
+            upright = Image.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8))
+        return upright.convert("RGB")
     except SampleError:
         raise
     except Exception as error:  # Pillow raises many kinds for damaged files
@@ -169,27 +172,35 @@ def parse_record(record: Any, *, index: int, location: str, image_root: Path) ->
     """One LLaVA (`conversations`) or chat (`messages`) record -> Sample. Raises SampleError with the reason."""
     if not isinstance(record, dict):
         raise SampleError(f"expected a record (a JSON object), got {type(record).__name__}")
-    turns = record.get("conversations", record.get("messages"))
+    turns = _first(record, "conversations", "messages")
     if not isinstance(turns, list) or not turns:
         raise SampleError("expected a non-empty list under 'conversations' (LLaVA) or 'messages' (chat)")
     images = [_image_source(entry, image_root) for entry in _listed_images(record)]
     builder = _MessageBuilder(images=images, image_root=image_root, inline=not images)
     messages = builder.place_unreferenced([builder.message(turn) for turn in turns])
     _check_turns(messages)
-    sample_id = str(record.get("id", ""))
-    return Sample(
-        key=make_key(index, sample_id),
-        sample_id=sample_id,
-        messages=tuple(messages),
-        images=tuple(images),
-        category=str(record.get("category") or ""),
-        source=str(record.get("source") or record.get("data_source") or ""),
-        location=location,
-    )
+    return Sample(messages=tuple(messages), images=tuple(images), location=location, **_names(record, index=index))
+
+
+def _names(record: dict[str, Any], *, index: int) -> dict[str, str]:
+    """How a record is called and counted."""
+    sample_id = _first(record, "id")
+    name = "" if sample_id is None else str(sample_id)
+    return {
+        "key": make_key(index, name),
+        "sample_id": name,
+        "category": str(record.get("category") or ""),
+        "source": str(record.get("source") or record.get("data_source") or ""),
+    }
+
+
+def _first(record: dict[str, Any], *names: str) -> Any:
+    """The first of these fields that is there and not null (tables exported as json hold every field in every row)."""
+    return next((record[name] for name in names if record.get(name) is not None), None)
 
 
 def _listed_images(record: dict[str, Any]) -> list[Any]:
-    listed = record.get("image", record.get("images"))
+    listed = _first(record, "image", "images")
     if listed is None or listed == "":
         return []
     return list(listed) if isinstance(listed, list) else [listed]
@@ -197,19 +208,27 @@ def _listed_images(record: dict[str, Any]) -> list[Any]:
 
 def _image_source(entry: Any, image_root: Path) -> ImageSource:
     if isinstance(entry, dict):
-        entry = entry.get("url", entry.get("path", entry.get("image")))
+        entry = _first(entry, "url", "path", "image")
     if not isinstance(entry, str):
         raise SampleError(f"expected an image path, got {type(entry).__name__}")
-    if match := re.match(r"data:image/(\w+);base64,", entry):
+    if match := re.match(r"data:image/([\w.+-]+)(?:;[\w.=+-]+)*;base64,", entry):
         try:
             data = base64.b64decode(entry[match.end() :], validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise SampleError(f"inline image is not valid base64: {error}") from None
         return ImageSource(data=data, suffix=_suffix(match[1]))
     if re.match(r"https?://", entry):
         raise SampleError(f"image {entry} is a web address; download it first, genrecal reads local images")
+    if entry.startswith("data:") or len(entry) > LONGEST_PATH:
+        raise SampleError(
+            f"image {entry[:40]!r} of {len(entry)} characters: expected a path or data:image/TYPE;base64,..."
+        )
     path = image_root / entry.removeprefix("file://")
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as error:
+        raise SampleError(f"image {path}: {error.strerror}") from None
+    if not found:
         raise SampleError(f"image {path} does not exist")
     return ImageSource(path=path, suffix=_suffix(path.suffix.lstrip(".")))
 
@@ -231,10 +250,10 @@ class _MessageBuilder:
     def message(self, turn: Any) -> Message:
         if not isinstance(turn, dict):
             raise SampleError(f"expected each turn to be an object, got {type(turn).__name__}")
-        name = turn.get("from", turn.get("role"))
-        if name not in ROLES:
+        name = _first(turn, "from", "role")
+        if not isinstance(name, str) or name not in ROLES:
             raise SampleError(f"unknown role {name!r}; expected one of {', '.join(sorted(ROLES))}")
-        content = turn.get("value", turn.get("content"))
+        content = _first(turn, "value", "content")
         role = ROLES[name]
         if isinstance(content, str):
             parts = self._tagged_text(content) if role == "user" else [content]
@@ -263,7 +282,7 @@ class _MessageBuilder:
                 raise SampleError("a text part has no string under 'text'")
             return str(part["text"])
         if kind in ("image", "image_url"):
-            entry = part.get("image", part.get("image_url", part.get("path", part.get("url"))))
+            entry = _first(part, "image", "image_url", "path", "url")
             if entry is not None and self.inline:
                 self.images.append(_image_source(entry, self.image_root))
             return self._next_image()
@@ -339,21 +358,13 @@ class SampleSet(Sequence[Sample | BadRecord]):
         record: Any = {}
         try:
             try:
-                record = json.loads(file.text(row))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                record = _parse_json(file.text(row))
+            except (ValueError, RecursionError) as error:  # JSON or UTF-8 errors, numbers of thousands of digits
                 raise SampleError(f"broken JSON: {error}") from None
             return parse_record(record, index=index, location=location, image_root=self.image_root or file.path.parent)
         except SampleError as error:
             known = record if isinstance(record, dict) else {}
-            sample_id = str(known.get("id", ""))
-            return BadRecord(
-                key=make_key(index, sample_id),
-                sample_id=sample_id,
-                location=location,
-                reason=str(error),
-                category=str(known.get("category") or ""),
-                source=str(known.get("source") or ""),
-            )
+            return BadRecord(location=location, reason=str(error), **_names(known, index=index))
 
     def __iter__(self) -> Iterator[Sample | BadRecord]:
         return (self[i] for i in range(len(self)))
@@ -404,7 +415,7 @@ class _RecordFile:
             raise DataError(f"{path}: {error.strerror or error}") from None
         if path.suffix == ".zst":
             stream = _decompressed(path, stream)
-        starts_array = suffixes.startswith(".json") and stream.read(4096).lstrip()[:1] == b"["
+        starts_array = suffixes in (".json", ".json.zst") and stream.read(4096).lstrip()[:1] == b"["
         stream.seek(0)
         index = _index_array if starts_array else _index_lines
         ranges, lines = index(path, stream)
@@ -414,12 +425,29 @@ class _RecordFile:
 def _decompressed(path: Path, stream: BinaryIO) -> BinaryIO:
     """Unpack into an unnamed temporary file: records are then read by offset, like any other file's."""
     plain = tempfile.TemporaryFile()
+    decompressor, frame = zstandard.ZstdDecompressor(), None
     try:
-        zstandard.ZstdDecompressor().copy_stream(stream, plain)
+        while data := stream.read(1 << 20):
+            while data:  # a file may be several frames, one after another
+                frame = frame or decompressor.decompressobj()
+                plain.write(frame.decompress(data))
+                data = frame.unused_data
+                if frame.eof:
+                    frame = None
     except zstandard.ZstdError as error:
         raise DataError(f"{path}: not a readable zstd file: {error}") from None
+    if frame is not None:
+        raise DataError(f"{path}: the zstd file breaks off before its end; copy or download it again")
     plain.seek(0)
     return plain
+
+
+def _parse_json(text: str) -> Any:
+    """json.loads that refuses half a surrogate pair: such text has no UTF-8, so nothing could tokenise or store it."""
+    record = json.loads(text)
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        json.dumps(record, ensure_ascii=False).encode()
+    return record
 
 
 def _index_lines(path: Path, stream: BinaryIO) -> tuple[list[tuple[int, int]], list[int]]:
@@ -449,15 +477,19 @@ def _index_array(path: Path, stream: BinaryIO) -> tuple[list[tuple[int, int]], l
         match = space.match(text, at)
         at = match.end() if match else at
         if text[at : at + 1] == "]":
+            if rest := text[at + 1 :].strip():
+                raise DataError(
+                    f"{path}: expected nothing after the JSON array's end, got {rest[:40]!r}; mend the file"
+                )
             return ranges, lines
         line += text.count("\n", counted, at)
         byte += len(text[counted:at].encode())
         counted = at
         try:
             _, end = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{path}:{line}: the JSON array breaks off in record {len(lines) + 1}: {error.msg}; "
+                f"{path}:{line}: the JSON array breaks off in record {len(lines) + 1}: {getattr(error, 'msg', error)}; "
                 "mend the file, or write one record a line as .jsonl, where only the broken line is lost"
             ) from None
         ranges.append((byte, byte + len(text[at:end].encode())))

@@ -63,3 +63,25 @@ def mixed_samples(count: int = 8) -> list[Sample]:
         lambda key: conversation(("One", "1"), ("Two", "2 2"), ("Three", "3 3 3"), images={1: 1}, key=key),
     ]
     return [kinds[i % len(kinds)](f"{i:08d}") for i in range(count)]
+
+
+def write_llava(folder: Path, samples: list[Sample]) -> Path:
+    """Write samples as a LLaVA json with its images; returns the json."""
+    import json
+
+    (folder / "images").mkdir(parents=True)
+    records = []
+    for number, sample in enumerate(samples):
+        names = []
+        for i, image in enumerate(sample.images):
+            names.append(f"images/{number}-{i}.{image.suffix}")
+            (folder / names[-1]).write_bytes(image.read())
+        turns = []
+        for message in sample.messages:
+            text = "".join(part if isinstance(part, str) else "<image>\n" for part in message.parts)
+            turns.append({"from": {"user": "human", "assistant": "gpt"}[message.role], "value": text})
+        record = {"id": f"s{number}", "conversations": turns, "category": sample.category, "source": sample.source}
+        records.append(record | ({"image": names} if names else {}))
+    path = folder / "data.json"
+    path.write_text(json.dumps(records))
+    return path

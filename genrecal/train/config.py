@@ -187,11 +187,11 @@ def _converted(old: Any, value: Any, key: str) -> Any:
             return tuple(value)
         raise UsageError(f"setting {key}: expected a list of strings, got {value!r}")
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     if type(value) is not type(old):
         raise UsageError(f"setting {key}: expected {type(old).__name__}, got {value!r}")
-    if isinstance(old, int | float) and not isinstance(old, bool) and value < 0:
-        raise UsageError(f"setting {key}: expected no negative number, got {value!r}")
+    if isinstance(old, int | float) and not isinstance(old, bool) and not 0 <= value < float("inf"):
+        raise UsageError(f"setting {key}: expected a finite number that is not negative, got {value!r}")
     if key.endswith((".batch_size", ".accumulation", "log_every", "keep_checkpoints", ".window")) and value < 1:
         raise UsageError(f"setting {key}: expected at least 1, got {value!r}")
     return value

@@ -71,7 +71,12 @@ def as_number(text: str) -> float | None:
 def chosen_letter(text: str) -> str | None:
     """The option letter that a text names, or None."""
     text = text.strip()
-    for pattern in (r"\(?([A-J])\)?(?:[.):,]|\s|$)", r".*\banswer(?: is)?:? \(?([A-J])\b", r".*?\(([A-J])\)"):
+    for pattern in (
+        r"\(?([A-J])(?:[.):,]|\s*(?:\n|$))",
+        r"([B-HJ])\s",  # "A" and "I" also begin sentences
+        r".*\b[Aa]nswer(?: is)?:? \(?([A-J])\b",
+        r".*?\(([A-J])\)",
+    ):
         if match := re.match(pattern, text, flags=re.DOTALL):
             return match[1]
     return None

@@ -55,8 +55,9 @@ class ByteTokenizer:
             ids = ids[len(before) :]
             pieces = [self.token_bytes(token_id) for token_id in ids]
             if b"".join(pieces) == wanted:
-                ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-                return TokenizedText(np.array(ids, np.int64), np.concatenate([[0], ends[:-1]]).astype(np.int64), ends)
+                lengths = np.array([len(piece) for piece in pieces], np.int64)
+                ends = np.cumsum(lengths)
+                return TokenizedText(np.array(ids, np.int64), ends - lengths, ends)
         return self._normalised(text)
 
     def _normalised(self, text: str) -> TokenizedText:

@@ -1,0 +1,157 @@
+"""The two tests that guard everything.
+
+1. Teacher = student: capture, tar, reader, splice, head and loss give a KL of about 0, and shifting anything by one
+   position does not.
+2. Shards = live teacher: the same losses, term by term, for 20 steps of stage 1 and of stage 2.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import mixed_samples, write_llava
+from torch import nn
+
+from genrecal.cache.job import CacheOptions, run_cache_job
+from genrecal.cache.teacher import HFTeacher, LiveTeacher
+from genrecal.samples import open_samples
+from genrecal.shards.reader import open_cache
+from genrecal.train.batches import BatchBuilder, ShardSource, Splice, Wanted
+from genrecal.train.config import LossConfig, load_config
+from genrecal.train.logs import read_metrics
+from genrecal.train.loop import train
+from genrecal.train.run import Run
+from genrecal.train.stages import Denominators, Distiller
+from genrecal.vlm.loading import load_vlm
+
+FAMILIES = ["qwen2_vl", "internvl_qwen2", "internvl_llama", "llava_onevision"]
+
+
+class Unchanged(nn.Module):
+    """A Recalibrator that passes states through: with teacher = student, its output is the teacher's own states."""
+
+    def __init__(self):
+        super().__init__()
+        self.rec_proj_pre = nn.Identity()
+
+    def forward(self, splice):
+        return splice
+
+
+@pytest.fixture(scope="module")
+def same_model(tiny, tmp_path_factory):
+    """family -> (model, cache that it wrote of mixed samples)."""
+    made = {}
+
+    def get(family):
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            teacher = HFTeacher.load(tiny(family), dtype=torch.float32)
+            data = write_llava(folder / "data", mixed_samples(12))
+            run_cache_job(teacher, open_samples([data]), folder / "cache", CacheOptions(samples_per_shard=5, top_k=16))
+            made[family] = (load_vlm(tiny(family), dtype=torch.float32), open_cache(folder / "cache"))
+        return made[family]
+
+    return get
+
+
+def terms(model, cache, *, change=None, target="topk"):
+    """Means of the Recalibrator's terms over the whole cache, as stage 1 computes them; `change` spoils the batch."""
+    wanted = Wanted(teacher=True, questions=True, exact=target == "exact")
+    batch = BatchBuilder(ShardSource(cache), model.renderer, wanted)[range(len(cache))]
+    if change is not None:
+        batch = change(batch)
+    distiller = Distiller(1, model, Unchanged(), cache.head(), LossConfig(target=target))
+    rows = len(batch.target_ids)
+    with torch.no_grad():
+        output = distiller(batch, Denominators(teacher_rows=rows, student_rows=len(batch.sft_ids)))
+    return {name: (value / output.counts[name]).item() for name, value in output.sums.items()}
+
+
+@pytest.mark.parametrize("target", ["topk", "exact"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_teacher_equal_student_gives_no_kl(same_model, family, target):
+    model, cache = same_model(family)
+    means = terms(model, cache, target=target)
+    # What is left is the rounding of the stored answer states to bfloat16; a first token comes from the student's own.
+    assert means["kl"] < 2e-3 and means["reg_kl"] < 2e-3, means
+    if target == "topk":
+        assert abs(means["kl_first"]) < 1e-5, means
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cross_entropy_through_the_shards_is_the_models_own(same_model, family):
+    model, cache = same_model(family)
+    means = terms(model, cache)
+    weights = cache.column("answer_tokens")
+    assert means["ce"] == pytest.approx(-np.average(cache.column("log_prob"), weights=weights), abs=5e-3)
+    losses = []
+    with torch.no_grad():
+        for record in cache:
+            encoded = model.renderer.encode(record.sample)
+            logits = model.model(**model.renderer.collate([encoded])).logits[0]
+            for start, end, is_answer in encoded.segments():
+                if is_answer:
+                    ids = torch.from_numpy(encoded.input_ids[start:end])
+                    losses.append(nn.functional.cross_entropy(logits[start - 1 : end - 1], ids, reduction="none"))
+    assert means["ce"] == pytest.approx(torch.cat(losses).mean().item(), abs=5e-3)
+
+
+def shifted(splice, by):
+    return Splice(rows=splice.rows, predicts=(splice.predicts + by).clamp(0, splice.rows.numel() - 1))
+
+
+MISALIGNMENTS = {
+    "read one position late": lambda b: dataclasses.replace(b, splice=shifted(b.splice, 1)),
+    "read one position early": lambda b: dataclasses.replace(b, splice=shifted(b.splice, -1)),
+    "answer states one late": lambda b: dataclasses.replace(b, answer_states=b.answer_states.roll(1, 0)),
+    "answer states one early": lambda b: dataclasses.replace(b, answer_states=b.answer_states.roll(-1, 0)),
+    "targets one late": lambda b: dataclasses.replace(
+        b, topk_ids=b.topk_ids.roll(1, 0), topk_log_probs=b.topk_log_probs.roll(1, 0)
+    ),
+    "splice rows one late": lambda b: dataclasses.replace(
+        b, splice=Splice(rows=b.splice.rows.roll(1, 1), predicts=b.splice.predicts)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISALIGNMENTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_misalignment_by_one_position_shows(same_model, family, name):
+    model, cache = same_model(family)
+    assert terms(model, cache, change=MISALIGNMENTS[name])["kl"] > 0.3
+
+
+def test_question_states_one_late_show_in_the_regularisation(same_model):
+    model, cache = same_model("qwen2_vl")
+    means = terms(model, cache, change=lambda b: dataclasses.replace(b, question_states=b.question_states.roll(1, 0)))
+    assert means["reg_kl_first"] > 0.3 and means["kl_first"] < 1e-5
+
+
+def test_shards_and_live_teacher_give_the_same_losses(tiny, tmp_path):
+    """Another family as student; 20 steps of stage 1 and of stage 2, fp32, LoRA dropout on (same seed)."""
+    data = write_llava(tmp_path / "data", mixed_samples(24))
+    teacher = HFTeacher.load(tiny("qwen2_vl"), dtype=torch.float32)
+    run_cache_job(teacher, open_samples([data]), tmp_path / "cache", CacheOptions(samples_per_shard=10))
+    stage = "batch_size=3 accumulation=2 max_steps=20 epochs=9 lr=1e-3 lr_end=1e-4 checkpoint_every=0".split()
+    config = load_config(None, ["data.workers=0", *(f"stage{n}.{s}" for n in (1, 2) for s in stage)])
+    lines = {}
+    for source in ("cache", "live"):
+        run = Run(
+            path=tmp_path / source,
+            config=config,
+            student=str(tiny("internvl_llama")),
+            cache=tmp_path / "cache",
+            teacher=source,
+        )
+        live = LiveTeacher(teacher, top_k=64) if source == "live" else None
+        train(run, stages=(1, 2), live_teacher=live)
+        lines[source] = read_metrics(run.path)
+    assert len(lines["cache"]) == len(lines["live"]) == 40
+    for cached, live in zip(lines["cache"], lines["live"], strict=True):
+        assert cached.keys() == live.keys() >= {"ce_first", "ce_later", "kl_first", "kl_later"}
+        for name in cached.keys() - {"seconds", "data_wait"}:
+            # Only the width of the teacher's batch differs, which moves float32 sums in their last digits.
+            assert cached[name] == pytest.approx(live[name], rel=1e-4, abs=1e-5), (cached["stage"], cached["step"], name)
+    assert "reg_kl_first" in lines["cache"][0] and "sft_first" in lines["cache"][-1]

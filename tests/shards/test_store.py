@@ -1,0 +1,199 @@
+"""A written shard read back: by us, by plain tools; whole or not there; damage named."""
+
+import io
+import json
+import tarfile
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pytest
+import webdataset
+from conftest import conversation
+from shard_records import make_answer, make_question
+
+import genrecal
+from genrecal.errors import DamageError, FormatError
+from genrecal.samples import BadRecord
+from genrecal.shards.codecs import CODECS
+from genrecal.shards.layout import manifest_path, remove_stale_temporaries, tar_path, write_cache_json
+from genrecal.shards.record import Record
+from genrecal.shards.writer import ShardWriter
+
+DESCRIPTION = {
+    "format_version": 1, "answer_codec": "bf16", "question_codec": "bf16", "hidden_size": 8, "num_shards": 2,
+    "question_fraction": 1.0, "teacher": {"name": "made", "dtype": "float32"}, "head_rows": 99, "top_k": 4,
+}  # fmt: skip
+
+
+def sample_of(number):
+    sample = conversation(("What?", "a"), ("And?", "b c"), images={0: 1, 1: 1}, key=f"{number:08d}")
+    return sample
+
+
+def write_shard(cache, shard, numbers):
+    with ShardWriter(cache, shard, answer_codec=CODECS["bf16"], question_codec=CODECS["bf16"]) as writer:
+        for number in numbers:
+            sample = sample_of(number)
+            question = make_question(seed=number) if number % 2 == 0 else None
+            record = Record(sample=sample, answer=make_answer(seed=number), question=question)
+            writer.add(record, [image.read() for image in sample.images])
+        writer.skip(
+            BadRecord(key=f"{max(numbers) + 1:08d}-bad", sample_id="bad", location="d.json:7", reason="no image"),
+            "no image",
+        )
+        return writer.commit()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    write_cache_json(tmp_path, DESCRIPTION)
+    write_shard(tmp_path, 0, [0, 1, 2])
+    write_shard(tmp_path, 1, [4, 5])
+    return tmp_path
+
+
+def test_records_come_back(cache):
+    opened = genrecal.open_cache(cache)
+    assert len(opened) == 5 and len(opened.manifest()) == 7
+    assert [record.key for record in opened] == [f"{i:08d}" for i in (0, 1, 2, 4, 5)]
+    for number, record in zip((0, 1, 2, 4, 5), opened, strict=True):
+        sample = sample_of(number)
+        assert record.images == [image.read() for image in sample.images]
+        assert record.sample.to_json() == sample.to_json() and record.sample.images == sample.images
+        assert np.array_equal(record.hidden(), make_answer(seed=number).hidden)
+        assert (record.question_hidden() is None) == (number % 2 == 1)
+    assert np.array_equal(opened[-1].answer_rows().topk_ids, make_answer(seed=5).topk_ids)
+    assert opened.by_key("00000004").key == "00000004"
+    with pytest.raises(FormatError, match=r"skipped: d\.json:7: no image"):
+        opened.by_key("00000003-bad")
+    with pytest.raises(FormatError, match="no sample"):
+        opened.by_key("nothing")
+
+
+def test_manifest_measures_the_rows(cache):
+    row = genrecal.open_cache(cache)[0].row
+    rows = make_answer(seed=0)
+    keep = rows.predicts
+    probs = np.exp(rows.topk_logits[keep] - rows.logsumexp[keep, None])
+    tail = 1 - probs.sum(1)
+    entropy = -(probs * np.log(probs)).sum(1) - tail * np.log(tail)
+    assert row["entropy"] == pytest.approx(entropy.mean(), rel=1e-5)
+    assert row["log_prob"] == pytest.approx((rows.target_logit - rows.logsumexp)[keep].mean(), rel=1e-5)
+    assert (row["answer_tokens"], row["turns"], row["images"]) == (5, 2, 2)
+    assert row["question_tokens"] == rows.position[-1] + 1 - 5
+
+
+def test_plain_tools_read_it(cache):
+    with tarfile.open(tar_path(cache, "samples", 0)) as tar:
+        names = tar.getnames()
+        assert all(m.mtime == 0 and m.uid == m.gid == 0 and m.uname == m.gname == "" for m in tar)
+        table = pa.ipc.open_file(io.BytesIO(tar.extractfile("00000000.answer.arrow").read())).read_all()
+    keys = [name.split(".", 1)[0] for name in names]
+    assert names[:4] == ["00000000.json", "00000000.0.png", "00000000.1.png", "00000000.answer.arrow"]
+    assert keys == sorted(keys)  # a sample's members stand together
+    assert table.num_rows == 7
+    found = list(webdataset.WebDataset(str(tar_path(cache, "samples", 0)), shardshuffle=False))
+    assert [sample["__key__"] for sample in found] == ["00000000", "00000001", "00000002"]
+    assert json.loads(found[0]["json"])["category"] == "test" and found[0]["0.png"] == sample_of(0).images[0].read()
+    counts = duckdb.sql(
+        f"select status, count(*), sum(answer_tokens) from '{cache}/manifest/*.parquet' group by status order by status"
+    ).fetchall()
+    assert counts == [("cached", 5, 25), ("skipped", 2, None)]
+
+
+def test_offsets_are_the_members_own(cache):
+    for record in genrecal.open_cache(cache):
+        for member in record.row["members"]:
+            with tarfile.open(tar_path(cache, member["tier"], record.row["shard"])) as tar:
+                info = tar.getmember(member["name"])
+                assert (info.offset_data, info.size) == (member["offset"], member["size"])
+
+
+def test_the_same_records_give_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        write_shard(tmp_path / name, 0, [0, 1])
+    for path in ("samples/00000.tar", "questions/00000.tar", "manifest/00000.parquet"):
+        assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
+
+
+def test_leaving_without_commit_leaves_nothing(tmp_path):
+    with (
+        pytest.raises(RuntimeError),
+        ShardWriter(tmp_path, 0, answer_codec=CODECS["bf16"], question_codec=None) as writer,
+    ):
+        writer.skip(BadRecord(key="0", sample_id="", location="x:1", reason="r"), "r")
+        raise RuntimeError
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_leftovers_of_dead_processes_are_removed_and_others_kept(tmp_path):
+    import os
+    import socket
+
+    (tmp_path / "samples").mkdir()
+    host = socket.gethostname()
+    dead = tmp_path / "samples" / f".00000.tar.{host}.999999999.tmp"
+    alive = tmp_path / "samples" / f".00001.tar.{host}.{os.getppid()}.tmp"
+    elsewhere = tmp_path / "samples" / ".00002.tar.another-host.1.tmp"
+    for path in (dead, alive, elsewhere):
+        path.touch()
+    assert remove_stale_temporaries(tmp_path) == [dead]
+    assert alive.exists() and elsewhere.exists() and not dead.exists()
+
+
+@pytest.mark.parametrize("tier", ["samples", "questions"])
+def test_every_flipped_byte_is_named_or_harmless(cache, tier):
+    """A byte of any member that changes is found when the member is read; padding and headers do not matter."""
+    path = tar_path(cache, tier, 0)
+    whole = path.read_bytes()
+    expected = read_all(cache)
+    rng = np.random.default_rng(0)
+    found = 0
+    for at in rng.choice(len(whole), 60, replace=False):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x40]) + whole[at + 1 :])
+        try:
+            assert read_all(cache) == expected
+        except DamageError as error:
+            assert str(path) in str(error) and "member 0000000" in str(error)
+            found += 1
+    assert found > 10
+    path.write_bytes(whole[: len(whole) // 3])
+    with pytest.raises(DamageError, match=f"{tier}/00000.tar"):
+        read_all(cache)
+    path.unlink()
+    with pytest.raises(DamageError, match=f"{tier}/00000.tar"):
+        read_all(cache)
+
+
+def read_all(cache):
+    from genrecal.shards import reader
+
+    reader._open.cache_clear()  # the file is replaced under its name
+    result = []
+    for record in genrecal.open_cache(cache):
+        result.append([record.read(member) for member in record.row["members"]])
+    return result
+
+
+def test_versions_and_codecs_that_are_not_known_are_refused(cache):
+    for change, message in (
+        ({"format_version": 2}, "version 2; this genrecal reads version 1"),
+        ({"answer_codec": "int3"}, "answer_codec.*int3.*bf16"),
+    ):
+        write_cache_json(cache, DESCRIPTION | change)
+        with pytest.raises(FormatError, match=message):
+            genrecal.open_cache(cache)
+    with pytest.raises(FormatError, match="not a cache"):
+        genrecal.open_cache(cache / "manifest")
+
+
+def test_damaged_or_missing_manifests_are_named(cache):
+    manifest_path(cache, 1).write_bytes(b"PAR1 nonsense")
+    with pytest.raises(DamageError, match=r"manifest/00001\.parquet"):
+        genrecal.open_cache(cache)
+    manifest_path(cache, 1).unlink()
+    assert len(genrecal.open_cache(cache)) == 3  # an unfinished cache can be looked at
+    write_cache_json(cache, DESCRIPTION | {"totals": {}})
+    with pytest.raises(DamageError, match=r"manifest/00001\.parquet: missing"):
+        genrecal.open_cache(cache)

@@ -1,0 +1,444 @@
+"""Input files -> samples: every accepted shape, every refused one with its place and reason, and image decoding."""
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zstandard
+from conftest import SROIE, picture, png
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from genrecal.errors import DataError, SampleError
+from genrecal.samples import (
+    BadRecord,
+    ImageRef,
+    ImageSource,
+    Message,
+    Sample,
+    SampleSet,
+    decode_image,
+    make_key,
+    open_samples,
+)
+
+Record = dict[str, Any]
+
+
+def llava(*texts: str, **fields: Any) -> Record:
+    """A LLaVA record: questions and answers in turn."""
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+    return {"id": "one", "conversations": turns, **fields}
+
+
+def chat(*contents: Any, **fields: Any) -> Record:
+    """A chat-messages record: user and assistant contents in turn."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return {"messages": turns, **fields}
+
+
+GOOD = llava("q", "a", id="good")
+
+
+def jsonl(*records: Any) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A data folder with three pictures."""
+    for number, name in enumerate(("a.png", "b.png", "c.png")):
+        (tmp_path / name).write_bytes(png(number))
+    return tmp_path
+
+
+def opened(folder: Path, text: str | bytes, name: str = "data.jsonl", **options: Any) -> SampleSet:
+    path = folder / name
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return open_samples([path], **options)
+
+
+def only(folder: Path, record: Record) -> Sample:
+    [sample] = opened(folder, jsonl(record))
+    assert isinstance(sample, Sample), sample
+    return sample
+
+
+# ----------------------------------------------------------------------------------------------------- shapes of a record
+
+
+def test_a_llava_array_and_llava_lines_hold_the_same_samples(folder: Path) -> None:
+    records = [llava("<image>\nWhat?", "a cat", image="a.png", category="C", source="S"), llava("q", "a", id=7)]
+    from_lines = list(opened(folder, jsonl(*records)))
+    from_array = list(opened(folder, json.dumps(records, indent=1), "data.json"))
+    lines_named_json = list(opened(folder, jsonl(*records), "lines.json"))
+
+    first = from_lines[0]
+    assert first.messages == (
+        Message(role="user", parts=(ImageRef(0), "What?")),
+        Message(role="assistant", parts=("a cat",)),
+    )
+    assert (first.sample_id, first.category, first.source, first.answers) == ("one", "C", "S", ("a cat",))
+    assert first.images[0].read() == (folder / "a.png").read_bytes()
+    assert (
+        [s.to_json() for s in from_array]
+        == [s.to_json() for s in from_lines]
+        == [s.to_json() for s in lines_named_json]
+    )
+    assert [s.key for s in from_array] == [s.key for s in from_lines] == ["00000000-one", "00000001-7"]
+    assert [s.location for s in from_lines] == [f"{folder / 'data.jsonl'}:1", f"{folder / 'data.jsonl'}:2"]
+
+
+DATA_URI = "data:image/png;base64," + base64.b64encode(png(0)).decode()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        chat("<image>\nWhat?", "a cat", images=["a.png"]),
+        chat([{"type": "image"}, {"type": "text", "text": "What?"}], "a cat", images=["a.png"]),
+        chat([{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}], "a cat"),
+        chat([{"type": "image", "image": DATA_URI}, {"type": "text", "text": "What?"}], "a cat"),
+        chat([{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "What?"}], "a cat"),
+        chat([{"type": "image_url", "image_url": {"url": DATA_URI}}, {"type": "text", "text": "What?"}], "a cat"),
+        chat(
+            [{"type": "image", "image": DATA_URI.replace("png;", "png;charset=utf-8;")}, {"type": "text", "text": "What?"}],
+            [{"type": "text", "text": "a "}, {"type": "text", "text": "cat"}],
+        ),
+        chat("What?", "a cat", image=None, images=["a.png"], conversations=None),
+        chat(
+            [{"type": "image", "image": None, "image_url": {"url": "a.png"}}, {"type": "text", "text": "What?"}],
+            "a cat",
+            images=None,
+        ),
+    ],
+    ids=["tag", "part", "path", "data", "url", "data-url", "charset", "null-image", "null-part"],
+)  # fmt: skip
+def test_every_way_of_placing_a_picture_gives_the_same_sample(folder: Path, record: Record) -> None:
+    sample = only(folder, record)
+    assert sample.messages[0].parts == (ImageRef(0), "What?")
+    assert sample.answers == ("a cat",)
+    assert [(image.read(), image.suffix) for image in sample.images] == [(png(0), "png")]
+
+
+def test_a_system_message_several_turns_and_a_picture_in_a_later_turn(folder: Path) -> None:
+    record = chat("One?", "1", "Two <image> or <image>?", "2", "Three <image>", "3", images=["a.png", "b.png", "c.png"])
+    record["messages"].insert(0, {"role": "system", "content": "Be <image> brief."})
+    sample = only(folder, record)
+    assert [message.role for message in sample.messages] == ["system"] + ["user", "assistant"] * 3
+    assert sample.messages[0].text == "Be <image> brief."
+    assert sample.messages[3].parts == ("Two ", ImageRef(0), " or ", ImageRef(1), "?")
+    assert sample.messages[5].parts == ("Three ", ImageRef(2))
+    assert sample.answers == ("1", "2", "3")
+    assert [image.read() for image in sample.images] == [png(0), png(1), png(2)]
+
+
+@pytest.mark.parametrize(
+    ("question", "parts"),
+    [
+        ("<image>\nWhat?", (ImageRef(0), "What?")),
+        ("What?\n<image>", ("What?", ImageRef(0))),
+        ("<image>What?", (ImageRef(0), "What?")),
+        ("<image>", (ImageRef(0),)),
+        ("Look:\n<image>\n\nWhat?\n", ("Look:", ImageRef(0), "\nWhat?\n")),
+        ("What?", (ImageRef(0), "What?")),  # no tag: before the first question
+    ],
+)
+def test_the_newline_beside_a_tag_is_the_tags(folder: Path, question: str, parts: tuple[str | ImageRef, ...]) -> None:
+    assert only(folder, llava(question, "a", image="a.png")).messages[0].parts == parts
+
+
+def test_pictures_without_any_tag_stand_before_the_first_question(folder: Path) -> None:
+    sample = only(folder, llava("One?", "1", "Two?", "2", image=["a.png", "b.png"]))
+    assert sample.messages[0].parts == (ImageRef(0), ImageRef(1), "One?")
+    assert sample.messages[2].parts == ("Two?",)
+
+
+def test_an_answer_keeps_its_tags_and_spaces(folder: Path) -> None:
+    assert only(folder, llava("q", "\n <image> \n")).answers == ("\n <image> \n",)
+
+
+def test_text_only_and_other_names_of_the_fields(folder: Path) -> None:
+    sample = only(folder, chat("q", "a", id=0, category=None, data_source="web", image=""))
+    assert (sample.images, sample.sample_id, sample.category, sample.source) == ((), "0", "", "web")
+    assert only(folder, chat("q", "a", id=None)).key == "00000000"
+
+
+# ------------------------------------------------------------------------------------------------- records that are none
+
+
+def without(record: Record, turn: int) -> Record:
+    return record | {"conversations": record["conversations"][:turn] + record["conversations"][turn + 1 :]}
+
+
+def role(name: Any) -> Record:
+    return {"conversations": [{"from": name, "value": "q"}, {"from": "gpt", "value": "a"}]}
+
+
+BAD = {
+    "missing image": (llava("q", "a", image="gone.png"), r"image .*gone\.png does not exist"),
+    "web address": (llava("q", "a", image="https://a.b/c.jpg"), "https://a.b/c.jpg is a web address; download"),
+    "name too long": (llava("q", "a", image="x" * 999), "File name too long"),
+    "bare base64": (
+        llava("q", "a", image="QUJD" * 5000),
+        "'QUJD.*' of 20000 characters: expected a path or data:image",
+    ),
+    "data of no image": (llava("q", "a", image="data:text/plain,hello"), "expected a path or data:image"),
+    "bad base64": (llava("q", "a", image="data:image/png;base64,@@@"), "not valid base64"),
+    "base64 not ascii": (llava("q", "a", image="data:image/png;base64,äöü"), "not valid base64"),
+    "image a number": (llava("q", "a", image=5), "expected an image path, got int"),
+    "no turns": ({"id": "x"}, "non-empty list under 'conversations'"),
+    "turns no list": ({"conversations": "hello"}, "non-empty list"),
+    "no assistant": (llava("q"), "no assistant turn"),
+    "empty answer": (llava("q", "a", "q", " \n"), "turn 4: empty answer"),
+    "unanswered": (llava("q", "a", "q"), "last user turn has no answer"),
+    "two questions": (without(llava("q", "a", "q", "a"), 1), "turn 2 is of role 'user', expected 'assistant'"),
+    "answer first": (without(llava("q", "a", "q", "a"), 0), "turn 1 is of role 'assistant', expected 'user'"),
+    "unknown role": (role("robot"), "unknown role 'robot'; expected one of assistant, gpt, human, system, user"),
+    "role a list": (role(["human"]), r"unknown role \['human'\]"),
+    "turn no object": ({"conversations": ["q", "a"]}, "each turn to be an object, got str"),
+    "turn without text": ({"messages": [{"role": "user"}]}, "'user' has no text"),
+    "more tags": (llava("<image> <image>", "a", image="a.png"), "more image places than the 1 images"),
+    "fewer tags": (llava("<image>", "a", image=["a.png", "b.png"]), "2 images but 1 image places"),
+    "unknown part": (chat([{"type": "audio"}], "a"), "parts of type 'text' or 'image', got 'audio'"),
+    "text part empty": (chat([{"type": "text"}], "a"), "no string under 'text'"),
+    "image in an answer": (chat("q", [{"type": "image", "image": "a.png"}]), "assistant turn holds an image"),
+    "half a surrogate pair": (llava("q", "\ud83d"), "surrogates not allowed"),
+    "no object": ([1, 2], r"expected a record \(a JSON object\), got list"),
+    "null": (None, "got NoneType"),
+}
+
+
+@pytest.mark.parametrize(("record", "reason"), BAD.values(), ids=BAD.keys())
+def test_a_bad_record_keeps_its_place_and_costs_no_other(folder: Path, record: Any, reason: str) -> None:
+    for text, name, line in (
+        (jsonl(GOOD, record, GOOD), "data.jsonl", 2),
+        (jsonl(record, GOOD, GOOD), "first.jsonl", 1),
+        (json.dumps([GOOD, record, GOOD], indent=0), "data.json", json.dumps([GOOD], indent=0).count("\n") + 1),
+    ):
+        samples = opened(folder, text, name)
+        bad = [sample for sample in samples if isinstance(sample, BadRecord)]
+        assert len(samples) == 3 and len(bad) == 1
+        assert bad[0].location == f"{folder / name}:{line}"
+        with pytest.raises(SampleError, match=reason):
+            raise SampleError(bad[0].reason)
+
+
+@pytest.mark.parametrize(
+    "line", ['{"id": "x", ', "\ufeff{}", '{"id": ' + "1" * 5000 + "}", "[" * 100_000, b'{"id": "\xff"}', "]"],
+    ids=["cut", "bom", "huge-number", "deep", "not-utf8", "closing"],
+)  # fmt: skip
+def test_a_broken_line_is_named_and_costs_no_other(folder: Path, line: str | bytes) -> None:
+    line = line.encode() if isinstance(line, str) else line
+    samples = opened(folder, b"\n" + line + b"\n\n" + jsonl(GOOD).encode())
+    broken, good = samples
+    assert isinstance(good, Sample) and good.location == f"{folder / 'data.jsonl'}:4"
+    assert isinstance(broken, BadRecord) and broken.location == f"{folder / 'data.jsonl'}:2"
+    assert broken.reason.startswith("broken JSON: ") and broken.key == "00000000"
+
+
+def test_a_bad_record_keeps_its_names(folder: Path) -> None:
+    [bad] = opened(folder, jsonl(llava("q", id="x/1", category="C", data_source="S")))
+    assert (bad.key, bad.sample_id, bad.category, bad.source) == ("00000000-x-1", "x/1", "C", "S")
+
+
+# ------------------------------------------------------------------------------------------------------------ containers
+
+
+def one_frame(data: bytes) -> bytes:
+    return zstandard.compress(data)
+
+
+def frame_a_line(data: bytes) -> bytes:
+    return b"".join(zstandard.compress(line) for line in data.splitlines(keepends=True))
+
+
+@pytest.mark.parametrize("compress", [one_frame, frame_a_line])
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
+def test_a_compressed_file_gives_the_plain_files_samples(
+    folder: Path, name: str, compress: Callable[[bytes], bytes]
+) -> None:
+    records = [llava(f"<image>\n{i} 中文?", "🙂", id=i, image="a.png") for i in range(5)]
+    text = (jsonl(*records) if name.endswith("l") else json.dumps(records, indent=1, ensure_ascii=False)).encode()
+    plain, packed = opened(folder, text, name), opened(folder, compress(text), name + ".zst")
+    assert len(packed) == 5
+    assert [(s.key, s.messages, s.images) for s in packed] == [(s.key, s.messages, s.images) for s in plain]
+    assert [s.location.replace(".zst", "") for s in packed] == [s.location for s in plain]
+
+
+ARRAY = json.dumps([GOOD, GOOD], indent=1)
+REFUSED = {
+    "array cut in a record": ("data.json", ARRAY[:-40], r"data\.json:\d+: the JSON array breaks off in record 2"),
+    "array never closed": ("data.json", ARRAY[:-2], r"data\.json:\d+: the JSON array breaks off in record 3"),
+    "array of broken values": ("data.json", "[\n{},\n{oops}]", r"data\.json:3: the JSON array breaks off in record 2"),
+    "text after the array": ("data.json", ARRAY + "\n" + jsonl(GOOD), "nothing after the JSON array's end, got '{"),
+    "array not utf-8": ("data.json", b'["\xff"]', r"data\.json: not UTF-8"),
+    "empty": ("data.jsonl", "", r"no records in .*data\.jsonl"),
+    "blank lines": ("data.jsonl", "\n \n", "no records"),
+    "empty array": ("data.json", "[ ]", "no records"),
+    "wrong suffix": ("data.csv", "a,b", r"data\.csv: expected a \.json, \.jsonl"),
+    "wrong suffix inside": ("data.csv.zst", "a,b", "expected a .json, .jsonl"),
+    "not zstd": ("data.jsonl.zst", jsonl(GOOD), "not a readable zstd file"),
+    "zstd cut": ("data.jsonl.zst", zstandard.compress(jsonl(GOOD, GOOD).encode())[:-3], "zstd file breaks off"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "reason"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_file_that_cannot_be_read_whole_is_refused(
+    tmp_path: Path, name: str, content: str | bytes, reason: str
+) -> None:
+    with pytest.raises(DataError, match=reason):
+        opened(tmp_path, content, name)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(DataError, match=r"gone\.json: No such file"):
+        open_samples([tmp_path / "gone.json"])
+    with pytest.raises(DataError, match=r"folder\.json: Is a directory"):
+        open_samples([tmp_path / "folder.json"])
+
+
+@pytest.fixture
+def ten(folder: Path) -> SampleSet:
+    """Ten samples in two files of different shapes."""
+    (folder / "x").mkdir()
+    (folder / "1.jsonl").write_text(jsonl(*(llava("q", str(i), id=i, image="a.png") for i in range(6))))
+    (folder / "x" / "2.json").write_text(json.dumps([chat("q", str(i), images=["../b.png"]) for i in range(6, 10)]))
+    return open_samples([folder / "1.jsonl", folder / "x" / "2.json"])
+
+
+def test_several_files_are_one_sequence_and_images_start_at_their_own_file(ten: SampleSet) -> None:
+    assert len(ten) == 10
+    assert [s.answers for s in ten] == [(str(i),) for i in range(10)]
+    assert [s.images[0].read() for s in ten] == [png(0)] * 6 + [png(1)] * 4
+    assert [s.key for s in ten] == [f"{i:08d}-{i}" for i in range(6)] + [f"{i:08d}" for i in range(6, 10)]
+
+
+def test_indices_count_from_either_end_and_slices_are_lists(ten: SampleSet) -> None:
+    assert [ten[i - 10] for i in range(10)] == list(ten)
+    assert ten[np.int64(7)] == ten[7] and ten[7:2:-2] == [ten[7], ten[5], ten[3]] and ten[20:] == []
+    for index in (10, -11):
+        with pytest.raises(IndexError):
+            ten[index]
+
+
+@pytest.mark.parametrize(("limit", "length"), [(1, 1), (7, 7), (10, 10), (99, 10)])
+def test_a_limit_takes_the_first(ten: SampleSet, limit: int, length: int) -> None:
+    limited = open_samples([file.path for file in ten.files], limit=limit)
+    assert list(limited) == ten[:length]
+    assert limited[-1] == ten[length - 1]
+
+
+def test_image_root_replaces_the_files_folder(folder: Path) -> None:
+    (folder / "data").mkdir()
+    [sample] = opened(folder, jsonl(llava("q", "a", image="a.png")), "data/d.jsonl", image_root=folder)
+    assert sample.images[0].path == folder / "a.png"
+    [absolute] = opened(folder, jsonl(llava("q", "a", image=f"file://{folder / 'b.png'}")), "data/e.jsonl")
+    assert absolute.images[0].path == folder / "b.png"
+
+
+def test_an_image_deleted_after_parsing_is_a_sample_error(folder: Path) -> None:
+    sample = only(folder, llava("q", "a", image="a.png"))
+    (folder / "a.png").unlink()
+    with pytest.raises(SampleError, match=r"a\.png: No such file"):
+        sample.images[0].read()
+
+
+# ------------------------------------------------------------------------------------------------------ keys, round trips
+
+
+@given(
+    st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=5, unique=False), st.integers(0, 99_999_999)
+)
+def test_keys_are_stable_unique_and_name_files(ids: list[str], start: int) -> None:
+    keys = [make_key(start + i, sample_id) for i, sample_id in enumerate(ids)]
+    assert keys == [make_key(start + i, sample_id) for i, sample_id in enumerate(ids)]
+    assert len(set(keys)) == len(ids)
+    assert all(key.replace("-", "").replace("_", "").isalnum() and key.isascii() and len(key) <= 60 for key in keys)
+    assert sorted(keys) == keys or start + len(ids) > 99_999_999
+
+
+def test_keys_are_the_same_in_a_second_opening(ten: SampleSet) -> None:
+    assert [s.key for s in open_samples([file.path for file in ten.files])] == [s.key for s in ten]
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+parts = st.lists(texts | st.integers(0, 2).map(ImageRef), max_size=4).map(tuple)
+messages = st.lists(st.builds(Message, role=st.sampled_from(["system", "user", "assistant"]), parts=parts), max_size=5)
+
+
+@given(messages.map(tuple), texts, texts, texts)
+def test_json_round_trip(messages: tuple[Message, ...], sample_id: str, category: str, source: str) -> None:
+    images = tuple(ImageSource(data=bytes([i]), suffix="png") for i in range(3))
+    sample = Sample(
+        key="k", sample_id=sample_id, messages=messages, images=images, category=category, source=source, location="k"
+    )
+    content = json.loads(json.dumps(sample.to_json(), ensure_ascii=False).encode())
+    assert Sample.from_json("k", content, images) == sample
+
+
+# --------------------------------------------------------------------------------------------------------- decode_image
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("orientation", "turned"),
+    [(1, lambda a: a), (3, lambda a: a[::-1, ::-1]), (6, lambda a: np.rot90(a, -1)), (8, lambda a: np.rot90(a))],
+)
+def test_exif_orientation_is_applied(orientation: int, turned: Callable[[np.ndarray], np.ndarray]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = picture(0, 6, 4)
+    assert np.array_equal(np.asarray(decode_image(encoded(image, exif=exif))), turned(np.asarray(image)))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16"])
+def test_every_mode_becomes_rgb_of_the_same_content(mode: str) -> None:
+    grey = np.array([[0, 255, 255], [255, 0, 0]], np.uint8)
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(grey).convert(mode)
+    decoded = decode_image(encoded(image))
+    assert image.mode == mode and decoded.mode == "RGB"
+    assert np.array_equal(np.asarray(decoded), np.repeat(grey[..., None], 3, axis=2))
+
+
+def test_sixteen_bit_greys_keep_their_shades() -> None:
+    image = Image.fromarray((np.arange(256, dtype=np.uint16) * 256).reshape(16, 16))
+    assert np.array_equal(np.asarray(decode_image(encoded(image)))[..., 0].ravel(), np.arange(256))
+
+
+def test_limits_and_damage() -> None:
+    data = encoded(picture(0, 20, 10), "JPEG")
+    assert decode_image(data, max_pixels=200).size == (20, 10)
+    with pytest.raises(SampleError, match="20 x 10 pixels is over the limit of 199"):
+        decode_image(data, max_pixels=199)
+    for damaged in (b"", b"hello", data[: len(data) // 2]):
+        with pytest.raises(SampleError, match="cannot be decoded"):
+            decode_image(damaged)
+
+
+# ------------------------------------------------------------------------------------------------------------- real data
+
+
+@pytest.mark.skipif(not SROIE.exists(), reason="the SROIE sample is not here")
+def test_sroie() -> None:
+    samples = list(open_samples([SROIE]))
+    assert len(samples) == 50 and not [sample for sample in samples if isinstance(sample, BadRecord)]
+    assert sum(len(sample.answers) == 4 for sample in samples) > 25
+    assert all(len(sample.images) == 1 and sample.images[0].suffix == "jpg" for sample in samples)
+    assert samples[0].messages[0].parts == (ImageRef(0), "Which company issued this receipt?")
+    assert decode_image(samples[0].images[0].read()).mode == "RGB"

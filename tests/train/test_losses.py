@@ -1,0 +1,167 @@
+"""The chunked losses against plain autograd in float64, value and gradient, in named regimes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from genrecal.shards.head import FrozenHead, LogitTransform
+from genrecal.train.losses import Exact, TopK, chunked_cross_entropy, head_losses, head_losses_naive
+
+D = 16
+TRANSFORMS = {
+    "plain": LogitTransform(),
+    "softcap": LogitTransform(softcap=4.0),
+    "scaled": LogitTransform(scale=0.5, divisor=3.0),
+    "all": LogitTransform(scale=2.0, divisor=3.0, softcap=5.0),
+}
+# name -> (rows, head rows, spread of the logits, stored logits, rows a chunk)
+REGIMES = {
+    "usual": (13, 97, 3.0, 8, 4),
+    "flat": (13, 97, 0.01, 8, 4),
+    "peaked": (13, 97, 12.0, 8, 4),
+    "saturated": (13, 97, 60.0, 8, 4),
+    "one row": (1, 97, 3.0, 8, 4),
+    "odd chunk": (13, 97, 3.0, 8, 5),
+    "one chunk": (13, 97, 3.0, 8, 256),
+    "one logit": (13, 97, 3.0, 1, 4),
+    "k = V": (13, 97, 3.0, 97, 4),
+    "k = V - 1": (13, 97, 3.0, 96, 4),
+}
+
+
+def problem(rows, vocab, spread, *, bias=False, transform=None, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    head = FrozenHead(
+        weight=(normal(vocab, D) * spread / D**0.5).to(dtype),
+        bias=normal(vocab).to(dtype) if bias else None,
+        transform=transform or LogitTransform(),
+        vocab_size=vocab,
+    )
+    hidden = normal(rows, D).to(dtype)
+    teacher = (hidden.double() + 0.5 * normal(rows, D)).to(dtype)
+    ids = torch.randint(0, vocab, (rows,), generator=generator)
+    return head, hidden, teacher, ids
+
+
+def topk_of(head, teacher, k):
+    logits = head.logits(teacher)
+    values, ids = logits.topk(k, -1)
+    return TopK(ids=ids, log_probs=values - logits.logsumexp(-1, keepdim=True))
+
+
+def both(head, hidden, ids, target, *, chunk_rows, **weights):
+    """(losses, gradient) of the chunked function in float32 and of the naive one in float64."""
+    upstream = torch.linspace(0.5, 1.5, len(ids))
+    fast_input = hidden.clone().requires_grad_()
+    fast = head_losses(fast_input, head, ids, target, chunk_rows=chunk_rows, **weights)
+    (fast.weighted * upstream).sum().backward()
+    wide = FrozenHead(
+        weight=head.weight.double(),
+        bias=None if head.bias is None else head.bias.double(),
+        transform=head.transform,
+        vocab_size=head.vocab_size,
+    )
+    slow_input = hidden.double().requires_grad_()
+    slow = head_losses_naive(slow_input, wide, ids, target, **weights)
+    (slow.weighted * upstream.double()).sum().backward()
+    return fast, fast_input.grad, slow, slow_input.grad
+
+
+def assert_close(got, wanted, *, rtol=2e-5, atol=2e-5):
+    assert torch.isfinite(got).all()
+    scale = wanted.abs().max().clamp_min(1.0)
+    assert (got.double() - wanted).abs().max() <= atol * scale + rtol * wanted.abs().max(), (got, wanted)
+
+
+@pytest.mark.parametrize("kind", ["topk", "exact", "none"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_value_and_gradient_equal_the_naive_ones(regime, transform, kind):
+    rows, vocab, spread, k, chunk_rows = REGIMES[regime]
+    head, hidden, teacher, ids = problem(rows, vocab, spread, bias=True, transform=TRANSFORMS[transform])
+    target = {"topk": topk_of(head, teacher, k), "exact": Exact(hidden=teacher), "none": None}[kind]
+    fast, gradient, slow, slow_gradient = both(
+        head, hidden, ids, target, chunk_rows=chunk_rows, ce_weight=0.7, kl_weight=1.3
+    )
+    assert_close(fast.ce, slow.ce)
+    # A tail of 1 - sum(p) carries float32's rounding of the stored probabilities; both sides get the same ones.
+    assert_close(fast.kl, slow.kl, atol=1e-4 if kind == "topk" else 2e-5)
+    assert_close(fast.weighted.detach(), slow.weighted.detach(), atol=1e-4)
+    assert_close(gradient, slow_gradient, atol=1e-4)
+
+
+def test_bfloat16_head_and_states_lose_no_more_than_their_own_rounding():
+    head, hidden, teacher, ids = problem(31, 1000, 4.0, dtype=torch.bfloat16)
+    target = topk_of(head, teacher, 16)
+    fast, gradient, slow, slow_gradient = both(head, hidden, ids, target, chunk_rows=8)
+    assert gradient.dtype == torch.bfloat16
+    assert_close(fast.ce, slow.ce, atol=1e-5)  # products of bfloat16 summed in float32
+    assert_close(gradient.float(), slow_gradient, rtol=0.01, atol=0.01)
+
+
+def test_real_vocabulary():
+    head, hidden, teacher, ids = problem(5, 152_064, 4.0)
+    fast, gradient, slow, slow_gradient = both(head, hidden, ids, topk_of(head, teacher, 64), chunk_rows=2)
+    assert_close(fast.kl, slow.kl, atol=1e-4)
+    assert_close(gradient, slow_gradient, atol=1e-4)
+
+
+def test_bucketed_kl_is_never_above_the_exact_one_and_equals_it_at_all_logits():
+    head, hidden, teacher, ids = problem(64, 200, 3.0)
+    exact = head_losses(hidden, head, ids, Exact(hidden=teacher)).kl
+    previous = torch.zeros_like(exact)
+    for k in (1, 4, 16, 64, 199):
+        bucketed = head_losses(hidden, head, ids, topk_of(head, teacher, k)).kl
+        assert (bucketed <= exact + 1e-4).all()
+        assert (bucketed >= previous - 1e-4).all()  # splitting a bucket only adds
+        previous = bucketed
+    assert torch.allclose(head_losses(hidden, head, ids, topk_of(head, teacher, 200)).kl, exact, atol=1e-4)
+
+
+def test_teacher_equal_student_gives_zero():
+    head, hidden, _, ids = problem(32, 300, 5.0)
+    for target in (Exact(hidden=hidden), topk_of(head, hidden, 8)):
+        leaf = hidden.clone().requires_grad_()
+        losses = head_losses(leaf, head, ids, target, ce_weight=0.0)
+        losses.weighted.sum().backward()
+        assert losses.kl.abs().max() < 1e-5
+        assert leaf.grad.abs().max() < 1e-5
+
+
+def test_the_head_gets_no_gradient():
+    head, hidden, teacher, ids = problem(4, 50, 3.0)
+    head.weight.requires_grad_()
+    head_losses(hidden.requires_grad_(), head, ids, Exact(hidden=teacher)).weighted.sum().backward()
+    assert head.weight.grad is None
+
+
+def test_logits_stay_float32_under_autocast():
+    head, hidden, teacher, ids = problem(16, 500, 6.0)
+    plain = head_losses(hidden, head, ids, Exact(hidden=teacher))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = head_losses(hidden, head, ids, Exact(hidden=teacher))
+    assert torch.equal(plain.ce, cast.ce) and torch.equal(plain.kl, cast.kl)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("chunk_rows", [1, 4, 100])
+def test_chunked_cross_entropy_equals_the_naive_one(transform, chunk_rows):
+    torch.manual_seed(0)
+    head, rows = torch.nn.Linear(D, 60, bias=False).double(), 11
+    hidden, ids = torch.randn(rows, D, dtype=torch.float64), torch.randint(0, 60, (rows,))
+    gradients = []
+    for function in (
+        lambda x: chunked_cross_entropy(x, head, TRANSFORMS[transform], ids, chunk_rows=chunk_rows),
+        lambda x: F.cross_entropy(TRANSFORMS[transform](head(x)), ids, reduction="none"),
+    ):
+        head.zero_grad()
+        leaf = hidden.clone().requires_grad_()
+        value = function(leaf)
+        (value * torch.arange(1.0, rows + 1)).sum().backward()
+        gradients.append((value.detach().double(), leaf.grad, head.weight.grad.clone()))
+    for got, wanted in zip(*gradients, strict=True):
+        assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,52 @@
+"""The Recalibrator over the tiny families: its shape is the student's, it is causal, and padding changes nothing."""
+
+import pytest
+import tiny_models
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from genrecal.train.recalibrator import Recalibrator
+
+FAMILIES = sorted(set(tiny_models.FAMILIES) - {"qwen2_vl_padded_head"})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_are_the_students_decoder_blocks(tiny, family):
+    config = AutoConfig.from_pretrained(tiny(family))
+    recalibrator = Recalibrator(config, 48)
+    student = AutoModelForImageTextToText.from_pretrained(tiny(family)).get_decoder()
+    blocks = list(recalibrator.rec_body.layers)
+    assert len(blocks) == 2
+    for block in blocks:
+        assert type(block) is type(student.layers[0])
+        shapes = {name: parameter.shape for name, parameter in block.named_parameters()}
+        assert shapes == {name: parameter.shape for name, parameter in student.layers[0].named_parameters()}
+    names = {name.split(".")[0] for name, _ in recalibrator.named_parameters()}
+    assert names == {"rec_proj_pre", "rec_body", "rec_proj_post", "rec_norm"}
+    assert not any("embed_tokens" in name for name, _ in recalibrator.named_parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_causal_and_blind_to_padding(tiny, family):
+    torch.manual_seed(0)
+    recalibrator = Recalibrator(AutoConfig.from_pretrained(tiny(family)), 48).eval()
+    splices = [torch.randn(length, recalibrator.rec_proj_pre.out_features) for length in (5, 9)]
+    padded = torch.nn.utils.rnn.pad_sequence(splices, batch_first=True, padding_value=7.0)
+    with torch.no_grad():
+        together = recalibrator(padded)
+        assert together.shape == (2, 9, 48)
+        for row, splice in zip(together, splices, strict=True):
+            assert torch.allclose(row[: len(splice)], recalibrator(splice[None])[0], atol=1e-5)
+        changed = padded.clone()
+        changed[:, 4] += 1
+        different = (recalibrator(changed) - together).abs().amax(-1) > 1e-5
+    assert not different[:, :4].any() and different[:, 4:].all()
+
+
+def test_every_parameter_is_trained(tiny):
+    recalibrator = Recalibrator(AutoConfig.from_pretrained(tiny("internvl_qwen2")), 48)
+    answers, questions = torch.randn(3, 48), torch.randn(4, recalibrator.rec_proj_pre.out_features)
+    splice = torch.cat([questions, recalibrator.rec_proj_pre(answers)])[None]
+    recalibrator(splice).square().sum().backward()
+    missing = [name for name, parameter in recalibrator.named_parameters() if parameter.grad is None]
+    assert not missing
