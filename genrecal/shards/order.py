@@ -15,7 +15,7 @@ class SampleOrder:
 
     Args:
         shards: int `[n]`, the shard of each sample, in input order.
-        seed: any integer.
+        seed: 0 or more.
         window: number of shards among which samples are mixed.
     """
 

@@ -42,8 +42,9 @@ class AnswerRows(QuestionRows):
 
     target_id: int32 `[R]`, NO_TARGET on a turn's last row. target_start, target_end: int32 `[R]`, the bytes of the
     turn's answer text that the target token covers. target_logit: float32 `[R]`, the target's own logit, which may lie
-    outside the top k (all four are null on a turn's last row, on disk). topk_ids: int32 `[R, k]`, by falling logit. topk_logits: float32
-    `[R, k]`. logsumexp: float32 `[R]`, over all V logits, so that exp(topk_logits - logsumexp) are exact probabilities.
+    outside the top k. (All four are null on a turn's last row, on disk.) topk_ids: int32 `[R, k]`, by falling logit.
+    topk_logits: float32 `[R, k]`. logsumexp: float32 `[R]`, over all V logits, so that exp(topk_logits - logsumexp) are
+    exact probabilities.
     """
 
     target_id: np.ndarray

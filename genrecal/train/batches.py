@@ -272,7 +272,12 @@ def micro_batch_stream(
         warnings.simplefilter("ignore", UserWarning)  # torch's advice on the number of workers
         loader = iter(
             DataLoader(
-                builder, sampler=sampler, batch_size=None, num_workers=workers, prefetch_factor=2 if workers else None
+                builder,
+                sampler=sampler,
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=2 if workers else None,
+                generator=torch.Generator(),  # its own: a draw from the global one would change dropout after a resume
             )
         )
     for start, end in ranges:

@@ -16,7 +16,7 @@ from genrecal.shards.layout import temporary_path
 from genrecal.shards.reader import Cache
 from genrecal.train.evaluate import generate, prompts_of
 from genrecal.train.run import Run
-from genrecal.vlm.loading import VLM, WEIGHT_SUFFIXES, load_vlm, model_folder
+from genrecal.vlm.loading import VLM, is_weight_file, load_vlm, model_folder
 
 CHECK_SAMPLES = 4
 CHECK_TOKENS = 24
@@ -71,10 +71,10 @@ def _write(student: VLM, base: Path, folder: Path) -> None:
     student.model.save_pretrained(folder)
     for path in folder.iterdir():
         path.chmod(0o644)
-        if not path.name.endswith(WEIGHT_SUFFIXES):
+        if not is_weight_file(path):
             path.unlink()
     for path in base.iterdir():
-        if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
+        if path.is_file() and not is_weight_file(path):
             shutil.copyfile(path, folder / path.name)
 
 

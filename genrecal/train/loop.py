@@ -25,6 +25,7 @@ from genrecal.train.logs import RunLog, term_means
 from genrecal.train.recalibrator import Recalibrator
 from genrecal.train.run import Run
 from genrecal.train.stages import Denominators, Distiller, add_lora, select_trainable, wanted_by
+from genrecal.vlm.loading import resolve_device
 
 
 def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = None) -> None:
@@ -87,7 +88,7 @@ def plan_stage(config: StageConfig, cache: Cache) -> StagePlan:
 def _train_stage(run: Run, cache: Cache, stage: int, source: RecordSource) -> None:
     config, settings = run.config, run.config.stage(stage)
     plan = plan_stage(settings, cache)
-    device, compute_dtype = resolve_device(config), resolve_precision(config)
+    device, compute_dtype = resolve_device(config.device), resolve_precision(config)
     torch.manual_seed(config.seed * 4 + stage)
     distiller = build_distiller(run, cache, stage, device, compute_dtype)
     parameters = trained_parameters(distiller)
@@ -241,15 +242,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, settings: StageConfig, s
         group["lr"] = rate
 
 
-def resolve_device(config: TrainConfig) -> torch.device:
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"device {config.device!r}: this machine has no CUDA device")
-    return torch.device(config.device)
-
-
 def resolve_precision(config: TrainConfig) -> torch.dtype:
     if config.precision == "auto":
-        return torch.bfloat16 if resolve_device(config).type == "cuda" else torch.float32
+        return torch.bfloat16 if resolve_device(config.device).type == "cuda" else torch.float32
     return torch.bfloat16 if config.precision == "bf16" else torch.float32

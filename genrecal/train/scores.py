@@ -63,9 +63,12 @@ def metric_for(question: str, answer: str) -> str:
 
 
 def as_number(text: str) -> float | None:
-    """A number with its thousands' commas, currency or per cent sign; None for anything else."""
-    plain = text.strip().rstrip(".").replace(",", "").strip("$€£").removesuffix("%").strip()
-    return float(plain) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", plain) else None
+    """A number, with thousands' commas and currency signs left out and a per cent sign as 1/100; None for other text."""
+    plain = text.strip().rstrip(".").replace(",", "").strip("$€£").strip()
+    number = plain.removesuffix("%").strip()
+    if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", number):
+        return None
+    return float(number) / 100 if plain.endswith("%") else float(number)
 
 
 def chosen_letter(text: str) -> str | None:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from genrecal.errors import ModelError
+from genrecal.errors import ModelError, UsageError
 from genrecal.samples import ImageRef, Message
 from genrecal.shards.head import FrozenHead, LogitTransform
 from genrecal.vlm.rendering import Renderer
@@ -77,6 +77,19 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
         processor.save_pretrained = refuse
     return processor
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is one. Raises UsageError for a device that this machine does not have."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device {name!r}: expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +240,11 @@ PROCESSOR_FILES = (
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "processor_config.json",
     "preprocessor_config.json", "video_preprocessor_config.json", "image_processor_config.json",
 )  # fmt: skip
+
+
+def is_weight_file(path: Path) -> bool:
+    """Whether a file of a model folder holds weights, or the index of files that do."""
+    return path.name.endswith(WEIGHT_SUFFIXES)
 
 
 def model_folder(path: str | Path) -> Path:

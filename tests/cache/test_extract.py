@@ -1,0 +1,98 @@
+"""Answer rows, question rows and their targets against the words of the format, over real tiny models."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from conftest import conversation, mixed_samples
+
+from genrecal.cache.extract import extract_answer, extract_question
+from genrecal.cache.teacher import HFTeacher
+from genrecal.errors import SampleError
+from genrecal.shards.codecs import round_to_bf16
+from genrecal.shards.record import NO_TARGET
+
+FAMILIES = ["qwen2_vl", "qwen2_vl_padded_head", "internvl_llama", "idefics3"]
+
+
+@pytest.fixture(scope="module")
+def teacher_of(tiny):
+    return functools.cache(lambda family: HFTeacher.load(tiny(family), dtype=torch.float32))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_are_the_models_own(teacher_of, family):
+    """Batched capture against one plain forward a sample, position by position."""
+    teacher = teacher_of(family)
+    encoded = [teacher.encode(sample) for sample in mixed_samples(4)]
+    results = teacher.states(encoded, questions=[True] * 4, top_k=5)
+    for item, states in zip(encoded, results, strict=True):
+        ids = item.input_ids
+        with torch.no_grad():
+            output = teacher.vlm.model(**teacher.vlm.renderer.collate([item]), output_hidden_states=True)
+        logits = output.logits[0]
+        hidden = teacher.vlm.hidden(teacher.vlm.renderer.collate([item]))[0].detach()
+        expected_positions, expected_turns, targets = [], [], []
+        questions = []
+        for number, (start, end, is_answer) in enumerate(item.segments()):
+            if is_answer:
+                expected_positions += range(start - 1, end)
+                expected_turns += [number // 2] * (end - start + 1)
+                targets += [*ids[start:end].tolist(), NO_TARGET]
+            else:
+                questions += range(start, end)
+        answer, question = states.answer, states.question
+        assert answer.position.tolist() == expected_positions
+        assert answer.turn.tolist() == expected_turns
+        assert answer.target_id.tolist() == targets
+        assert answer.token_id.tolist() == ids[expected_positions].tolist()
+        assert question.position.tolist() == questions
+        assert question.token_id.tolist() == ids[questions].tolist()
+        # Rounding to bfloat16 may fall either way where a batch of another width moves the last digit.
+        close = dict(rtol=0.01, atol=1e-4)
+        assert np.allclose(answer.hidden, round_to_bf16(hidden[expected_positions].numpy()), **close)
+        assert np.allclose(question.hidden, round_to_bf16(hidden[questions].numpy()), **close)
+        rows = logits[expected_positions]
+        values, top = rows.topk(5)
+        assert np.allclose(answer.topk_logits, values.detach().numpy(), atol=1e-4)
+        assert (answer.topk_ids == top.numpy()).mean() > 0.99
+        assert np.allclose(answer.logsumexp, rows.logsumexp(-1).detach().numpy(), atol=1e-4)
+        keep = answer.predicts
+        wanted = rows.log_softmax(-1)[torch.from_numpy(keep)].gather(1, torch.tensor(targets)[keep, None])[:, 0]
+        assert np.allclose(answer.target_log_prob[keep], wanted.detach().numpy(), atol=1e-4)
+
+
+def test_head_of_the_hidden_state_gives_the_stored_logits(teacher_of):
+    teacher = teacher_of("qwen2_vl")
+    encoded = teacher.encode(mixed_samples(1)[0])
+    answer = teacher.states([encoded], questions=[False], top_k=400)[0].answer
+    assert answer.topk_ids.shape[1] == teacher.head.weight.shape[0]  # k is at most V
+    logits = teacher.head.logits(torch.from_numpy(answer.hidden))
+    stored = torch.zeros_like(logits).scatter(
+        1, torch.from_numpy(answer.topk_ids).long(), torch.from_numpy(answer.topk_logits)
+    )
+    assert (logits - stored).abs().max() < 0.05  # bfloat16's rounding of the state
+
+
+def test_byte_ranges_are_in_the_answer(teacher_of):
+    teacher = teacher_of("internvl_llama")
+    text = "中文 🙂 ok"
+    encoded = teacher.encode(conversation(("q", text)))
+    answer = teacher.states([encoded], questions=[False], top_k=2)[0].answer
+    keep = answer.predicts
+    pieces = [text.encode()[s:e] for s, e in zip(answer.target_start[keep], answer.target_end[keep], strict=True)]
+    assert b"".join(pieces) == text.encode() and pieces[-1] == b""
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_states_that_are_not_finite_are_refused(teacher_of, bad):
+    teacher = teacher_of("qwen2_vl")
+    encoded = teacher.encode(conversation(("q", "an answer")))
+    hidden = torch.randn(len(encoded), teacher.vlm.hidden_size)
+    hidden[-1, 3] = bad
+    with pytest.raises(SampleError, match="finite|NaN"):
+        extract_answer(encoded, hidden, teacher.head, top_k=4)
+    hidden[-1, 3], hidden[0, 0] = 0.0, bad
+    with pytest.raises(SampleError, match="NaN"):
+        extract_question(encoded, hidden)

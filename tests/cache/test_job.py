@@ -1,0 +1,220 @@
+"""The cache job with a tiny real teacher: what is written, skipped, resumed and refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import mixed_samples, write_llava
+
+from genrecal.cache.job import CacheOptions, batches_by_length, run_cache_job
+from genrecal.cache.teacher import HFTeacher
+from genrecal.errors import DataError, UsageError
+from genrecal.samples import open_samples
+from genrecal.shards.inspect import summarize
+from genrecal.shards.reader import open_cache
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny):
+    return HFTeacher.load(tiny("qwen2_vl"), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_llava(tmp_path_factory.mktemp("data") / "d", mixed_samples(20))
+
+
+def tree(folder):
+    """Every file's bytes, by its path in the folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_writes_what_it_says(teacher, data, tmp_path):
+    report = run_cache_job(teacher, open_samples([data]), tmp_path, CacheOptions(samples_per_shard=8, top_k=7))
+    assert (report.shards_done, report.cached, report.skipped) == (3, 20, 0)
+    cache = open_cache(tmp_path)
+    assert cache.is_complete and cache.description["totals"]["cached"] == 20
+    assert [record.sample.answers for record in cache] == [sample.answers for sample in mixed_samples(20)]
+    assert cache[0].answer_rows().topk_ids.shape[1] == 7
+    files = set(tree(tmp_path))
+    shards = {f"{folder}/0000{i}.{kind}" for i in range(3) for folder, kind in
+              (("samples", "tar"), ("questions", "tar"), ("manifest", "parquet"))}  # fmt: skip
+    teacher_files = {
+        f"teacher/{name}"
+        for name in (
+            "config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+            "processor_config.json",
+        )
+    }
+    assert files == shards | teacher_files | {"cache.json", "head.safetensors"}
+    for name in teacher_files:
+        assert (tmp_path / name).read_bytes() == (Path(teacher.path) / name.removeprefix("teacher/")).read_bytes()
+    assert torch.equal(cache.head().weight, teacher.head.weight)
+
+
+def test_summary_is_true(teacher, data, tmp_path):
+    run_cache_job(teacher, open_samples([data]), tmp_path, CacheOptions(samples_per_shard=8, question_fraction=0.5))
+    summary = summarize(open_cache(tmp_path))
+    samples = mixed_samples(20)
+    encoded = [teacher.encode(sample) for sample in samples]
+    assert (summary.cached, summary.skipped, summary.shards) == (20, 0, (3, 3))
+    assert summary.answer_tokens == sum(sum(item.answer_lengths) for item in encoded)
+    assert summary.question_tokens == sum(sum(item.question_lengths) for item in encoded)
+    assert summary.images == sum(len(sample.images) for sample in samples)
+    assert summary.turns == sum(len(sample.answers) for sample in samples)
+    assert summary.categories == {"test": 20} and summary.sources == {"made": 20}
+    assert 0 < summary.with_question < 20
+    on_disk = {tier: sum(p.stat().st_size for p in (tmp_path / tier).iterdir()) for tier in ("samples", "questions")}
+    assert {tier: summary.bytes[f"{tier} tars"] for tier in on_disk} == on_disk
+
+
+def test_two_runs_give_the_same_bytes_and_a_third_does_nothing(teacher, data, tmp_path):
+    options = CacheOptions(samples_per_shard=8)
+    for name in ("a", "b"):
+        run_cache_job(teacher, open_samples([data]), tmp_path / name, options)
+    before = tree(tmp_path / "a")
+    assert before == tree(tmp_path / "b")
+    report = run_cache_job(teacher, open_samples([data]), tmp_path / "a", options)
+    assert (report.shards_done, report.shards_found, report.cached) == (0, 3, 20)
+    assert tree(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize("lost", ["manifest/00001.parquet", "samples/00001.tar", "cut"])
+def test_only_what_is_missing_is_done_again(teacher, data, tmp_path, lost):
+    options = CacheOptions(samples_per_shard=8)
+    run_cache_job(teacher, open_samples([data]), tmp_path, options)
+    before = tree(tmp_path)
+    if lost == "cut":
+        path = tmp_path / "samples/00001.tar"
+        path.write_bytes(path.read_bytes()[:3000])
+    else:
+        (tmp_path / lost).unlink()
+    report = run_cache_job(teacher, open_samples([data]), tmp_path, options)
+    assert (report.shards_done, report.shards_found) == (1, 2)
+    assert tree(tmp_path) == before
+
+
+def test_question_tier_may_be_deleted_after_stage_1(teacher, data, tmp_path):
+    options = CacheOptions(samples_per_shard=8)
+    run_cache_job(teacher, open_samples([data]), tmp_path, options)
+    for path in (tmp_path / "questions").iterdir():
+        path.unlink()
+    assert run_cache_job(teacher, open_samples([data]), tmp_path, options).shards_done == 0
+    assert open_cache(tmp_path)[0].record(question=False).question is None
+
+
+def test_no_question_tier(teacher, data, tmp_path):
+    run_cache_job(teacher, open_samples([data]), tmp_path, CacheOptions(question_codec="none"))
+    assert not (tmp_path / "questions").exists()
+    assert not any(record.has_question for record in open_cache(tmp_path))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_question_fraction_is_a_pure_choice_by_key(seed):
+    options = CacheOptions(question_fraction=0.3, question_seed=seed)
+    kept = [options.keeps_question(f"{i:08d}") for i in range(4000)]
+    assert kept == [options.keeps_question(f"{i:08d}") for i in range(4000)]
+    assert abs(np.mean(kept) - 0.3) < 0.03
+    more = CacheOptions(question_fraction=0.6, question_seed=seed)
+    assert all(more.keeps_question(f"{i:08d}") for i, keep in enumerate(kept) if keep)  # a larger share adds
+
+
+def spoil(data, folder, *indices):
+    """A copy of the data in which some records cannot be used."""
+    records = json.loads(data.read_text())
+    for record in records:
+        record["image"] = [str(data.parent / name) for name in record.get("image", [])]
+    broken = folder / "broken.png"
+    broken.write_bytes(b"no picture")
+    for index in indices:
+        records[index]["image"] = [str(broken)]
+        records[index]["conversations"] = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]
+    path = folder / "spoilt.json"
+    path.write_text(json.dumps(records, indent=1))
+    return path
+
+
+def test_bad_samples_are_skipped_with_their_reason_and_counted(teacher, data, tmp_path):
+    records = json.loads(spoil(data, tmp_path, 3, 11).read_text())
+    del records[5]["conversations"][-1]
+    path = tmp_path / "spoilt.json"
+    path.write_text(json.dumps(records, indent=1))
+    options = CacheOptions(samples_per_shard=8, max_skip=0.2)
+    report = run_cache_job(teacher, open_samples([path]), tmp_path / "cache", options)
+    assert (report.cached, report.skipped) == (17, 3)
+    table = open_cache(tmp_path / "cache").manifest().to_pylist()
+    assert [row["status"] for row in table].count("skipped") == 3 and len(table) == 20
+    for index, reason in (
+        (3, "cannot be decoded"),
+        (5, "no assistant turn|no answer|alternate"),
+        (11, "cannot be decoded"),
+    ):
+        assert table[index]["status"] == "skipped"
+        assert table[index]["reason"].startswith(f"{path}:")
+        import re
+
+        assert re.search(reason, table[index]["reason"])
+    assert sum(summarize(open_cache(tmp_path / "cache")).skip_reasons.values()) == 3
+
+
+def test_too_many_bad_samples_fail_the_job_naming_reasons(teacher, data, tmp_path):
+    path = spoil(data, tmp_path, 3, 11)
+    with pytest.raises(DataError, match=r"of 20 samples.*--max-skip.*cannot be decoded"):
+        run_cache_job(teacher, open_samples([path]), tmp_path / "cache", CacheOptions(samples_per_shard=8))
+
+
+def test_long_conversations_are_skipped(teacher, data, tmp_path):
+    lengths = [len(teacher.encode(sample)) for sample in mixed_samples(20)]
+    limit = sorted(lengths)[10]
+    report = run_cache_job(teacher, open_samples([data]), tmp_path, CacheOptions(max_tokens=limit, max_skip=1.0))
+    assert report.skipped == sum(length > limit for length in lengths) > 0
+
+
+def test_another_job_in_the_same_directory_is_refused(teacher, data, tmp_path, tiny):
+    run_cache_job(teacher, open_samples([data]), tmp_path, CacheOptions(samples_per_shard=8))
+    before = tree(tmp_path)
+    with pytest.raises(UsageError, match="top_k was 64, now 5"):
+        run_cache_job(teacher, open_samples([data]), tmp_path, CacheOptions(samples_per_shard=8, top_k=5))
+    with pytest.raises(UsageError, match="num_samples was 20, now 4"):
+        run_cache_job(teacher, open_samples([data], limit=4), tmp_path, CacheOptions(samples_per_shard=8))
+    other = HFTeacher.load(tiny("internvl_qwen2"), dtype=torch.float32)
+    with pytest.raises(UsageError, match="teacher was"):
+        run_cache_job(other, open_samples([data]), tmp_path, CacheOptions(samples_per_shard=8))
+    assert tree(tmp_path) == before
+
+
+def test_batches_hold_like_lengths_within_the_budget():
+    lengths = dict(enumerate(np.random.default_rng(0).integers(5, 100, 200).tolist()))
+    batches = list(batches_by_length(lengths, 300))
+    assert sorted(i for batch in batches for i in batch) == list(range(200))
+    assert all(max(lengths[i] for i in batch) * len(batch) <= 300 for batch in batches)
+    assert list(batches_by_length({0: 1000, 1: 5}, 100)) == [[1], [0]]  # a long one goes alone
+
+
+def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(data, tmp_path, tiny):
+    """A real process, killed -9 as its first, second and third shard appear; another then finishes."""
+    command = [
+        sys.executable, "-m", "genrecal.cli", "cache", "--teacher", str(tiny("qwen2_vl")), "--data", str(data),
+        "--dtype", "float32", "--samples-per-shard", "4", "--out",
+    ]  # fmt: skip
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    cut = tmp_path / "cut"
+    for shard in range(3):
+        process = subprocess.Popen([*command, str(cut)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (cut / "manifest" / f"{shard:05d}.parquet").exists():
+            time.sleep(0.002)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([*command, str(cut)], check=True, capture_output=True)
+    assert tree(cut) == tree(tmp_path / "whole")

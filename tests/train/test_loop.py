@@ -1,0 +1,237 @@
+"""Whole small runs: order of stages, schedules, resume, and what is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import mixed_samples, write_llava
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from genrecal.cache.job import CacheOptions, run_cache_job
+from genrecal.cache.teacher import HFTeacher
+from genrecal.errors import TrainingError, UsageError
+from genrecal.samples import open_samples
+from genrecal.shards.reader import open_cache
+from genrecal.train.config import load_config
+from genrecal.train.logs import read_metrics
+from genrecal.train.loop import plan_stage, train
+from genrecal.train.run import Run
+
+SMALL = "batch_size=3 accumulation=2 max_steps=6 epochs=9 lr=1e-3 lr_end=1e-4 checkpoint_every=2".split()
+SETTINGS = ["data.workers=0", *(f"stage{n}.{setting}" for n in (1, 2, 3) for setting in SMALL)]
+UNTIMED = ("seconds", "data_wait")
+
+
+@pytest.fixture(scope="module")
+def cache(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loop")
+    data = write_llava(folder / "d", mixed_samples(20))
+    teacher = HFTeacher.load(tiny("qwen2_vl"), dtype=torch.float32)
+    run_cache_job(teacher, open_samples([data]), folder / "c", CacheOptions(samples_per_shard=8))
+    return folder / "c"
+
+
+@pytest.fixture
+def run_of(tiny, cache, tmp_path):
+    def make(name, *settings, student="internvl_qwen2"):
+        config = load_config(None, [*SETTINGS, *settings])
+        return Run(path=tmp_path / name, config=config, student=str(tiny(student)), cache=cache)
+
+    return make
+
+
+def untimed(run):
+    return [{k: v for k, v in line.items() if k not in UNTIMED} for line in read_metrics(run.path)]
+
+
+def test_three_stages_train_what_they_should(run_of):
+    run = run_of("run")
+    train(run)
+    lines = untimed(run)
+    assert [(line["stage"], line["step"]) for line in lines] == [(s, i) for s in (1, 2, 3) for i in range(6)]
+    terms = {stage: {k for line in lines if line["stage"] == stage for k in line} for stage in (1, 2, 3)}
+    both = {f"{name}{part}" for name in ("ce", "kl") for part in ("", "_first", "_later")}
+    sft = {f"sft{part}" for part in ("", "_first", "_later")}
+    reg = {f"reg_{name}" for name in both}
+    common = {"stage", "step", "loss", "grad_norm", "lr", "samples", "student_tokens"}
+    assert terms == {1: both | reg | common, 2: both | sft | common, 3: sft | common}
+    for line in lines:  # each loss is the sum of its terms
+        parts = [line[name] for name in ("ce", "kl", "reg_ce", "reg_kl", "sft") if name in line]
+        assert line["loss"] == pytest.approx(sum(parts), rel=1e-4)
+    for stage in (1, 2, 3):
+        losses = [line["loss"] for line in lines if line["stage"] == stage]
+        assert losses[-1] < losses[0]
+    assert set(load_file(run.stage_result(1))) == {
+        n for n in load_file(run.stage_result(1)) if n.startswith("recalibrator.")
+    }
+    assert any("lora_A" in name for name in load_file(run.stage_result(2)))
+    assert not any("vision_tower" in name or "lora" in name for name in load_file(run.stage_result(3)))
+    board = EventAccumulator(str(run.path / "tensorboard" / "stage1")).Reload()
+    assert [e.value for e in board.Scalars("kl_first")] == pytest.approx(
+        [line["kl_first"] for line in lines if line["stage"] == 1], rel=1e-5
+    )
+
+
+def test_learning_rate_falls_linearly_in_each_stage(run_of):
+    run = run_of("run")
+    train(run, stages=(1,))
+    rates = [line["lr"] for line in untimed(run)]
+    assert rates == pytest.approx([1e-3 + (1e-4 - 1e-3) * i / 6 for i in range(6)])
+
+
+def test_a_run_in_pieces_is_the_run_in_one(run_of):
+    whole, pieces = run_of("whole"), run_of("pieces")
+    train(whole)
+    for stage in (1, 2, 3):
+        train(pieces, stages=(stage,))
+    assert untimed(whole) == untimed(pieces)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_resuming_from_a_checkpoint_gives_the_same_losses_and_weights(run_of, stage):
+    """The run's folder as a kill after step 5 of the stage leaves it: checkpoints of steps 2 and 4, metrics up to 4."""
+    whole = run_of("whole", "keep_checkpoints=2")
+    train(whole, stages=range(1, stage + 1))
+    cut = run_of("cut", "keep_checkpoints=2")
+    shutil.copytree(whole.path, cut.path)
+    cut.stage_result(stage).unlink()
+    kept = [line for line in read_metrics(whole.path) if line["stage"] < stage or line["step"] < 5]
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    (cut.path / "metrics.jsonl").write_text(text + '{"stage": 1, "st')  # the last line was being written
+    assert sorted(p.name for p in cut.checkpoints.glob(f"stage{stage}-*")) == [
+        f"stage{stage}-step{i:08d}" for i in (2, 4)
+    ]
+    train(cut, stages=range(1, stage + 1))
+    assert untimed(cut) == untimed(whole)
+    wanted, got = load_file(whole.stage_result(stage)), load_file(cut.stage_result(stage))
+    assert wanted.keys() == got.keys() and all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+def test_killed_process_goes_on(tiny, cache, tmp_path):
+    """A real process, killed -9 in stage 1 and in stage 2, ends with the same losses as one that was not."""
+    command = [
+        sys.executable,
+        "-m",
+        "genrecal.cli",
+        "train",
+        "--cache",
+        str(cache),
+        "--student",
+        str(tiny("internvl_qwen2")),
+    ]
+    command += [part for setting in SETTINGS for part in ("--set", setting)] + ["--stages", "1,2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True, env=environment)
+    cut = tmp_path / "cut"
+    for stage in (1, 2):
+        process = subprocess.Popen(
+            [*command, "--out", str(cut)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+        )
+        while process.poll() is None and not (cut / "checkpoints" / f"stage{stage}-step00000002").exists():
+            time.sleep(0.01)
+        assert process.poll() is None, "it finished before it could be killed"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([*command, "--out", str(cut)], check=True, capture_output=True, env=environment)
+
+    def lines(path):
+        return [{k: v for k, v in line.items() if k not in UNTIMED} for line in read_metrics(path)]
+
+    assert lines(cut) == lines(tmp_path / "whole")
+
+
+def test_worker_processes_change_nothing(run_of):
+    alone, workers = run_of("alone"), run_of("workers", "data.workers=2")
+    for run in (alone, workers):
+        train(run, stages=(1,))
+    assert untimed(alone) == untimed(workers)
+
+
+def test_sft_needs_no_recalibrator_and_takes_the_same_samples(run_of):
+    run = run_of("sft", "objective=sft")
+    train(run)
+    assert [line["stage"] for line in untimed(run)] == [2] * 6 + [3] * 6
+    assert not run.stage_result(1).exists()
+    full = run_of("full")
+    train(full, stages=(1, 2))
+    tokens = [line["student_tokens"] for line in untimed(run) if line["stage"] == 2]
+    assert tokens == [line["student_tokens"] for line in untimed(full) if line["stage"] == 2]
+
+
+@pytest.mark.parametrize(
+    "setting", ["loss.target=exact", "lora.rank=0", "precision=bf16", "gradient_checkpointing=false"]
+)
+def test_other_settings_train_too(run_of, setting):
+    run = run_of("run", setting)
+    train(run, stages=(1, 2))
+    losses = [line["loss"] for line in untimed(run) if line["stage"] == 2]
+    assert losses[-1] < losses[0]
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(run_of):
+    with_it, without = (
+        run_of("with", "lora.dropout=0"),
+        run_of("without", "gradient_checkpointing=false", "lora.dropout=0"),
+    )
+    for run in (with_it, without):
+        train(run, stages=(1, 2))
+    for a, b in zip(untimed(with_it), untimed(without), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_plan_counts_every_sample_once_an_epoch(cache):
+    opened = open_cache(cache)
+    config = load_config(None, ["stage1.batch_size=3", "stage1.accumulation=2", "stage1.epochs=1.5"])
+    plan = plan_stage(config.stage1, opened)
+    assert (plan.num_samples, plan.num_steps, plan.global_batch) == (30, 5, 6)
+    odd = plan_stage(load_config(None, ["stage1.batch_size=7", "stage1.accumulation=1"]).stage1, opened)
+    assert (odd.num_samples, odd.num_steps) == (20, 3)  # the last step takes the 6 that are left
+
+
+def test_categories_can_be_left_out(cache):
+    config = load_config(None, ['stage3.exclude_categories=["test"]'])
+    with pytest.raises(UsageError, match="no sample is left"):
+        plan_stage(config.stage3, open_cache(cache))
+    with pytest.raises(UsageError, match="no sample has the category 'nope'; the cache has test"):
+        plan_stage(load_config(None, ['stage3.exclude_categories=["nope"]']).stage3, open_cache(cache))
+
+
+def test_another_run_in_the_same_folder_is_refused(run_of):
+    train(run_of("run"), stages=(1,))
+    with pytest.raises(UsageError, match=r"config\.seed was 0, now 5"):
+        train(run_of("run", "seed=5"), stages=(2,))
+    with pytest.raises(UsageError, match="student was"):
+        train(run_of("run", student="internvl_llama"), stages=(2,))
+
+
+def test_stages_out_of_order_are_refused(run_of):
+    with pytest.raises(TrainingError, match="stage 2 begins from stage 1's result"):
+        train(run_of("run"), stages=(2,))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(run_of, tiny, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny("internvl_qwen2"), folder)
+    run = run_of("run", "stage1.lr=1e30", "stage1.lr_end=1e29", "stage1.max_grad_norm=0")
+    with pytest.raises(TrainingError, match=r"is (nan|inf).* on samples 0000"):
+        train(run, stages=(1,))
+    assert not run.stage_result(1).exists()
+
+
+def test_an_unfinished_cache_is_refused(run_of, cache, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(cache, copy)
+    content = json.loads((copy / "cache.json").read_text())
+    del content["totals"]
+    (copy / "cache.json").write_text(json.dumps(content))
+    (copy / "manifest" / "00001.parquet").unlink()
+    run = run_of("run")
+    with pytest.raises(UsageError, match="2 of 3 shards are finished"):
+        train(Run(path=run.path, config=run.config, student=run.student, cache=copy), stages=(1,))

@@ -1,0 +1,190 @@
+"""What each stage trains, and that a loss does not depend on how its global batch is cut."""
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from conftest import conversation, mixed_samples, write_llava
+
+from genrecal.cache.job import CacheOptions, run_cache_job
+from genrecal.cache.teacher import HFTeacher
+from genrecal.samples import open_samples
+from genrecal.shards.reader import open_cache
+from genrecal.train.batches import BatchBuilder, ShardSource, Wanted
+from genrecal.train.checkpoint import trained_parameters
+from genrecal.train.config import LoraConfig, LossConfig
+from genrecal.train.losses import TopK, head_losses_naive
+from genrecal.train.recalibrator import Recalibrator
+from genrecal.train.stages import Denominators, Distiller, add_lora, is_vision_encoder, merge_lora, select_trainable
+from genrecal.vlm.loading import load_vlm
+
+FAMILIES = sorted(set(tiny_models.FAMILIES) - {"qwen2_vl_padded_head"})
+
+
+@pytest.fixture(scope="module")
+def cache(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stages")
+    data = write_llava(folder / "d", mixed_samples(12))
+    teacher = HFTeacher.load(tiny("qwen2_vl"), dtype=torch.float32)
+    run_cache_job(teacher, open_samples([data]), folder / "c", CacheOptions(samples_per_shard=5, question_fraction=0.6))
+    return open_cache(folder / "c")
+
+
+@pytest.fixture
+def student(tiny):
+    return load_vlm(tiny("internvl_llama"), dtype=torch.float32)
+
+
+def distiller_of(stage, student, cache, **loss):
+    torch.manual_seed(3)
+    recalibrator = Recalibrator(student.model.config, cache.hidden_size)
+    fraction = cache.description["question_fraction"]
+    return Distiller(stage, student, recalibrator, cache.head(), LossConfig(**loss), question_fraction=fraction)
+
+
+def builder_of(student, cache, stage):
+    return BatchBuilder(ShardSource(cache), student.renderer, Wanted(teacher=stage < 3, questions=stage == 1))
+
+
+def gradients(distiller, batches):
+    """The loss and every gradient of a global batch cut into `batches`."""
+    parameters = trained_parameters(distiller)
+    distiller.zero_grad()
+    denominators = Denominators(
+        teacher_rows=sum(len(b.target_ids) for b in batches if b.target_ids is not None),
+        student_rows=sum(len(b.sft_ids) for b in batches),
+    )
+    total = 0.0
+    for batch in batches:
+        loss = distiller(batch, denominators).loss
+        loss.backward()
+        total += loss.item()
+    return total, {name: parameter.grad.clone() for name, parameter in parameters.items()}
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_cutting_a_batch_differently_changes_nothing(student, cache, stage):
+    select_trainable(stage, student, LoraConfig(rank=0))
+    distiller = distiller_of(stage, student, cache)
+    builder = builder_of(student, cache, stage)
+    whole = gradients(distiller, [builder[range(12)]])
+    for cuts in ([range(0, 5), range(5, 12)], [range(i, i + 1) for i in range(11, -1, -1)]):
+        cut = gradients(distiller, [builder[list(part)] for part in cuts])
+        assert cut[0] == pytest.approx(whole[0], rel=1e-5)
+        for name, gradient in whole[1].items():
+            assert torch.allclose(cut[1][name], gradient, rtol=1e-3, atol=1e-5), name
+
+
+def test_stage_1_loss_is_the_four_terms_written_out(student, cache):
+    """Algorithms 1 and 2 over single conversations with plain indexing, against the batched module."""
+    select_trainable(1, student, LoraConfig())
+    distiller = distiller_of(1, student, cache)
+    batch = builder_of(student, cache, 1)[range(12)]
+    output = distiller(batch, Denominators(teacher_rows=len(batch.target_ids), student_rows=1))
+    head, rec = cache.head(), distiller.recalibrator
+    sums = dict.fromkeys(("ce", "kl", "reg_ce", "reg_kl"), 0.0)
+    for record in cache:
+        rows = record.answer_rows()
+        encoded = student.renderer.encode(record.sample)
+        with torch.no_grad():
+            states = student.hidden(student.renderer.collate([encoded]))[0]
+        own = [states[s:e] for s, e, is_answer in encoded.segments() if not is_answer]
+        passes = [("", own)]
+        if record.has_question:
+            question = record.question_rows()
+            turns = [rec.rec_proj_pre(torch.from_numpy(question.hidden[question.turn == t])) for t in range(len(own))]
+            passes.append(("reg_", turns))
+        for prefix, questions in passes:
+            pieces, predicts = [], []
+            for turn, part in enumerate(questions):
+                answer = rec.rec_proj_pre(torch.from_numpy(rows.hidden[rows.turn == turn][1:]))
+                at = sum(map(len, pieces)) + len(part) - 1
+                pieces += [part, answer]
+                predicts += range(at, at + len(answer))
+            keep = rows.predicts
+            target = TopK(
+                ids=torch.from_numpy(rows.topk_ids[keep]).long(),
+                log_probs=torch.from_numpy(rows.topk_logits[keep] - rows.logsumexp[keep, None]),
+            )
+            ids = torch.from_numpy(rows.target_id[keep]).long()
+            losses = head_losses_naive(rec(torch.cat(pieces)[None])[0][predicts], head, ids, target)
+            sums[prefix + "ce"] += losses.ce.sum().item()
+            sums[prefix + "kl"] += losses.kl.sum().item()
+    for name, value in sums.items():
+        assert output.sums[name].item() == pytest.approx(value, rel=1e-4), name
+    fraction = cache.description["question_fraction"]
+    expected = (sums["ce"] + sums["kl"] + (sums["reg_ce"] + sums["reg_kl"]) / fraction) / len(batch.target_ids)
+    assert output.loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_first_and_later_tokens_add_up(student, cache):
+    select_trainable(1, student, LoraConfig())
+    batch = builder_of(student, cache, 1)[range(12)]
+    output = distiller_of(1, student, cache)(batch, Denominators(teacher_rows=1, student_rows=1))
+    turns = sum(len(record.sample.answers) for record in cache)
+    assert output.counts["ce_first"] == turns
+    for name in ("ce", "kl", "reg_ce", "reg_kl"):
+        assert output.counts[name] == output.counts[f"{name}_first"] + output.counts[f"{name}_later"]
+        parts = output.sums[f"{name}_first"] + output.sums[f"{name}_later"]
+        assert output.sums[name].item() == pytest.approx(parts.item(), rel=1e-5)
+
+
+def test_only_the_first_token_of_an_answer_sees_the_students_question_alone(student, cache):
+    """What the design says of the splice: with the student's states shuffled, only its share of each row changes."""
+    select_trainable(2, student, LoraConfig(rank=0))
+    distiller = distiller_of(2, student, cache)
+    batch = builder_of(student, cache, 2)[range(12)]
+    distiller(batch, Denominators(teacher_rows=1, student_rows=10**9)).loss.backward()
+    trained = {
+        name for name, p in trained_parameters(distiller).items() if p.grad is not None and p.grad.abs().sum() > 0
+    }
+    assert any(name.startswith("model.") for name in trained)  # the teacher's loss reaches the student's body
+    assert not any("lm_head" in name for name in trained)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_trained(tiny, family):
+    student = load_vlm(tiny(family), dtype=torch.float32)
+    every = {name for name, _ in student.model.named_parameters()}
+    assert select_trainable(1, student, LoraConfig()) == []
+    assert not any(p.requires_grad for p in student.model.parameters())
+    stage3 = set(select_trainable(3, student, LoraConfig()))
+    vision = every - stage3
+    assert vision and all(is_vision_encoder(name) for name in vision)
+    assert any("merger" in n or "projector" in n or "connector" in n for n in stage3), "the projector is trained"
+    body = set(select_trainable(2, student, LoraConfig(rank=0)))
+    assert body and all("layers" in name or name.endswith("norm.weight") for name in body) and body < stage3
+    add_lora(student, LoraConfig(rank=4, alpha=4.0))
+    lora = select_trainable(2, student, LoraConfig(rank=4))
+    assert lora and all("lora_" in name for name in lora)
+    assert not any(is_vision_encoder(name) or "merger" in name or "projector" in name for name in lora)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_lora_computes_the_same(tiny, family):
+    student = load_vlm(tiny(family), dtype=torch.float32)
+    names = list(student.model.state_dict())
+    inputs = student.renderer.collate([student.renderer.encode(conversation(("What?", "a b c"), images={0: 1}))])
+    with torch.no_grad():
+        before = student.hidden(inputs)
+        add_lora(student, LoraConfig(rank=4, alpha=8.0))
+        assert torch.equal(student.hidden(inputs), before)  # LoRA begins as nothing
+        for name in select_trainable(2, student, LoraConfig(rank=4)):
+            student.model.get_parameter(name).normal_(0, 0.3)
+        student.model.eval()
+        with_lora = student.hidden(inputs)
+        merge_lora(student)
+        merged = student.hidden(inputs)
+    assert not torch.allclose(with_lora, before, atol=1e-2)
+    assert torch.allclose(merged, with_lora, atol=1e-4)
+    assert list(student.model.state_dict()) == names
+
+
+def test_samples_without_questions_take_no_part_in_the_regularisation(student, cache):
+    batch = builder_of(student, cache, 1)[range(12)]
+    with_question = [record.has_question for record in cache]
+    assert 0 < sum(with_question) < 12
+    rows = np.concatenate([np.full(r.row["answer_tokens"], q) for r, q in zip(cache, with_question, strict=True)])
+    assert batch.reg_rows.tolist() == np.flatnonzero(rows).tolist()
+    none = builder_of(student, cache, 1)[[i for i, q in enumerate(with_question) if not q]]
+    assert none.reg_splice is None
