@@ -27,7 +27,7 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a checkpoint.")
 ]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or split: the layers spread over all GPUs.")]
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -44,15 +44,17 @@ def main(args: Sequence[str] | None = None) -> None:
     except GenrecalError as error:
         status = error.exit_status
         _print_error(str(error), debug=debug)
-    except typer.Abort:
-        status = 130
+    except (typer.Abort, SystemExit) as stop:
+        status = getattr(stop, "code", 130)
+        if status != 130:
+            raise
         sys.stderr.write("genrecal: interrupted; run the same command again to go on from what is finished\n")
     except Exception as error:
         if not hasattr(error, "format_message"):  # the parser's own kinds have it
             raise
         status = 2
         _print_error(f"{error.format_message()} (--help lists the options)", debug=debug)
-    sys.exit(status)
+    sys.exit(status or 0)
 
 
 def _print_error(message: str, *, debug: bool) -> None:
@@ -132,9 +134,14 @@ def cache(
 
 def _teacher(path: str, dtype: str, device: str, trust_remote_code: bool) -> Any:
     from genrecal.cache.teacher import HFTeacher
-    from genrecal.vlm.loading import resolve_device
 
-    return HFTeacher.load(path, dtype=_dtype(dtype), device=resolve_device(device), trust_remote_code=trust_remote_code)
+    return HFTeacher.load(path, dtype=_dtype(dtype), device=_device(device), trust_remote_code=trust_remote_code)
+
+
+def _device(name: str) -> Any:
+    from genrecal.vlm.loading import SPLIT, resolve_device
+
+    return SPLIT if name == SPLIT else resolve_device(name)
 
 
 def _dtype(name: str) -> Any:
@@ -300,10 +307,10 @@ def evaluate(
     """Generate answers and score them."""
     from genrecal.samples import open_samples
     from genrecal.train.evaluate import evaluate, save_evaluation
-    from genrecal.vlm.loading import load_vlm, resolve_device
+    from genrecal.vlm.loading import load_vlm
 
     samples = open_samples(data, image_root=image_root, limit=limit)
-    vlm = load_vlm(model, dtype=_dtype(dtype), device=resolve_device(device), trust_remote_code=trust_remote_code)
+    vlm = load_vlm(model, dtype=_dtype(dtype), device=_device(device), trust_remote_code=trust_remote_code)
     result = evaluate(vlm, samples, metric=metric, batch_size=batch_size, max_new_tokens=max_new_tokens)
     if out is not None:
         save_evaluation(result, out)

@@ -103,7 +103,12 @@ def test_ctrl_c_says_what_to_do_and_ends_with_130(tmp_path: Path) -> None:
     pipe = tmp_path / "settings.toml"
     os.mkfifo(pipe)
     command = [*COMMAND, "train", "--cache", "c", "--student", "s", "--out", str(tmp_path / "o"), "--config", str(pipe)]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would ignore it
+    )
     with pipe.open("w"):  # opens once the command reads its settings, and keeps it waiting for them
         child.send_signal(signal.SIGINT)
         _, err = child.communicate(timeout=120)
@@ -175,7 +180,7 @@ def test_a_wrong_dtype_or_device_is_one_line(
         (["train"], ["Missing option"]),
         (["train", "--nope"], ["No such option"]),
         (["nope"], ["No such command"]),
-        (["cache", "--teacher", "t", "--data", "d", "--out", "o", "--top-k", "x"], ["not a valid int"]),
+        (["cache", "--teacher", "t", "--data", "d", "--out", "o", "--top-k", "x"], ["--top-k", "valid integer"]),
     ],
 )
 def test_what_the_parser_refuses_is_one_line_too(run: Run, args: list[str], words: list[str]) -> None:

@@ -93,7 +93,7 @@ def _top_k(
     """ids int32 `[R, k]`, logits float32 `[R, k]`, logsumexp float32 `[R]`, the target's logit float32 `[R]`."""
     rows, num_logits = len(states), head.weight.shape[0]
     k = min(top_k, num_logits)
-    targets = torch.from_numpy(np.maximum(target_id, 0).astype(np.int64)).to(states.device)
+    targets = torch.from_numpy(np.maximum(target_id, 0).astype(np.int64)).to(head.weight.device)
     pieces = []
     for chunk in _chunks(rows, max(1, LOGIT_BUDGET // num_logits)):
         logits = head.logits(states[chunk])  # [r, V]

@@ -93,7 +93,7 @@ def teacher_tokenizer(texts: Iterable[str]) -> transformers.PreTrainedTokenizerF
 
 
 def student_tokenizer(texts: Iterable[str]) -> transformers.PreTrainedTokenizerFast:
-    """Sentencepiece-like BPE, as InternLM2 and Llama have: "▁" for a space, digits one by one, unknown letters as bytes.
+    """Sentencepiece-like BPE, as InternLM2 and Llama have: "▁" for a space, single digits, unknown letters as bytes.
 
     The byte tokens have to be ordinary entries of the vocabulary (as special ones they would be matched in the text
     and dropped when decoding), which the trainer cannot do; so its merges are put into a vocabulary built here.
@@ -151,7 +151,7 @@ def student_tokenizer(texts: Iterable[str]) -> transformers.PreTrainedTokenizerF
 
 
 def teacher_config(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.Qwen2VLConfig:
-    """About 1.3 million parameters; a picture of 64 x 64 pixels is four tokens."""
+    """About 1.6 million parameters; a picture of 64 x 64 pixels is four tokens."""
     ident = tokenizer.convert_tokens_to_ids
     return transformers.Qwen2VLConfig(
         text_config={
@@ -233,9 +233,12 @@ def teacher_processor(tokenizer: transformers.PreTrainedTokenizerFast) -> transf
 
 
 def student_processor(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.InternVLProcessor:
-    """Pictures are one tile of a fixed size."""
+    """Pictures are one tile of a fixed size.
+
+    InternVLProcessor asks for tiles on every call, whatever ``crop_to_patches`` says; one tile at most prevents it.
+    """
     image_processor = transformers.GotOcr2ImageProcessorPil(
-        size={"height": STUDENT_IMAGE, "width": STUDENT_IMAGE}, crop_to_patches=False
+        size={"height": STUDENT_IMAGE, "width": STUDENT_IMAGE}, crop_to_patches=False, max_patches=1
     )
     with without_video_processors():
         return transformers.InternVLProcessor(

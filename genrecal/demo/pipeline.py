@@ -33,7 +33,7 @@ ASSETS = Path(str(files("genrecal.demo") / "assets"))
 
 # A tiny student learns at rates that would ruin a pretrained one, and its batches are small.
 SETTINGS = (
-    "gradient_checkpointing=false", "data.workers=0", "data.window=4",
+    "gradient_checkpointing=false", "data.workers=1", "data.window=4",
     "stage1.batch_size=16", "stage1.accumulation=1", "stage1.lr=3e-3", "stage1.lr_end=3e-4", "stage1.epochs=3",
     "stage2.batch_size=16", "stage2.accumulation=1", "stage2.lr=2e-3", "stage2.lr_end=2e-4", "stage2.epochs=3",
     "stage3.batch_size=16", "stage3.accumulation=1", "stage3.lr=5e-4", "stage3.lr_end=5e-5", "stage3.epochs=1",

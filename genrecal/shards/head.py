@@ -109,6 +109,7 @@ def linear_float32(x: "torch.Tensor", weight: "torch.Tensor") -> "torch.Tensor":
     """
     import torch
 
+    x = x.to(weight.device)  # of a model split over devices, the head may stand apart from the last layer
     if x.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
         return torch.mm(x.to(weight.dtype), weight.t(), out_dtype=torch.float32)
     return torch.nn.functional.linear(x.float(), weight.float())

@@ -79,6 +79,9 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     return processor
 
 
+SPLIT = "split"  # the device of a model that is spread over all of a machine's GPUs
+
+
 def resolve_device(name: str) -> torch.device:
     """ "auto" is CUDA where there is one. Raises UsageError for a device that this machine does not have."""
     if name == "auto":
@@ -121,7 +124,8 @@ class VLM:
 
     @property
     def device(self) -> torch.device:
-        return self.head.weight.device
+        """Where inputs go: the device of the token embeddings (a split model's head may stand elsewhere)."""
+        return self.model.get_input_embeddings().weight.device
 
     def frozen_head(self) -> FrozenHead:
         """The head with what follows it, sharing the model's tensors."""
@@ -157,6 +161,8 @@ def load_vlm(
 
     Args:
         dtype: "auto" takes the checkpoint's.
+        device: a torch device, or "split" to spread the layers over all GPUs of the machine (transformers'
+            `device_map="auto"`), for a model that one does not hold.
         attention: transformers' `attn_implementation`; None lets it choose.
         trust_remote_code: run Python that comes with the checkpoint; never done without being asked for.
 
@@ -171,12 +177,18 @@ def load_vlm(
     try:
         with _quiet():
             model = AutoModelForImageTextToText.from_pretrained(
-                path, dtype=dtype, trust_remote_code=trust_remote_code, attn_implementation=attention
+                path,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attention,
+                device_map="auto" if device == SPLIT else None,
             )
     except Exception as error:
         raise ModelError(f"{path}: the model cannot be loaded: {_first_line(error)}") from None
     renderer = Renderer(load_processor(path, trust_remote_code=trust_remote_code))
-    return split_vlm(model.to(device).eval(), renderer, path=str(path))
+    if device != SPLIT:
+        model.to(device)
+    return split_vlm(model.eval(), renderer, path=str(path))
 
 
 def split_vlm(model: Any, renderer: Renderer, *, path: str = "") -> VLM:
@@ -200,8 +212,8 @@ def find_logit_transform(model: Any, body: nn.Module, head: nn.Linear, renderer:
     pictures = [picture] if len(parts) == 2 else []
     messages = [Message(role="user", parts=parts), Message(role="assistant", parts=("a red square",))]
     inputs = renderer.collate([renderer.encode_messages(messages, pictures)])
-    dtype = head.weight.dtype
-    inputs = {k: v.to(head.weight.device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+    device, dtype = model.get_input_embeddings().weight.device, head.weight.dtype
+    inputs = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
     logits = model(**inputs, use_cache=False).logits
     raw = head(body(**inputs, use_cache=False).last_hidden_state)
     if logits.shape != raw.shape:

@@ -11,6 +11,7 @@ from PIL import Image
 
 import genrecal.demo
 from genrecal.demo import data
+from genrecal.vlm.loading import without_video_processors
 
 ASSETS = pathlib.Path(next(iter(genrecal.demo.__path__))) / "assets"
 ANY_TEXT = [
@@ -195,3 +196,14 @@ def test_the_folders_are_complete_and_small() -> None:
         assert config["video_processor"]["video_processor_type"].endswith("VideoProcessor")
         assert config["video_processor"]["size"] == config["image_processor"]["size"]
     assert total < 8_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "small", "large"), [("teacher", range(4, 5), range(32, 65)), ("student", range(6, 7), range(6, 7))]
+)
+def test_a_large_picture_stays_affordable(name: str, small: range, large: range) -> None:
+    with without_video_processors():
+        processor = transformers.AutoProcessor.from_pretrained(ASSETS / name)
+    for size, expected in (((data.SIZE, data.SIZE), small), ((1000, 2000), large)):
+        inputs = processor(images=[[Image.new("RGB", size)]], text=[processor.image_token], return_tensors="pt")
+        assert inputs["input_ids"].shape[1] in expected

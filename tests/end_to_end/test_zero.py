@@ -153,5 +153,9 @@ def test_shards_and_live_teacher_give_the_same_losses(tiny, tmp_path):
         assert cached.keys() == live.keys() >= {"ce_first", "ce_later", "kl_first", "kl_later"}
         for name in cached.keys() - {"seconds", "data_wait"}:
             # Only the width of the teacher's batch differs, which moves float32 sums in their last digits.
-            assert cached[name] == pytest.approx(live[name], rel=1e-4, abs=1e-5), (cached["stage"], cached["step"], name)
+            assert cached[name] == pytest.approx(live[name], rel=1e-4, abs=1e-5), (
+                cached["stage"],
+                cached["step"],
+                name,
+            )
     assert "reg_kl_first" in lines["cache"][0] and "sft_first" in lines["cache"][-1]

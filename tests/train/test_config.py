@@ -169,3 +169,8 @@ def test_a_configuration_comes_back_from_a_runs_json(
     config = _build(TrainConfig(), values, "")
     assert (config.seed, config.stage2.lr, config.stage2.exclude_categories) == (seed, lr, tuple(categories))
     assert _build(TrainConfig(), json.loads(json.dumps(dataclasses.asdict(config))), "") == config
+
+
+def test_the_papers_recipe_is_the_defaults_written_out() -> None:
+    recipe = Path(__file__).parents[2] / "recipes" / "paper.toml"
+    assert load_config(recipe) == TrainConfig()

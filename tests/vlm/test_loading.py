@@ -98,6 +98,14 @@ def test_head_survives_its_file(tiny, tmp_path):
     assert (loaded.transform, loaded.vocab_size, loaded.bias) == (head.transform, head.vocab_size, None)
 
 
+def test_a_split_model_is_the_same_model(tiny):
+    """Without GPUs transformers' device map puts every layer on the CPU; the path through it is the same."""
+    one, split = (load_vlm(tiny("qwen2_vl"), dtype=torch.float32, device=device) for device in ("cpu", "split"))
+    inputs = one.renderer.collate([one.renderer.encode(mixed_samples(1)[0])])
+    with torch.no_grad():
+        assert torch.equal(one.hidden(inputs), split.hidden(inputs))
+
+
 def test_folders_that_are_no_model_are_refused(tmp_path, tiny):
     with pytest.raises(ModelError, match=r"config\.json"):
         load_vlm(tmp_path)

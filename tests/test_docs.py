@@ -1,0 +1,251 @@
+"""What the documents say: their scripts run, and their options, settings, defaults, names and links exist."""
+
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from conftest import mixed_samples, write_llava
+
+from genrecal.cache.job import CacheOptions, run_cache_job
+from genrecal.cache.teacher import HFTeacher
+from genrecal.cli import app
+from genrecal.samples import open_samples, parse_record
+from genrecal.shards.layout import read_cache_json
+from genrecal.shards.manifest import SCHEMA
+from genrecal.shards.reader import open_cache
+from genrecal.train.config import TrainConfig, _all_keys, _converted, _parse_value, load_config
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+    (ROOT / "docs").glob("*.md")
+)
+COMMANDS = typer.main.get_command(app).commands
+QUICKSTART, FORMAT, README = ROOT / "docs/quickstart.md", ROOT / "docs/shard-format.md", ROOT / "README.md"
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def blocks(page, language):
+    """The fenced code blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def without_blocks(page):
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def code_spans(page):
+    return re.findall(r"`([^`\n]+)`", without_blocks(page))
+
+
+def shell_lines(page):
+    """The commands of its shell blocks, continuation lines joined, comments left out."""
+    text = "".join(blocks(page, "sh")).replace("\\\n", " ")
+    return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+# ---------------------------------------------------------------------------------------------------------- the format
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def cache(request, tiny, tmp_path_factory):
+    """A cache of eight conversations, and one record that was skipped; its head is of that dtype."""
+    folder = tmp_path_factory.mktemp("docs")
+    data = write_llava(folder / "data", mixed_samples(8))
+    records = json.loads(data.read_text())
+    data.write_text(json.dumps([*records, {"id": "bad", "conversations": [{"from": "human", "value": "q"}]}]))
+    teacher = HFTeacher.load(tiny("qwen2_vl"), dtype=getattr(torch, request.param))
+    run_cache_job(teacher, open_samples([data]), folder / "cache", CacheOptions(top_k=5, max_skip=0.2))
+    return folder / "cache"
+
+
+def run_alone(name, cache, folder):
+    """Run a script of the format's page where genrecal and the model libraries cannot be imported; its lines."""
+    code = next(block for block in blocks(FORMAT, "python") if block.startswith(f"# {name}\n"))
+    (folder / name).write_text(code)
+    blocked = ("genrecal", "torch", "transformers", "safetensors")
+    start = (
+        f"import runpy, sys; sys.modules.update(dict.fromkeys({blocked})); del sys.argv[0]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-I", "-c", start, str(folder / name), str(cache)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_format_script_reads_what_genrecal_reads(cache, tmp_path):
+    lines = run_alone("read_cache.py", cache, tmp_path)
+    record = open_cache(cache)[0]
+    rows = record.answer_rows()
+    assert lines[0].split() == [record.key, *map(str, record.hidden().shape)]
+    predicts = np.flatnonzero(rows.predicts)
+    recomputed = open_cache(cache).head().logits(torch.from_numpy(record.hidden()[predicts])).argmax(-1).numpy()
+    expected = np.stack(
+        [rows.position[predicts], recomputed, rows.topk_ids[predicts, 0], rows.target_id[predicts]], axis=1
+    )
+    assert len(expected) > 1
+    assert [list(map(int, line.split())) for line in lines[2:]] == expected.tolist()
+    assert (expected[:, 1] == expected[:, 2]).all()
+
+
+def test_plain_webdataset_reads_a_cache(cache, tmp_path):
+    pytest.importorskip("webdataset")
+    expected = [f"{r.key} {len(r.sample.messages)} {r.answer.num_rows}" for r in open_cache(cache)]
+    assert run_alone("read_webdataset.py", cache, tmp_path) == expected
+
+
+def test_plain_duckdb_reads_the_manifests(cache, tmp_path):
+    pytest.importorskip("duckdb")
+    categories, skipped = run_alone("read_duckdb.py", cache, tmp_path)
+    tokens = sum(r.row["answer_tokens"] for r in open_cache(cache))
+    assert categories.startswith(f"[('test', 8, {tokens}, ")
+    assert "no answer" in skipped or "no assistant turn" in skipped
+
+
+def test_format_page_names_every_field(cache):
+    """Every column, key and metadata field that is written stands on the page, as code."""
+    text = FORMAT.read_text()
+    opened = open_cache(cache)
+    description = read_cache_json(cache)
+    head = (cache / "head.safetensors").read_bytes()
+    facts = json.loads(json.loads(head[8 : 8 + int.from_bytes(head[:8], "little")])["__metadata__"]["genrecal"])
+    names = {
+        *description, *(f"teacher.{name}" for name in description["teacher"]), *description["totals"],
+        *opened[0].answer.column_names, *opened[0].question.column_names, *SCHEMA.names, *opened.shard_facts[0], *facts,
+        *json.loads(opened[0].answer.schema.metadata[b"genrecal"]), *opened[0].sample.to_json(),
+    } - {"teacher"}  # fmt: skip
+    assert sorted(name for name in names if f"`{name}`" not in text) == []
+
+
+def test_readme_python_runs(cache, tmp_path, monkeypatch):
+    (tmp_path / "demo-out").mkdir()
+    (tmp_path / "demo-out/cache").symlink_to(cache)
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(README, "python")
+    names = {}
+    exec(code, names)
+    assert len(names["cache"]) == 8
+
+
+# -------------------------------------------------------------------------------------------------- commands, settings
+
+
+@pages
+def test_commands_parse(page, tmp_path, monkeypatch):
+    """Every whole command of a shell block is one that the parser takes, and its settings are ones that exist."""
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(page, "toml"):
+        (tmp_path / block.split()[1]).write_text(block)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for line in shell_lines(page):
+        program, *words = shlex.split(line)
+        if program == "make":
+            assert words[0] in targets
+        if program != "genrecal":
+            continue
+        given = COMMANDS[words[0]].make_context(words[0], words[1:]).params
+        if words[0] == "train":
+            load_config(given["config"], given["set_"] or [])
+
+
+@pages
+def test_options_and_targets_in_the_text_exist(page):
+    every_option = {option for command in COMMANDS.values() for p in command.params for option in p.opts}
+    for span in code_spans(page):
+        if match := re.match(r"genrecal (?!--)(\S+)(.*)", span):
+            assert match[1] in COMMANDS, span
+            known = {option for p in COMMANDS[match[1]].params for option in p.opts} | {"--debug", "--help"}
+            assert set(re.findall(r"(?<!\S)--[a-z-]+", match[2])) <= known, span
+        elif span.startswith("--"):
+            for option in re.findall(r"(?<!\S)--[a-z-]+", span):
+                assert option in every_option | {"--debug", "--help"}, span
+
+
+@pages
+def test_settings_in_the_text_exist(page):
+    known = _all_keys(TrainConfig())
+    for key in re.findall(r"--set ['\"]?([\w.]+)=", page.read_text()):
+        assert key in known, key
+    for span in code_spans(page):
+        if re.fullmatch(r"(stage[123N]|lora|loss|data)\.(?!py$|json)\w+", span):
+            assert span.replace("stageN", "stage1") in known, span
+
+
+def test_settings_table_is_whole_and_true():
+    rows = re.findall(r"^\| `([\w.]+)` \| ([^|]+) \| [^|]*\| [^|]*\|$", QUICKSTART.read_text(), flags=re.MULTILINE)
+    shown = {}
+    for key, cell in rows:
+        values = [_parse_value(part.strip()) for part in cell.split(" / ")]
+        if key.startswith("stageN."):
+            for number in (1, 2, 3):
+                shown[key.replace("N", str(number), 1)] = values[number - 1] if len(values) == 3 else values[0]
+        else:
+            (shown[key],) = values
+    assert list(shown) and set(shown) == set(_all_keys(TrainConfig()))
+    for key, value in shown.items():
+        default = TrainConfig()
+        for part in key.split("."):
+            default = getattr(default, part)
+        assert _converted(default, value, key) == default, key
+
+
+def test_option_defaults_of_the_cache_table():
+    rows = re.findall(r"^\| `(--[\w-]+)` \| (\S+) \|", QUICKSTART.read_text(), flags=re.MULTILINE)
+    defaults = {option: p.default for p in COMMANDS["cache"].params for option in p.opts}
+    assert len(rows) >= 6
+    assert {option: str(defaults[option]) for option, shown in rows if shown != "off"} == {
+        option: shown for option, shown in rows if shown != "off"
+    }
+
+
+def test_records_of_the_quick_start_are_samples(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/7.png").write_bytes(b"")
+    samples = [
+        parse_record(json.loads(block), index=i, location="doc", image_root=tmp_path)
+        for i, block in enumerate(blocks(QUICKSTART, "json"))
+    ]
+    assert [len(sample.images) for sample in samples] == [1, 1, 0]
+    assert [len(sample.answers) for sample in samples] == [2, 1, 1]
+
+
+# ------------------------------------------------------------------------------------------------------ names and links
+
+
+@pages
+def test_names_of_code_exist(page):
+    for span in code_spans(page):
+        if re.fullmatch(r"(genrecal|tests|docs|scripts)/[\w/.-]*", span) and span != "docs/decisions.md":
+            assert (ROOT / span).exists(), span
+        if not re.fullmatch(r"genrecal(\.\w+)+", span):
+            continue
+        parts = span.split(".")
+        for length in range(len(parts), 0, -1):
+            try:
+                found = importlib.import_module(".".join(parts[:length]))
+                break
+            except ModuleNotFoundError:
+                continue
+        for name in parts[length:]:
+            found = getattr(found, name)
+
+
+@pages
+def test_links_point_to_files_and_headings(page):
+    for target, _, anchor in (link.partition("#") for link in re.findall(r"\]\(([^)\s]+)\)", without_blocks(page))):
+        if "://" in target:
+            continue
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(), flags=re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], anchor
