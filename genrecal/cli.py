@@ -22,6 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console(soft_wrap=True)
+INTERRUPTED = 130  # the exit status after Ctrl-C, as shells have it
 
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a checkpoint.")
@@ -44,16 +45,15 @@ def main(args: Sequence[str] | None = None) -> None:
     except GenrecalError as error:
         status = error.exit_status
         _print_error(str(error), debug=debug)
-    except (typer.Abort, SystemExit) as stop:
-        status = getattr(stop, "code", 130)
-        if status != 130:
-            raise
-        sys.stderr.write("genrecal: interrupted; run the same command again to go on from what is finished\n")
+    except typer.Abort:
+        status = INTERRUPTED
     except Exception as error:
         if not hasattr(error, "format_message"):  # the parser's own kinds have it
             raise
         status = 2
         _print_error(f"{error.format_message()} (--help lists the options)", debug=debug)
+    if status == INTERRUPTED:
+        sys.stderr.write("genrecal: interrupted; run the same command again to go on from what is finished\n")
     sys.exit(status or 0)
 
 

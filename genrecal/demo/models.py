@@ -277,7 +277,7 @@ def _finish(model: transformers.PreTrainedModel, processor: transformers.Process
 _RESIDUAL_OUTPUTS = ("o_proj", "down_proj", "attn.proj", "projection_layer", "fc2")
 
 
-def initialise(model: nn.Module) -> None:
+def initialise(model: Any) -> None:
     """Give every weight a scale that small widths can learn from; norms and biases keep the library's values."""
     residual = 1 / math.sqrt(2 * model.config.get_text_config().num_hidden_layers)
     for name, parameter in model.named_parameters():
@@ -312,8 +312,10 @@ def save(vlm: Vlm, folder: pathlib.Path) -> None:
 
 # What the video half of each processor is called; its settings follow the image half.
 _VIDEO_PROCESSORS = {"Qwen2VLProcessor": "Qwen2VLVideoProcessor", "InternVLProcessor": "InternVLVideoProcessor"}
-_SHARED_SETTINGS = ("do_convert_rgb", "do_normalize", "do_rescale", "do_resize", "image_mean", "image_std", "resample")
-_SHARED_SETTINGS += ("rescale_factor", "size", "patch_size", "temporal_patch_size", "merge_size")
+_SHARED_SETTINGS = (
+    "do_convert_rgb", "do_normalize", "do_rescale", "do_resize", "image_mean", "image_std", "resample",
+    "rescale_factor", "size", "patch_size", "temporal_patch_size", "merge_size",
+)  # fmt: skip
 
 
 def _add_video_processor(processor: transformers.ProcessorMixin, path: pathlib.Path) -> None:
