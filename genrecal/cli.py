@@ -110,6 +110,8 @@ def cache(
     """Run the teacher once over the data and write its states as shards."""
     from genrecal.cache.job import CacheOptions, run_cache_job
     from genrecal.samples import open_samples
+    from genrecal.shards.inspect import summarize
+    from genrecal.shards.reader import open_cache
 
     settings = CacheOptions(
         top_k=top_k,
@@ -124,7 +126,7 @@ def cache(
     )
     samples = open_samples(data, image_root=image_root, limit=limit)
     report = run_cache_job(_teacher(teacher, dtype, device, trust_remote_code), samples, out, settings)
-    for reason, count in report.reasons.most_common(10):
+    for reason, count in list(summarize(open_cache(out)).skip_reasons.items())[:10]:
         console.print(f"skipped {count}: {reason}", style="yellow")
     console.print(
         f"{out}: {report.cached} samples cached, {report.skipped} skipped; "
@@ -240,8 +242,12 @@ def train(
     )
     live = _live_teacher(teacher.removeprefix("live:"), cache, settings.device, trust_remote_code) if teacher else None
     train(run, stages=numbers, live_teacher=live)
+    done = run.last_finished_stage()
+    following = (
+        f"`genrecal export {out} --out DIR` writes the student" if done > 1 else "the student is trained in stage 2"
+    )
     console.print(
-        f"{out}: stage {run.last_finished_stage()} finished; `genrecal export {out} --out DIR` writes the student"
+        f"{out}: stage {done} finished; {following}" if done else f"{out}: nothing to train in stage 1 of sft"
     )
 
 

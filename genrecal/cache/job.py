@@ -70,9 +70,9 @@ class CacheOptions:
         check_codec_option("--answer-codec", self.answer_codec)
         if self.question_codec != "none":
             check_codec_option("--question-codec", self.question_codec)
-        for name in ("top_k", "samples_per_shard", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
+        for name, least in (("top_k", 1), ("samples_per_shard", 1), ("batch_tokens", 1), ("max_tokens", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {least}")
         for name in ("question_fraction", "max_skip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected a share from 0 to 1")
@@ -92,7 +92,8 @@ class CacheReport:
     shards_found: int = 0  # finished by an earlier run
     cached: int = 0
     skipped: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
+    proved: bool = False  # the teacher has shown on a sample of this run that its states are what they are taken for
+    reasons: Counter[str] = field(default_factory=Counter)  # why samples of this run's shards were skipped
 
 
 def run_cache_job(teacher: Teacher, samples: SampleSet, cache: Path, options: CacheOptions) -> CacheReport:
@@ -164,8 +165,9 @@ def _run_window(
             encoded[number] = teacher.encode(sample, max_tokens=options.max_tokens or None)
         except SampleError as error:
             results[number] = error
-    if encoded and not report.shards_done and not report.cached:
-        teacher.prove(next(iter(encoded.values())))
+    if encoded and not report.proved:
+        teacher.prove(max(encoded.values(), key=lambda item: item.num_images))
+        report.proved = True
     for batch in batches_by_length({number: len(item) for number, item in encoded.items()}, options.batch_tokens):
         questions = [options.keeps_question(encoded[number].key) for number in batch]
         states = teacher.states([encoded[number] for number in batch], questions=questions, top_k=options.top_k)
@@ -254,11 +256,11 @@ def _description(
 
 
 def _write_head(teacher: Teacher, cache: Path) -> str:
-    """Write head.safetensors beside what is there and compare: another head is another teacher."""
+    """The head's digest; written unless cache.json says that this directory has its head already."""
     temporary = temporary_path(cache / HEAD_FILE)
     teacher.head.save(temporary)
     digest = file_digest(temporary)
-    if (cache / HEAD_FILE).exists():
+    if (cache / CACHE_FILE).exists():
         temporary.unlink()
     else:
         put_in_place(temporary, cache / HEAD_FILE)

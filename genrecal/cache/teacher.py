@@ -74,7 +74,11 @@ class HFTeacher:
 
     @torch.inference_mode()
     def prove(self, encoded: Encoded) -> None:
-        """On one sample: the head's output is the model's logits, and pictures became as many tokens as embeddings."""
+        """On one sample: the head's output is the model's logits, bit for bit, and its pictures are in the prompt.
+
+        (That there are as many image tokens as visual embeddings transformers checks itself, in every forward; that
+        answers decode to their text is checked when they are rendered.)
+        """
         inputs = self.vlm.renderer.collate([encoded])
         logits = self.vlm.model(**self.vlm.on_device(inputs), use_cache=False).logits
         ours = self.vlm.transform(self.vlm.head(self.vlm.hidden(inputs)))

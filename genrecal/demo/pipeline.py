@@ -43,7 +43,8 @@ SETTINGS = (
 def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], Any]) -> None:
     """Data, cache, three stages, the SFT baseline, export, evaluation, and a table of what came out.
 
-    Raises UsageError if `out` holds something else, or matplotlib and scikit-learn are missing.
+    Run again into the same folder, it goes on from what is finished. Raises UsageError if the cache or a run there was
+    made with other settings or assets, or if matplotlib or scikit-learn are missing.
     """
     _check_imports()
     began = time.monotonic()
@@ -147,7 +148,9 @@ def _check_imports() -> None:
         import matplotlib  # noqa: F401
         import sklearn  # noqa: F401
     except ImportError as error:
-        raise UsageError(f"the demo draws its data with {error.name}: pip install 'genrecal[report]'") from None
+        raise UsageError(
+            f"the demo draws its data with {error.name}, which is not installed; it comes with the extra `report`"
+        ) from None
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Open a cache and read records by byte range, each checked against the checksum that its manifest holds."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -14,8 +15,8 @@ import xxhash
 
 from genrecal.errors import DamageError, FormatError
 from genrecal.samples import ImageSource, Sample
-from genrecal.shards.head import FrozenHead
-from genrecal.shards.layout import TEACHER_FOLDER, manifest_path, read_cache_json, tar_path
+from genrecal.shards.head import HEAD_FILE, FrozenHead
+from genrecal.shards.layout import FORMAT_VERSION, TEACHER_FOLDER, manifest_path, read_cache_json, tar_path
 from genrecal.shards.manifest import CACHED, SCHEMA, SKIPPED, read_manifest
 from genrecal.shards.record import AnswerRows, QuestionRows, Record, answer_rows, question_rows, read_table
 
@@ -41,6 +42,12 @@ class Cache(Sequence["CachedRecord"]):
             )
         parts = [read_manifest(file) for file in found]
         self.shard_facts = {int(facts["shard"]): facts for _, facts in parts}
+        for shard, facts in self.shard_facts.items():
+            if facts["format_version"] != FORMAT_VERSION:
+                raise FormatError(
+                    f"{manifest_path(self.path, shard)}: format version {facts['format_version']}; "
+                    f"this genrecal reads version {FORMAT_VERSION}"
+                )
         tables = [table for table, _ in parts]
         self._manifest = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
         status = np.asarray(self._manifest.column("status").to_numpy(zero_copy_only=False))
@@ -79,8 +86,16 @@ class Cache(Sequence["CachedRecord"]):
         return np.asarray(self.cached.column(name).to_numpy(zero_copy_only=False))
 
     def head(self, device: str = "cpu") -> FrozenHead:
-        """The teacher's frozen head."""
-        return FrozenHead.load(self.path, device)
+        """The teacher's frozen head. Raises DamageError if the file is not the one the cache was made with."""
+        head = FrozenHead.load(self.path, device)
+        with (self.path / HEAD_FILE).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != self.description["teacher"]["head_sha256"]:
+            raise DamageError(
+                f"{self.path / HEAD_FILE}: expected sha256 {self.description['teacher']['head_sha256']}, got {digest}; "
+                "delete cache.json and the head, and run `genrecal cache` again: finished shards are kept"
+            )
+        return head
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -182,7 +197,10 @@ class CachedRecord:
         """A member's bytes. Raises DamageError if they are not what the manifest says."""
         path = tar_path(self.cache.path, member["tier"], self.row["shard"])
         try:
-            data = os.pread(_open(str(path)).fileno(), member["size"], member["offset"])
+            status = path.stat()
+            data = os.pread(
+                _open(str(path), status.st_ino, status.st_mtime_ns).fileno(), member["size"], member["offset"]
+            )
         except OSError as error:
             raise DamageError(f"{path}: {error.strerror}; the manifest lists it with sample {self.key}") from None
         if len(data) != member["size"] or xxhash.xxh3_64_intdigest(data) != member["xxh3"]:
@@ -212,8 +230,11 @@ class CachedRecord:
 
 
 @lru_cache(maxsize=64)
-def _open(path: str) -> BinaryIO:
-    """The few most recent tars stay open: a shuffling window touches only that many."""
+def _open(path: str, inode: int, modified: int) -> BinaryIO:
+    """The few most recent tars stay open: a shuffling window touches only that many.
+
+    A file that was replaced under its name has another inode or time, and is opened anew.
+    """
     return open(path, "rb", buffering=0)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from genrecal.errors import SampleError
+from genrecal.errors import GenrecalError, SampleError
 from genrecal.samples import Sample
 from genrecal.shards.order import SampleOrder, micro_batches
 from genrecal.shards.reader import Cache
@@ -128,30 +128,47 @@ class Wanted:
     exact: bool = False
 
 
-class BatchBuilder(Dataset[MicroBatch]):
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What became of a micro-batch's samples: `batch` is None if the student could take none of them.
+
+    skipped: "key: reason" of samples that it could not; error: what stopped the loading, in place of a batch (a worker
+    process hands it over as a value: torch would wrap a raised one in its own traceback).
+    """
+
+    batch: MicroBatch | None = None
+    skipped: tuple[str, ...] = ()
+    error: GenrecalError | None = None
+
+
+class BatchBuilder(Dataset[Loaded]):
     """Indices of samples -> MicroBatch; a Dataset so that torch's DataLoader can do it in worker processes."""
 
     def __init__(self, source: RecordSource, renderer: Renderer, wanted: Wanted, *, max_tokens: int = 0):
         self.source, self.renderer, self.wanted, self.max_tokens = source, renderer, wanted, max_tokens
 
-    def __getitem__(self, indices: Sequence[int]) -> MicroBatch | None:  # type: ignore[override]
-        """None for no indices: a rank without samples in a micro-step."""
-        if not len(indices):
-            return None
-        pairs = self.source.fetch(
-            [int(i) for i in indices], teacher=self.wanted.teacher, questions=self.wanted.questions
-        )
-        encoded = []
-        for sample, _ in pairs:
+    def __getitem__(self, indices: Sequence[int]) -> Loaded:  # type: ignore[override]
+        """One micro-batch. A sample that the student cannot take is left out, with its reason."""
+        try:
+            return self._load([int(i) for i in indices])
+        except GenrecalError as error:
+            return Loaded(error=error)
+
+    def _load(self, indices: list[int]) -> Loaded:
+        pairs = self.source.fetch(indices, teacher=self.wanted.teacher, questions=self.wanted.questions)
+        encoded, records, skipped = [], [], []
+        for sample, record in pairs:
             try:
                 encoded.append(self.renderer.encode(sample, max_tokens=self.max_tokens or None))
+                records.append(record)
             except SampleError as error:
-                raise SampleError(f"sample {sample.key}: the student cannot take it: {error}") from None
+                skipped.append(f"{sample.key}: {error}")
+        if not encoded:
+            return Loaded(skipped=tuple(skipped))
         batch = _student_part(encoded, self.renderer)
         if self.wanted.teacher:
-            records = [record for _, record in pairs if record is not None]
-            _add_teacher_part(batch, encoded, records, exact=self.wanted.exact)
-        return batch
+            _add_teacher_part(batch, encoded, [r for r in records if r is not None], exact=self.wanted.exact)
+        return Loaded(batch=batch, skipped=tuple(skipped))
 
 
 def _student_part(encoded: Sequence[Encoded], renderer: Renderer) -> MicroBatch:
@@ -254,8 +271,8 @@ def micro_batch_stream(
     last_sample: int,
     batch_size: int,
     workers: int,
-) -> Iterator[list[MicroBatch]]:
-    """The micro-batches of each optimizer step of `steps`, read ahead in worker processes.
+) -> Iterator[tuple[list[MicroBatch], list[str]]]:
+    """The micro-batches of each optimizer step of `steps` and the samples it skips, read ahead in worker processes.
 
     Args:
         last_sample: where the stage ends in the endless stream of samples; the last step takes what is left.
@@ -281,4 +298,8 @@ def micro_batch_stream(
             )
         )
     for start, end in ranges:
-        yield [next(loader) for _ in range(-(-(end - start) // batch_size))]
+        loaded = [next(loader) for _ in range(-(-(end - start) // batch_size))]
+        for item in loaded:
+            if item.error is not None:
+                raise item.error
+        yield [item.batch for item in loaded if item.batch], [text for item in loaded for text in item.skipped]

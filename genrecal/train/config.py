@@ -84,10 +84,13 @@ class DataConfig:
     Args:
         workers: processes that read and render; 0 does it in the training process.
         window: shards among which samples are shuffled.
+        max_skip: share of a stage's samples that the student may be unable to take (too long, or with a text that
+            holds one of its special tokens) before the stage stops.
     """
 
     workers: int = 2
     window: int = 16
+    max_skip: float = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)

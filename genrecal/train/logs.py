@@ -52,6 +52,7 @@ class RunLog:
         ]
         write_whole(run / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.stage = stage
+        self.skipped = sum(len(line.get("skipped", ())) for line in kept if line["stage"] == stage)
         self._file = (run / METRICS_FILE).open("a")
         self._board = SummaryWriter(str(run / "tensorboard" / f"stage{stage}"), purge_step=first_step)
 
@@ -59,7 +60,7 @@ class RunLog:
         self._file.write(json.dumps({"stage": self.stage, "step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._board.add_scalar(name, len(value) if isinstance(value, list) else value, step)
 
     def __enter__(self) -> "RunLog":
         return self

@@ -75,6 +75,8 @@ def plan_stage(config: StageConfig, cache: Cache) -> StagePlan:
         raise UsageError(f"{cache.path}: no sample is left to train on")
     global_batch = config.batch_size * config.accumulation
     num_samples = round(len(indices) * config.epochs)
+    if not num_samples:
+        raise UsageError(f"epochs = {config.epochs}: no step to train")
     if config.max_steps:
         num_samples = min(num_samples, config.max_steps * global_batch)
     return StagePlan(
@@ -88,6 +90,11 @@ def plan_stage(config: StageConfig, cache: Cache) -> StagePlan:
 def _train_stage(run: Run, cache: Cache, stage: int, source: RecordSource) -> None:
     config, settings = run.config, run.config.stage(stage)
     plan = plan_stage(settings, cache)
+    if wanted_by(stage, config).questions and not cache.column("has_question").any():
+        raise UsageError(
+            f"{cache.path}: stage 1's regularisation needs the teacher's question states, and this cache has none; "
+            "set loss.reg_weight=0 to train without it"
+        )
     device, compute_dtype = resolve_device(config.device), resolve_precision(config)
     torch.manual_seed(config.seed * 4 + stage)
     distiller = build_distiller(run, cache, stage, device, compute_dtype)
@@ -115,9 +122,19 @@ def _train_stage(run: Run, cache: Cache, stage: int, source: RecordSource) -> No
         RunLog(run.path, stage, first_step=first_step) as log,
         Progress(f"stage {stage}", plan.num_steps, "steps", done=first_step) as progress,
     ):
+        skipped = log.skipped
         started = time.perf_counter()
         for step in range(first_step, plan.num_steps):
-            batches = next(stream)
+            batches, left_out = next(stream)
+            skipped += len(left_out)
+            if skipped > config.data.max_skip * plan.num_samples:
+                raise TrainingError(
+                    f"stage {stage}: the student cannot take {skipped} of {plan.num_samples} samples, over the limit of "
+                    f"{config.data.max_skip:.2%} (data.max_skip): {'; '.join(left_out[:3])}"
+                )
+            if not batches:
+                log.write(step, {"samples": 0, "skipped": left_out})
+                continue
             waited = time.perf_counter() - started
             set_learning_rate(optimizer, settings, step, plan.num_steps)
             values = train_step(distiller, batches, optimizer, parameters, settings, device, compute_dtype)
@@ -127,7 +144,9 @@ def _train_stage(run: Run, cache: Cache, stage: int, source: RecordSource) -> No
                 "lr": optimizer.param_groups[0]["lr"], "samples": sum(len(batch.keys) for batch in batches),
                 "student_tokens": tokens, "seconds": seconds, "data_wait": waited / seconds,
             }  # fmt: skip
-            if step % config.log_every == 0 or step == plan.num_steps - 1:
+            if left_out:
+                values["skipped"] = left_out
+            if step % config.log_every == 0 or step == plan.num_steps - 1 or left_out:
                 log.write(step, values)
             if settings.checkpoint_every and (step + 1) % settings.checkpoint_every == 0 and step + 1 < plan.num_steps:
                 save_checkpoint(run.checkpoints, stage, step + 1, parameters, optimizer, config.keep_checkpoints)

@@ -1,5 +1,6 @@
 """The cache job with a tiny real teacher: what is written, skipped, resumed and refused."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from conftest import mixed_samples, write_llava
 
 from genrecal.cache.job import CacheOptions, batches_by_length, run_cache_job
 from genrecal.cache.teacher import HFTeacher
-from genrecal.errors import DataError, UsageError
+from genrecal.errors import DataError, ModelError, UsageError
 from genrecal.samples import open_samples
 from genrecal.shards.inspect import summarize
 from genrecal.shards.reader import open_cache
@@ -191,6 +192,23 @@ def test_another_job_in_the_same_directory_is_refused(teacher, data, tmp_path, t
     with pytest.raises(UsageError, match="teacher was"):
         run_cache_job(other, open_samples([data]), tmp_path, CacheOptions(samples_per_shard=8))
     assert tree(tmp_path) == before
+
+
+def test_head_of_a_job_that_was_cut_off_before_its_description_is_not_kept(teacher, data, tmp_path, tiny):
+    """Killed between head.safetensors and cache.json, then run with another teacher: the head is the other's."""
+    HFTeacher.load(tiny("internvl_qwen2"), dtype=torch.float32).head.save(tmp_path / "head.safetensors")
+    run_cache_job(teacher, open_samples([data]), tmp_path, CacheOptions())
+    assert torch.equal(open_cache(tmp_path).head().weight, teacher.head.weight)
+
+
+def test_a_teacher_that_is_not_what_it_is_taken_for_is_refused_before_anything_is_written(data, tmp_path, tiny):
+    """Its head is swapped after loading: states and logits no longer belong together."""
+    broken = HFTeacher.load(tiny("qwen2_5_vl"), dtype=torch.float32)
+    head = torch.nn.Linear(*reversed(broken.vlm.head.weight.shape), bias=False)
+    broken.vlm = dataclasses.replace(broken.vlm, head=head)
+    with pytest.raises(ModelError, match="would not reproduce this teacher"):
+        run_cache_job(broken, open_samples([data]), tmp_path, CacheOptions())
+    assert not list(tmp_path.glob("manifest/*")) and not list(tmp_path.glob("samples/*"))
 
 
 def test_batches_hold_like_lengths_within_the_budget():

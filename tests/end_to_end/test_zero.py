@@ -59,7 +59,7 @@ def same_model(tiny, tmp_path_factory):
 def terms(model, cache, *, change=None, target="topk"):
     """Means of the Recalibrator's terms over the whole cache, as stage 1 computes them; `change` spoils the batch."""
     wanted = Wanted(teacher=True, questions=True, exact=target == "exact")
-    batch = BatchBuilder(ShardSource(cache), model.renderer, wanted)[range(len(cache))]
+    batch = BatchBuilder(ShardSource(cache), model.renderer, wanted)[range(len(cache))].batch
     if change is not None:
         batch = change(batch)
     distiller = Distiller(1, model, Unchanged(), cache.head(), LossConfig(target=target))

@@ -167,9 +167,6 @@ def test_every_flipped_byte_is_named_or_harmless(cache, tier):
 
 
 def read_all(cache):
-    from genrecal.shards import reader
-
-    reader._open.cache_clear()  # the file is replaced under its name
     result = []
     for record in genrecal.open_cache(cache):
         result.append([record.read(member) for member in record.row["members"]])
@@ -186,6 +183,15 @@ def test_versions_and_codecs_that_are_not_known_are_refused(cache):
             genrecal.open_cache(cache)
     with pytest.raises(FormatError, match="not a cache"):
         genrecal.open_cache(cache / "manifest")
+
+
+def test_a_shard_that_is_written_anew_is_read_anew(cache):
+    opened = genrecal.open_cache(cache)
+    before = [record.hidden() for record in opened][:3]
+    write_shard(cache, 0, [2, 1, 0])
+    again = genrecal.open_cache(cache)
+    assert [record.key for record in again][:3] == ["00000002", "00000001", "00000000"]
+    assert all(np.array_equal(a.hidden(), b) for a, b in zip(reversed(again[:3]), before, strict=True))
 
 
 def test_damaged_or_missing_manifests_are_named(cache):

@@ -16,13 +16,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from genrecal.cache.job import CacheOptions, run_cache_job
 from genrecal.cache.teacher import HFTeacher
-from genrecal.errors import TrainingError, UsageError
+from genrecal.errors import DamageError, TrainingError, UsageError
 from genrecal.samples import open_samples
 from genrecal.shards.reader import open_cache
 from genrecal.train.config import load_config
 from genrecal.train.logs import read_metrics
 from genrecal.train.loop import plan_stage, train
 from genrecal.train.run import Run
+from genrecal.vlm.loading import load_processor
+from genrecal.vlm.rendering import Renderer
 
 SMALL = "batch_size=3 accumulation=2 max_steps=6 epochs=9 lr=1e-3 lr_end=1e-4 checkpoint_every=2".split()
 SETTINGS = ["data.workers=0", *(f"stage{n}.{setting}" for n in (1, 2, 3) for setting in SMALL)]
@@ -235,3 +237,59 @@ def test_an_unfinished_cache_is_refused(run_of, cache, tmp_path):
     run = run_of("run")
     with pytest.raises(UsageError, match="2 of 3 shards are finished"):
         train(Run(path=run.path, config=run.config, student=run.student, cache=copy), stages=(1,))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_the_student_cannot_take_are_skipped_counted_and_named(run_of, tiny, cache, workers):
+    renderer = Renderer(load_processor(tiny("internvl_qwen2")))
+    lengths = {record.key: len(renderer.encode(record.sample)) for record in open_cache(cache)}
+    limit = sorted(lengths.values())[14]
+    long = {key for key, length in lengths.items() if length > limit}
+    settings = [f"max_tokens={limit}", "stage1.max_steps=0", "stage1.epochs=1", f"data.workers={workers}"]
+    run = run_of("run", *settings, "data.max_skip=0.5")
+    train(run, stages=(1,))
+    lines = read_metrics(run.path)
+    skipped = [text for line in lines for text in line.get("skipped", [])]
+    assert {text.split(":")[0] for text in skipped} == long and len(skipped) == len(long) > 0
+    assert all(f"over the limit of {limit}" in text for text in skipped)
+    assert sum(line["samples"] for line in lines) == 20 - len(long)
+    with pytest.raises(TrainingError, match=rf"the student cannot take .* of 20 samples.*max_skip.*limit of {limit}"):
+        train(run_of("strict", *settings), stages=(1,))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_shard_is_named_in_one_line_wherever_it_is_read(run_of, cache, tmp_path, workers):
+    copy = tmp_path / "copy"
+    shutil.copytree(cache, copy)
+    path = copy / "questions" / "00001.tar"
+    path.write_bytes(path.read_bytes()[:2000])
+    run = run_of("run", f"data.workers={workers}")
+    with pytest.raises(DamageError, match=r"questions/00001\.tar: member 000000\d\d") as error:
+        train(Run(path=run.path, config=run.config, student=run.student, cache=copy), stages=(1,))
+    assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
+
+
+def test_regularisation_without_question_states_is_refused(tiny, run_of, tmp_path):
+    data = write_llava(tmp_path / "d", mixed_samples(4))
+    teacher = HFTeacher.load(tiny("qwen2_vl"), dtype=torch.float32)
+    run_cache_job(teacher, open_samples([data]), tmp_path / "c", CacheOptions(question_codec="none"))
+    run = run_of("run")
+    with pytest.raises(UsageError, match=r"this cache has none; set loss\.reg_weight=0"):
+        train(Run(path=run.path, config=run.config, student=run.student, cache=tmp_path / "c"), stages=(1,))
+    without = run_of("without", "loss.reg_weight=0")
+    train(Run(path=without.path, config=without.config, student=without.student, cache=tmp_path / "c"), stages=(1,))
+    assert "reg_ce" not in read_metrics(without.path)[0]
+
+
+def test_another_head_in_the_cache_is_damage(run_of, cache, tiny, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(cache, copy)
+    HFTeacher.load(tiny("qwen2_5_vl"), dtype=torch.float32).head.save(copy / "head.safetensors")
+    run = run_of("run")
+    with pytest.raises(DamageError, match=r"head\.safetensors: expected sha256"):
+        train(Run(path=run.path, config=run.config, student=run.student, cache=copy), stages=(1,))
+
+
+def test_no_steps_are_refused(cache):
+    with pytest.raises(UsageError, match="no step to train"):
+        plan_stage(load_config(None, ["stage1.epochs=0"]).stage1, open_cache(cache))

@@ -67,9 +67,9 @@ def test_cutting_a_batch_differently_changes_nothing(student, cache, stage):
     select_trainable(stage, student, LoraConfig(rank=0))
     distiller = distiller_of(stage, student, cache)
     builder = builder_of(student, cache, stage)
-    whole = gradients(distiller, [builder[range(12)]])
+    whole = gradients(distiller, [builder[range(12)].batch])
     for cuts in ([range(0, 5), range(5, 12)], [range(i, i + 1) for i in range(11, -1, -1)]):
-        cut = gradients(distiller, [builder[list(part)] for part in cuts])
+        cut = gradients(distiller, [builder[list(part)].batch for part in cuts])
         assert cut[0] == pytest.approx(whole[0], rel=1e-5)
         for name, gradient in whole[1].items():
             assert torch.allclose(cut[1][name], gradient, rtol=1e-3, atol=1e-5), name
@@ -79,7 +79,7 @@ def test_stage_1_loss_is_the_four_terms_written_out(student, cache):
     """Algorithms 1 and 2 over single conversations with plain indexing, against the batched module."""
     select_trainable(1, student, LoraConfig())
     distiller = distiller_of(1, student, cache)
-    batch = builder_of(student, cache, 1)[range(12)]
+    batch = builder_of(student, cache, 1)[range(12)].batch
     output = distiller(batch, Denominators(teacher_rows=len(batch.target_ids), student_rows=1))
     head, rec = cache.head(), distiller.recalibrator
     sums = dict.fromkeys(("ce", "kl", "reg_ce", "reg_kl"), 0.0)
@@ -119,7 +119,7 @@ def test_stage_1_loss_is_the_four_terms_written_out(student, cache):
 
 def test_first_and_later_tokens_add_up(student, cache):
     select_trainable(1, student, LoraConfig())
-    batch = builder_of(student, cache, 1)[range(12)]
+    batch = builder_of(student, cache, 1)[range(12)].batch
     output = distiller_of(1, student, cache)(batch, Denominators(teacher_rows=1, student_rows=1))
     turns = sum(len(record.sample.answers) for record in cache)
     assert output.counts["ce_first"] == turns
@@ -133,7 +133,7 @@ def test_only_the_first_token_of_an_answer_sees_the_students_question_alone(stud
     """What the design says of the splice: with the student's states shuffled, only its share of each row changes."""
     select_trainable(2, student, LoraConfig(rank=0))
     distiller = distiller_of(2, student, cache)
-    batch = builder_of(student, cache, 2)[range(12)]
+    batch = builder_of(student, cache, 2)[range(12)].batch
     distiller(batch, Denominators(teacher_rows=1, student_rows=10**9)).loss.backward()
     trained = {
         name for name, p in trained_parameters(distiller).items() if p.grad is not None and p.grad.abs().sum() > 0
@@ -181,10 +181,10 @@ def test_merged_lora_computes_the_same(tiny, family):
 
 
 def test_samples_without_questions_take_no_part_in_the_regularisation(student, cache):
-    batch = builder_of(student, cache, 1)[range(12)]
+    batch = builder_of(student, cache, 1)[range(12)].batch
     with_question = [record.has_question for record in cache]
     assert 0 < sum(with_question) < 12
     rows = np.concatenate([np.full(r.row["answer_tokens"], q) for r, q in zip(cache, with_question, strict=True)])
     assert batch.reg_rows.tolist() == np.flatnonzero(rows).tolist()
-    none = builder_of(student, cache, 1)[[i for i, q in enumerate(with_question) if not q]]
+    none = builder_of(student, cache, 1)[[i for i, q in enumerate(with_question) if not q]].batch
     assert none.reg_splice is None
