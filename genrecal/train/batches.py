@@ -294,6 +294,7 @@ def micro_batch_stream(
                 batch_size=None,
                 num_workers=workers,
                 prefetch_factor=2 if workers else None,
+                multiprocessing_context="fork" if workers else None,  # processors and readers are shared, not pickled
                 generator=torch.Generator(),  # its own: a draw from the global one would change dropout after a resume
             )
         )

@@ -102,7 +102,7 @@ class Run:
             json.dumps(
                 {
                     "config": dataclasses.asdict(self.config),
-                    "student": self.student,
+                    "student": str(Path(self.student).resolve()) if Path(self.student).is_dir() else self.student,
                     "student_config_sha256": file_digest(student / "config.json"),
                     "teacher": self.teacher,
                     "trust_remote_code": self.trust_remote_code,
