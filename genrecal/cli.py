@@ -22,6 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console(soft_wrap=True)
+SHOWN_SKIPPED = 10  # skipped records that `cache` names at its end
 INTERRUPTED = 130  # the exit status after Ctrl-C, as shells have it
 
 TrustRemoteCode = Annotated[
@@ -110,7 +111,7 @@ def cache(
     """Run the teacher once over the data and write its states as shards."""
     from genrecal.cache.job import CacheOptions, run_cache_job
     from genrecal.samples import open_samples
-    from genrecal.shards.inspect import summarize
+    from genrecal.shards.manifest import SKIPPED
     from genrecal.shards.reader import open_cache
 
     settings = CacheOptions(
@@ -126,8 +127,11 @@ def cache(
     )
     samples = open_samples(data, image_root=image_root, limit=limit)
     report = run_cache_job(_teacher(teacher, dtype, device, trust_remote_code), samples, out, settings)
-    for reason, count in list(summarize(open_cache(out)).skip_reasons.items())[:10]:
-        console.print(f"skipped {count}: {reason}", style="yellow")
+    skipped = [row["reason"] for row in open_cache(out).manifest().to_pylist() if row["status"] == SKIPPED]
+    for reason in skipped[:SHOWN_SKIPPED]:
+        console.print(f"skipped {reason}", style="yellow")
+    if len(skipped) > SHOWN_SKIPPED:
+        console.print(f"and {len(skipped) - SHOWN_SKIPPED} more; `genrecal inspect {out}` counts them by reason")
     console.print(
         f"{out}: {report.cached} samples cached, {report.skipped} skipped; "
         f"{report.shards_done} shards written, {report.shards_found} were there"

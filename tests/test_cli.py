@@ -215,7 +215,7 @@ def test_a_finished_cache_is_found_again(run: Run, tiny: Callable[[str], Path], 
     before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
     ended = run(*cache_args(tiny("qwen2_vl"), data, cache))
     assert ended.status == 0
-    assert "skipped 1: the last user turn has no answer" in ended.out  # by an earlier run, and still true
+    assert ": the last user turn has no answer" in ended.out  # by an earlier run, and still true
     assert "7 samples cached, 1 skipped; 0 shards written, 3 were there" in ended.out
     assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
 

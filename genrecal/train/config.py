@@ -156,6 +156,11 @@ def load_config(file: Path | None = None, settings: Sequence[str] = ()) -> Train
             if not isinstance(place, dict):
                 raise UsageError(f"--set {setting!r}: {table} is no table")
         place[name] = _parse_value(text.strip())
+    return config_from(values)
+
+
+def config_from(values: dict[str, Any]) -> TrainConfig:
+    """Nested tables -> the configuration, defaults where nothing is said. Raises UsageError as `load_config` does."""
     return _build(TrainConfig(), values, "")
 
 

@@ -26,7 +26,7 @@ from genrecal.errors import TrainingError, UsageError
 from genrecal.shards.layout import CACHE_FILE, put_in_place, temporary_path, write_whole
 from genrecal.shards.reader import Cache
 from genrecal.train.checkpoint import copy_weights
-from genrecal.train.config import TrainConfig
+from genrecal.train.config import TrainConfig, config_from
 from genrecal.train.stages import add_lora, merge_lora, select_trainable
 from genrecal.vlm.loading import VLM, file_digest, load_vlm, model_folder
 
@@ -123,8 +123,6 @@ class Run:
     @classmethod
     def open(cls, path: Path) -> "Run":
         """An existing run. Raises UsageError if the folder is none."""
-        from genrecal.train.config import _build
-
         try:
             content = json.loads((path / RUN_FILE).read_text())
         except (OSError, ValueError) as error:
@@ -133,7 +131,7 @@ class Run:
             ) from None
         return cls(
             path=path,
-            config=_build(TrainConfig(), content["config"], ""),
+            config=config_from(content["config"]),
             student=content["student"],
             cache=Path(content["cache"]),
             teacher=content["teacher"],

@@ -214,8 +214,13 @@ def find_logit_transform(model: Any, body: nn.Module, head: nn.Linear, renderer:
     inputs = renderer.collate([renderer.encode_messages(messages, pictures)])
     device, dtype = model.get_input_embeddings().weight.device, head.weight.dtype
     inputs = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
-    logits = model(**inputs, use_cache=False).logits
-    raw = head(body(**inputs, use_cache=False).last_hidden_state)
+    try:
+        logits = model(**inputs, use_cache=False).logits
+        raw = head(body(**inputs, use_cache=False).last_hidden_state)
+    except Exception as error:  # an encoder-decoder, say, or the processor of another model
+        raise ModelError(
+            f"{type(model).__name__} cannot run a rendered conversation through its body: {_first_line(error)}"
+        ) from None
     if logits.shape != raw.shape:
         raise ModelError(
             f"{type(model).__name__}: its logits have {logits.shape[-1]} columns but its head {raw.shape[-1]} rows"

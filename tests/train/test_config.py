@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genrecal.errors import UsageError
-from genrecal.train.config import LoraConfig, TrainConfig, _build, load_config
+from genrecal.train.config import LoraConfig, TrainConfig, config_from, load_config
 
 
 def flat(config: object, prefix: str = "") -> dict[str, object]:
@@ -166,9 +166,9 @@ def test_a_configuration_comes_back_from_a_runs_json(
         "stage2": {"lr": lr, "max_steps": steps, "exclude_categories": categories},
         "loss": {"target": target},
     }
-    config = _build(TrainConfig(), values, "")
+    config = config_from(values)
     assert (config.seed, config.stage2.lr, config.stage2.exclude_categories) == (seed, lr, tuple(categories))
-    assert _build(TrainConfig(), json.loads(json.dumps(dataclasses.asdict(config))), "") == config
+    assert config_from(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 def test_the_papers_recipe_is_the_defaults_written_out() -> None:

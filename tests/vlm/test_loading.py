@@ -117,6 +117,15 @@ def test_folders_that_are_no_model_are_refused(tmp_path, tiny):
         load_vlm(folder)
 
 
+def test_a_model_with_another_models_processor_is_refused(tmp_path, tiny):
+    folder = tmp_path / "mixed"
+    shutil.copytree(tiny("idefics3"), folder)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(tiny("qwen2_vl") / name, folder / name)
+    with pytest.raises(ModelError, match="cannot run a rendered conversation"):
+        load_vlm(folder)
+
+
 def test_remote_code_is_not_run_without_being_asked_for(tmp_path, tiny):
     folder = tmp_path / "remote"
     shutil.copytree(tiny("qwen2_vl"), folder)
