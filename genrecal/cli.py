@@ -1,7 +1,9 @@
 """The command line: parse, call one run function, print errors. Heavy libraries are imported by the command that needs them."""
 
 import dataclasses
+import io
 import json
+import math
 import os
 import sys
 import traceback
@@ -23,6 +25,7 @@ app = typer.Typer(
 )
 console = Console(soft_wrap=True)
 SHOWN_SKIPPED = 10  # skipped records that `cache` names at its end
+UNLIMITED = 1_000_000  # columns of what is not printed to a terminal
 INTERRUPTED = 130  # the exit status after Ctrl-C, as shells have it
 
 TrustRemoteCode = Annotated[
@@ -96,8 +99,11 @@ def cache(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Use the first N records only.", min=1)] = None,
     top_k: Annotated[int, typer.Option(help="Logits kept for each answer token.")] = 64,
-    answer_codec: Annotated[str, typer.Option(help="How answer states are written: bf16.")] = "bf16",
-    question_codec: Annotated[str, typer.Option(help="How question states are written: bf16, or none.")] = "bf16",
+    answer_codec: Annotated[str, typer.Option(help="How answer states are written: bf16, int8 or int4.")] = "int8",
+    question_codec: Annotated[str, typer.Option(help="How question states are written, or none.")] = "int4",
+    kl_budget: Annotated[
+        float, typer.Option(help="Refuse a shard whose codec costs a larger mean KL, in nats.")
+    ] = math.inf,
     question_fraction: Annotated[float, typer.Option(help="Share of samples whose question states are kept.")] = 1.0,
     question_seed: Annotated[int, typer.Option(help="Which samples those are.")] = 0,
     samples_per_shard: Annotated[int, typer.Option(help="Input records a shard.")] = 256,
@@ -118,6 +124,7 @@ def cache(
         top_k=top_k,
         answer_codec=answer_codec,
         question_codec=question_codec,
+        kl_budget=kl_budget,
         question_fraction=question_fraction,
         question_seed=question_seed,
         samples_per_shard=samples_per_shard,
@@ -165,46 +172,100 @@ def _dtype(name: str) -> Any:
 @app.command()
 def inspect(
     cache: Annotated[Path, typer.Argument(help="Cache directory.")],
+    key: Annotated[str | None, typer.Option(help="Show one record, by its key or its sample id.")] = None,
+    sql: Annotated[str | None, typer.Option(help="Query the manifest with DuckDB, as the table `manifest`.")] = None,
+    save_images: Annotated[
+        Path | None, typer.Option(help="With --key: write the record's pictures into this folder.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a cache holds."""
-    from genrecal.shards.inspect import summarize
+    """Say what a cache holds: a summary, one record, or what a query finds in the manifest."""
+    from genrecal.shards import inspect as shards_inspect
+    from genrecal.shards import inspect_text
     from genrecal.shards.reader import open_cache
 
-    summary = summarize(open_cache(cache))
+    if key is not None and sql is not None:
+        raise UsageError("--key and --sql: expected one of the two; --key shows a record, --sql queries the manifest")
+    if save_images is not None and key is None:
+        raise UsageError("--save-images: expected --key KEY with it, the record whose pictures to write")
+    opened = open_cache(cache)
+    if sql is not None:
+        result = shards_inspect.run_sql(opened, sql)
+        _show(result.to_dicts() if json_ else inspect_text.sql_text(result), json_)
+    elif key is not None:
+        record = shards_inspect.find_record(opened, key)
+        described = shards_inspect.describe_record(record)
+        saved = shards_inspect.save_images(record, save_images) if save_images is not None else ()
+        if json_:
+            _show(dataclasses.asdict(described) | {"saved_images": saved}, json_)
+            return
+        _show(inspect_text.record_text(described), json_)
+        for path in saved:
+            typer.echo(str(path))
+        protocol = inspect_text.inline_protocol(os.environ) if sys.stdout.isatty() else None
+        for data in record.images if protocol else []:
+            typer.echo(inspect_text.inline_image(data, str(protocol)), nl=False)
+    else:
+        summary = shards_inspect.summarize(opened)
+        _show(dataclasses.asdict(summary) if json_ else inspect_text.summary_text(summary), json_)
+
+
+def _show(content: Any, as_json: bool) -> None:
+    """Print JSON, or a renderable: fitted to a terminal, and as wide as it is when piped."""
+    if as_json:
+        from genrecal.shards.inspect import plain_json
+
+        typer.echo(json.dumps(plain_json(content), indent=2, ensure_ascii=False, allow_nan=False))
+    elif console.is_terminal:
+        console.print(content)
+    else:
+        text = io.StringIO()
+        Console(file=text, width=UNLIMITED, soft_wrap=True).print(content)
+        typer.echo("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
+
+
+# ----------------------------------------------------------------------------------------------------------------- verify
+
+
+@app.command()
+def verify(
+    cache: Annotated[Path, typer.Argument(help="Cache directory.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Recompute the stored logits from the stored states.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Set damaged shards aside, so that `cache` makes them again.")
+    ] = False,
+    max_kl: Annotated[float, typer.Option(help="With --deep: a shard's largest mean KL, in nats.")] = 0.1,
+    device: Annotated[str, typer.Option(help="With --deep: auto, cpu, cuda or cuda:N.")] = "auto",
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check every byte, count and key of a cache; exit status 1 if anything is damaged."""
+    from genrecal.shards.verify import quarantine, verify_cache
+
+    if not max_kl >= 0:
+        raise UsageError(f"--max-kl {max_kl}: expected nats, 0 or more")
+    found = verify_cache(cache, deep=deep, max_kl=max_kl, device=str(_device(device)) if deep else "cpu")
+    moved = quarantine(found) if repair else []
     if json_:
-        typer.echo(json.dumps(dataclasses.asdict(summary), indent=2, ensure_ascii=False))
-        return
-    table = Table(show_header=False, box=None, pad_edge=False)
-    finished, planned = summary.shards
-    state = "complete" if finished == planned else "unfinished"
-    rows: list[tuple[str, str]] = [
-        ("cache", f"{summary.path} (format {summary.format_version})"),
-        ("teacher", f"{summary.teacher['name']}, {summary.teacher['dtype']}, D {summary.hidden_size}, V {summary.head_rows}"),
-        ("shards", f"{finished} of {planned}, {state}"),
-        ("samples", f"{summary.cached} cached, {summary.skipped} skipped"),
-        *((f"  {name or '(no category)'}", str(count)) for name, count in summary.categories.items()),
-        *((f"  skipped: {reason}", str(count)) for reason, count in summary.skip_reasons.items()),
-        ("turns, images", f"{summary.turns}, {summary.images}"),
-        ("tokens", f"{summary.question_tokens} question, {summary.answer_tokens} answer"),
-        ("states", f"answers {summary.codecs['answer']}, questions {summary.codecs['question']} "
-                   f"({summary.with_question} of {summary.cached} samples), top-{summary.top_k} logits"),
-        *((f"  {name}", _size(count)) for name, count in summary.bytes.items()),
-        ("teacher on the given answers", f"log-probability {summary.log_prob:.3f} nats a token, entropy "
-                                         f"{summary.entropy:.3f}, top-1 agreement {summary.top1_agreement:.1%}"),
-    ]  # fmt: skip
-    for name, value in rows:
-        table.add_row(name, value)
-    console.print(table)
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
-        value /= 1000
-    return f"{value:.2f} TB"
+        content = dataclasses.asdict(found) | {"whole": found.whole, "quarantined": [str(folder) for folder in moved]}
+        typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+        raise typer.Exit(0 if found.whole else 1)
+    for finding in found.findings:
+        typer.echo(str(finding))
+    if found.deep:
+        typer.echo("shard  target rows  mean KL, nats  max KL, nats  top-1 agreement")
+    for row in found.deep:
+        figures = f"{row.kl_mean:>13.3g}  {row.kl_max:>12.3g}  {row.top1_agreement:>15.2%}"
+        typer.echo(f"{row.shard:05d}  {row.rows:>11}  {figures}")
+    for note in found.notes:
+        typer.echo(f"note: {note}")
+    for folder in moved:
+        typer.echo(f"set aside: {folder}")
+    typer.echo(f"{cache}: {found.summary}")
+    if moved:
+        typer.echo("run `genrecal cache` again with the same options: it makes exactly these shards again")
+    elif found.damaged_shards and not repair:
+        typer.echo(f"`genrecal verify {cache} --repair` sets damaged shards aside for `genrecal cache` to make again")
+    raise typer.Exit(0 if found.whole else 1)
 
 
 # ------------------------------------------------------------------------------------------------------------------ train

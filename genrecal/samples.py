@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import zstandard
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from genrecal.errors import DataError, SampleError
 
@@ -155,6 +155,8 @@ def decode_image(data: bytes, max_pixels: int = 178_956_970) -> Image.Image:
         return upright.convert("RGB")
     except SampleError:
         raise
+    except UnidentifiedImageError:  # its own words hold a memory address, and a reason must be the same in every run
+        raise SampleError("image cannot be decoded: of no format that Pillow knows") from None
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise SampleError(f"image cannot be decoded: {error}") from None
 

@@ -55,15 +55,21 @@ def shell_lines(page):
 # ---------------------------------------------------------------------------------------------------------- the format
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+# The dtype of the head, the codec of all states, and how far that codec may move a logit of the tiny teacher.
+CACHES = [("float32", "bf16", 0.02), ("bfloat16", "int8", 0.15), ("float32", "int4", 3.0)]
+
+
+@pytest.fixture(scope="module", params=CACHES, ids=lambda param: f"{param[0]}-{param[1]}")
 def cache(request, tiny, tmp_path_factory):
-    """A cache of eight conversations, and one record that was skipped; its head is of that dtype."""
+    """A cache of eight conversations, and one record that was skipped."""
     folder = tmp_path_factory.mktemp("docs")
     data = write_llava(folder / "data", mixed_samples(8))
     records = json.loads(data.read_text())
     data.write_text(json.dumps([*records, {"id": "bad", "conversations": [{"from": "human", "value": "q"}]}]))
-    teacher = HFTeacher.load(tiny("qwen2_vl"), dtype=getattr(torch, request.param))
-    run_cache_job(teacher, open_samples([data]), folder / "cache", CacheOptions(top_k=5, max_skip=0.2))
+    dtype, codec, _ = request.param
+    teacher = HFTeacher.load(tiny("qwen2_vl"), dtype=getattr(torch, dtype))
+    options = CacheOptions(top_k=5, max_skip=0.2, answer_codec=codec, question_codec=codec)
+    run_cache_job(teacher, open_samples([data]), folder / "cache", options)
     return folder / "cache"
 
 
@@ -96,7 +102,8 @@ def test_format_script_reads_what_genrecal_reads(cache, tmp_path):
     ]  # fmt: skip
     assert printed.shape == (record.row["answer_tokens"], len(expected))
     np.testing.assert_allclose(printed, np.stack(expected, axis=1), atol=6e-4, rtol=0)
-    np.testing.assert_allclose(printed[:, 2], printed[:, 4], atol=0.02)  # what was rounded away
+    moved = {codec: limit for _, codec, limit in CACHES}[opened.description["answer_codec"]]
+    np.testing.assert_allclose(printed[:, 2], printed[:, 4], atol=moved)  # what the codec took away
 
 
 def test_plain_webdataset_reads_a_cache(cache, tmp_path):

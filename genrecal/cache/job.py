@@ -4,6 +4,7 @@ Which samples are in which shard follows from the input's order and the shard si
 shards that have no manifest, and makes the same bytes.
 """
 
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -54,17 +55,19 @@ class CacheOptions:
         batch_tokens: tokens of a teacher batch, padding included.
         max_tokens: longest conversation the teacher is given, in its tokens; 0 for no limit.
         max_skip: share of the input that may be skipped before the job fails.
+        kl_budget: mean KL through the head, nats, that a codec may cost on a shard; a shard over it is not written.
     """
 
     top_k: int = 64
-    answer_codec: str = "bf16"
-    question_codec: str = "bf16"
+    answer_codec: str = "int8"
+    question_codec: str = "int4"
     question_fraction: float = 1.0
     question_seed: int = 0
     samples_per_shard: int = 256
     batch_tokens: int = 16384
     max_tokens: int = 0
     max_skip: float = 0.01
+    kl_budget: float = math.inf
 
     def __post_init__(self) -> None:
         check_codec_option("--answer-codec", self.answer_codec)
@@ -76,6 +79,8 @@ class CacheOptions:
         for name in ("question_fraction", "max_skip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected a share from 0 to 1")
+        if not self.kl_budget >= 0:
+            raise UsageError(f"--kl-budget {self.kl_budget}: expected nats, 0 or more")
 
     def keeps_question(self, key: str) -> bool:
         """Whether this sample's question states are cached: its place in [0, 1) by hash is below the fraction."""
@@ -136,20 +141,38 @@ def _run_shard(
     """One shard from its input records to its commit."""
     question_codec = None if options.question_codec == "none" else CODECS[options.question_codec]
     skipped = report.skipped
-    with ShardWriter(cache, shard, answer_codec=CODECS[options.answer_codec], question_codec=question_codec) as writer:
+    with ShardWriter(
+        cache,
+        shard,
+        answer_codec=CODECS[options.answer_codec],
+        question_codec=question_codec,
+        head=teacher.head,
+        kl_budget=options.kl_budget,
+    ) as writer:
         for start in range(records.start, records.stop, LOOKAHEAD):
             window = [samples[i] for i in range(start, min(start + LOOKAHEAD, records.stop))]
             for sample, result in zip(window, _run_window(teacher, window, options, report), strict=True):
-                if isinstance(result, SampleError) or isinstance(sample, BadRecord):
-                    reason = sample.reason if isinstance(sample, BadRecord) else str(result)
+                reason = _write(writer, sample, result)
+                if reason is not None:
                     writer.skip(sample, reason)
                     report.reasons[reason] += 1
                     skipped += 1
                     _check_skipped(skipped, len(samples), options, report)
-                else:
-                    record = Record(sample=sample, answer=result.answer, question=result.question)
-                    writer.add(record, [image.read() for image in sample.images])
         return writer.commit()
+
+
+def _write(writer: ShardWriter, sample: Sample | BadRecord, result: States | SampleError) -> str | None:
+    """Write a sample's record, or say why it cannot be."""
+    if isinstance(sample, BadRecord):
+        return sample.reason
+    if isinstance(result, SampleError):
+        return str(result)
+    try:
+        images = [image.read() for image in sample.images]
+        writer.add(Record(sample=sample, answer=result.answer, question=result.question), images)
+    except SampleError as error:
+        return str(error)
+    return None
 
 
 def _run_window(

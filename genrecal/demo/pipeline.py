@@ -52,7 +52,12 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], Any]) -> None:
     timings: dict[str, float] = {}
     with _timed(timings, "cache"):
         teacher_run = HFTeacher.load(ASSETS / "teacher", dtype=torch.float32)
-        run_cache_job(teacher_run, open_samples([train_data]), out / "cache", CacheOptions(samples_per_shard=128))
+        run_cache_job(
+            teacher_run,
+            open_samples([train_data]),
+            out / "cache",
+            CacheOptions(samples_per_shard=128),
+        )
     summary = summarize(open_cache(out / "cache"))
     say(
         f"cached {summary.cached} conversations, {summary.answer_tokens} answer tokens, "

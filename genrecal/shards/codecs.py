@@ -1,15 +1,21 @@
-"""Hidden states <-> columns of bytes. Format version 1 knows `bf16`; the page docs/shard-format.md has the layouts.
+"""Hidden states <-> columns: `bf16` (lossless), `int8` and `int4`. The page docs/shard-format.md has the layouts.
 
-A codec turns `[R, D]` float32 states into named uint8 columns and back. What its decoder needs besides the columns goes
-into the Arrow schema's metadata.
+A codec turns `[R, D]` float32 states into named columns and back. What its decoder needs besides the columns goes into the
+Arrow schema's metadata, as the codec's facts.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from genrecal.errors import FormatError, UsageError
+from genrecal.errors import FormatError, SampleError, UsageError
+from genrecal.shards.rotation import block_size, rotate, rotate_back
+
+GROUP = 128  # channels that share a scale
+SEED = 0  # of the rotation's signs
+Facts = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,14 +25,18 @@ class Codec:
     Args:
         name: as cache.json and the Arrow metadata call it.
         columns: the columns that hold a state, in order.
-        encode: float32 `[R, D]` -> columns.
-        decode: columns, D -> float32 `[R, D]`.
+        lossless: whether bfloat16 states come back bit for bit.
+        facts: D -> what the decoder needs.
+        encode: float32 `[R, D]`, facts -> columns. Raises SampleError for states that it cannot hold.
+        decode: columns, facts -> float32 `[R, D]`. Raises FormatError for columns of another shape.
     """
 
     name: str
     columns: tuple[str, ...]
-    encode: Callable[[np.ndarray], dict[str, np.ndarray]]
-    decode: Callable[[Mapping[str, np.ndarray], int], np.ndarray]
+    lossless: bool
+    facts: Callable[[int], dict[str, Any]]
+    encode: Callable[[np.ndarray, Facts], dict[str, np.ndarray]]
+    decode: Callable[[Mapping[str, np.ndarray], Facts], np.ndarray]
 
 
 def round_to_bf16(hidden: np.ndarray) -> np.ndarray:
@@ -36,31 +46,153 @@ def round_to_bf16(hidden: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(hidden), rounded.view(np.float32), hidden)
 
 
-def _encode_bf16(hidden: np.ndarray) -> dict[str, np.ndarray]:
+def _expect(column: np.ndarray, width: int, name: str) -> None:
+    if column.ndim != 2 or column.shape[1] != width:
+        raise FormatError(f"column {name}: expected [rows, {width}], got {list(column.shape)}")
+
+
+# ------------------------------------------------------------------------------------------------------------------- bf16
+
+
+def _bf16_facts(width: int) -> dict[str, Any]:
+    return {"codec": "bf16", "hidden_size": width}
+
+
+def _encode_bf16(hidden: np.ndarray, facts: Facts) -> dict[str, np.ndarray]:
     """Two byte planes: the exponents compress well once they stand apart from the mantissas."""
     bits = np.ascontiguousarray(hidden, np.float32).view(np.uint32)
     assert not (bits & np.uint32(0xFFFF)).any(), "bf16 states must be rounded when they are captured"
     return {"hidden_hi": (bits >> 24).astype(np.uint8), "hidden_lo": (bits >> 16).astype(np.uint8)}
 
 
-def _decode_bf16(columns: Mapping[str, np.ndarray], width: int) -> np.ndarray:
+def _decode_bf16(columns: Mapping[str, np.ndarray], facts: Facts) -> np.ndarray:
     high, low = columns["hidden_hi"], columns["hidden_lo"]
-    _expect_width(high, width, "hidden_hi")
-    _expect_width(low, width, "hidden_lo")
+    _expect(high, facts["hidden_size"], "hidden_hi")
+    _expect(low, facts["hidden_size"], "hidden_lo")
     bits = np.empty(high.shape, np.uint32)
     np.left_shift(high, np.uint32(24), out=bits, dtype=np.uint32)
     bits |= low.astype(np.uint32) << np.uint32(16)
     return bits.view(np.float32)
 
 
-def _expect_width(column: np.ndarray, width: int, name: str) -> None:
-    if column.ndim != 2 or column.shape[1] != width:
-        raise FormatError(f"column {name}: expected [rows, {width}], got {list(column.shape)}")
+# ----------------------------------------------------------------------------------------------------------- int8 and int4
+
+
+def _rotated_facts(name: str, width: int) -> dict[str, Any]:
+    return {"codec": name, "hidden_size": width, "block": block_size(width), "group": GROUP, "seed": SEED}
+
+
+def _grouped(rotated: np.ndarray, group: int) -> np.ndarray:
+    """`[R, D]` -> `[R, G, group]`, the last group filled up with zeros."""
+    rows, width = rotated.shape
+    groups = -(-width // group)
+    padded = np.zeros((rows, groups * group), np.float32)
+    padded[:, :width] = rotated
+    return padded.reshape(rows, groups, group)
+
+
+def _ungrouped(groups: np.ndarray, width: int) -> np.ndarray:
+    """The inverse of `_grouped`."""
+    return groups.reshape(len(groups), groups.shape[1] * groups.shape[2])[:, :width]
+
+
+def _scales(wanted: np.ndarray, codec: str) -> np.ndarray:
+    """Wanted steps as float16; subnormal ones are rounded up, so that a group's largest value still has a code.
+
+    Raises SampleError for steps too large for float16.
+    """
+    unit, normal = float(np.finfo(np.float16).smallest_subnormal), float(np.finfo(np.float16).tiny)
+    raised = np.copysign(np.ceil(np.abs(wanted) / unit) * unit, wanted)
+    with np.errstate(over="ignore"):
+        scales = np.where(np.abs(wanted) < normal, raised, wanted).astype(np.float16)
+    if not np.isfinite(scales).all():
+        raise SampleError(
+            f"a hidden state reaches {np.abs(wanted).max():.3g} a step, more than {codec}'s float16 scale holds"
+        )
+    return scales
+
+
+def _quantised(groups: np.ndarray, scales: np.ndarray, low: int, high: int) -> np.ndarray:
+    step = scales.astype(np.float32)[..., None]
+    ratio = np.divide(groups, step, out=np.zeros_like(groups), where=step != 0)
+    return np.clip(np.rint(ratio), low, high)
+
+
+def _encode_int8(hidden: np.ndarray, facts: Facts) -> dict[str, np.ndarray]:
+    """Rotated, then a group's largest magnitude is 127 steps."""
+    groups = _grouped(rotate(hidden, block=facts["block"], seed=facts["seed"]), facts["group"])
+    scales = _scales(np.abs(groups).max(-1) / 127, "int8")
+    codes = _quantised(groups, scales, -127, 127).astype(np.int8)
+    return {"hidden_q": _ungrouped(codes, hidden.shape[1]), "hidden_scale": scales}
+
+
+def _decode_int8(columns: Mapping[str, np.ndarray], facts: Facts) -> np.ndarray:
+    codes, scales = columns["hidden_q"], columns["hidden_scale"]
+    _expect(codes, facts["hidden_size"], "hidden_q")
+    return _rescaled(codes, scales, facts)
+
+
+def _encode_int4(hidden: np.ndarray, facts: Facts) -> dict[str, np.ndarray]:
+    """Rotated, then a group's value of largest magnitude is exactly -8 steps, the step taking its sign.
+
+    16 levels have one more below zero than above; so none is wasted (relative error 0.103 on Gaussian values, against
+    0.117 with 7 steps either way).
+    """
+    groups = _grouped(rotate(hidden, block=facts["block"], seed=facts["seed"]), facts["group"])
+    largest = np.take_along_axis(groups, np.abs(groups).argmax(-1)[..., None], -1)[..., 0]
+    scales = _scales(largest / -8, "int4")
+    codes = _ungrouped((_quantised(groups, scales, -8, 7) + 8).astype(np.uint8), hidden.shape[1])
+    if codes.shape[1] % 2:
+        codes = np.concatenate([codes, np.full((len(codes), 1), 8, np.uint8)], axis=1)
+    return {"hidden_q": codes[:, 0::2] | (codes[:, 1::2] << 4), "hidden_scale": scales}
+
+
+def _decode_int4(columns: Mapping[str, np.ndarray], facts: Facts) -> np.ndarray:
+    packed, scales = columns["hidden_q"], columns["hidden_scale"]
+    width = facts["hidden_size"]
+    _expect(packed, -(-width // 2), "hidden_q")
+    codes = np.empty((len(packed), 2 * packed.shape[1]), np.int8)
+    codes[:, 0::2] = packed & 15
+    codes[:, 1::2] = packed >> 4
+    return _rescaled(codes[:, :width] - np.int8(8), scales, facts)
+
+
+def _rescaled(codes: np.ndarray, scales: np.ndarray, facts: Facts) -> np.ndarray:
+    width, group = facts["hidden_size"], facts["group"]
+    _expect(scales, -(-width // group), "hidden_scale")
+    values = codes.astype(np.float32)
+    values *= np.repeat(scales.astype(np.float32), group, axis=1)[:, :width]
+    return rotate_back(values, block=facts["block"], seed=facts["seed"])
 
 
 CODECS = {
     codec.name: codec
-    for codec in (Codec(name="bf16", columns=("hidden_hi", "hidden_lo"), encode=_encode_bf16, decode=_decode_bf16),)
+    for codec in (
+        Codec(
+            name="bf16",
+            columns=("hidden_hi", "hidden_lo"),
+            lossless=True,
+            facts=_bf16_facts,
+            encode=_encode_bf16,
+            decode=_decode_bf16,
+        ),
+        Codec(
+            name="int8",
+            columns=("hidden_q", "hidden_scale"),
+            lossless=False,
+            facts=lambda width: _rotated_facts("int8", width),
+            encode=_encode_int8,
+            decode=_decode_int8,
+        ),
+        Codec(
+            name="int4",
+            columns=("hidden_q", "hidden_scale"),
+            lossless=False,
+            facts=lambda width: _rotated_facts("int4", width),
+            encode=_encode_int4,
+            decode=_decode_int4,
+        ),
+    )
 }
 
 
@@ -71,6 +203,18 @@ def codec_named(name: str, *, where: str = "") -> Codec:
             f"{where or 'cache'}: codec {name!r} is not one this genrecal knows ({', '.join(CODECS)}); use a newer one"
         )
     return CODECS[name]
+
+
+def checked_facts(facts: Any, *, where: str) -> dict[str, Any]:
+    """Facts as an Arrow file's metadata gives them. Raises FormatError unless its codec would have written just these."""
+    if not isinstance(facts, dict) or not isinstance(facts.get("hidden_size"), int) or facts["hidden_size"] < 1:
+        raise FormatError(f"{where}: the Arrow metadata does not say codec and hidden size, got {facts!r}")
+    for name, value in codec_named(str(facts.get("codec")), where=where).facts(facts["hidden_size"]).items():
+        got = facts.get(name)
+        right = isinstance(got, int) and 0 <= got < 2**63 if name == "seed" else got == value
+        if not right:
+            raise FormatError(f"{where}: Arrow metadata {name}: expected {value!r}, got {got!r}")
+    return facts
 
 
 def check_codec_option(option: str, name: str) -> None:

@@ -1,19 +1,86 @@
-"""What a cache holds, in numbers that are read from it."""
+"""What a cache holds: a summary, one record, or an SQL query, each as a frozen dataclass of plain values.
 
+`summarize` and `run_sql` are here, `describe_record` is in inspect_record.py, what a terminal shows in inspect_text.py.
+"""
+
+import math
+import re
+import struct
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from genrecal.errors import DamageError, UsageError
+from genrecal.shards.inspect_record import MEASURED, RecordDescription, describe_record, find_record, save_images
 from genrecal.shards.layout import TIERS, tar_path
 from genrecal.shards.manifest import SKIPPED
-from genrecal.shards.reader import Cache
+from genrecal.shards.reader import Cache, CachedRecord
+
+__all__ = [
+    "RecordDescription", "SqlResult", "Summary", "describe_record", "find_record", "plain_json", "run_sql",
+    "save_images", "summarize",
+]  # fmt: skip
+
+COLUMN_RECORDS = 64  # records that the bytes by column are measured on
+BINS = 10  # of a histogram
+QUANTILES = {"min": 0.0, "p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99, "max": 1.0}
+NEAR_CHANCE = 0.01  # a top-1 agreement below this, or below ten times that of a blind guess, is near chance
+NOT_COLUMNS = "(schema, footer, padding)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """How many samples lie between each two neighbouring edges; the last bin has its upper edge in it.
+
+    All samples are counted: those whose value is NaN or infinite under `not_finite`.
+    """
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    not_finite: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnBytes:
+    """A column's buffers in the Arrow files: `bytes` as they stand there, compressed; `raw_bytes` decompressed."""
+
+    name: str
+    bytes: int
+    raw_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredColumns:
+    """Bytes by column of one kind of Arrow file, summed over `records` of the `of_records` that the cache has.
+
+    The columns' bytes add up to the size of those files; what belongs to no column is in the last entry.
+    """
+
+    records: int
+    of_records: int
+    rows: int
+    columns: tuple[ColumnBytes, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Counts over a cache's finished shards; bytes as they are on disk."""
+    """Counts over a cache's finished shards; bytes as they are on disk.
+
+    Args:
+        shards: finished, planned.
+        skip_reasons: samples by reason; numbers, paths and quoted names in a reason stand as "…", so like ones count
+            together. skip_examples: the first of each as the manifest has it, `FILE:LINE: why`.
+        columns: bytes by Arrow column, under "answer" and "question", measured on records evenly spread over the cache.
+        entropy, log_prob: nats, means over the answer tokens; top1_agreement: a share of them.
+        entropy_histogram, log_prob_histogram: of the samples' own means.
+        token_quantiles: lengths of samples under "question_tokens" and "answer_tokens", by name of QUANTILES.
+        warnings: what looks wrong.
+    """
 
     path: str
     teacher: dict[str, Any]
@@ -22,10 +89,11 @@ class Summary:
     head_rows: int
     top_k: int
     codecs: dict[str, str]
-    shards: tuple[int, int]  # finished, planned
+    shards: tuple[int, int]
     cached: int
     skipped: int
     skip_reasons: dict[str, int]
+    skip_examples: dict[str, str]
     categories: dict[str, int]
     sources: dict[str, int]
     turns: int
@@ -34,28 +102,41 @@ class Summary:
     answer_tokens: int
     with_question: int
     bytes: dict[str, int] = field(default_factory=dict)
-    entropy: float  # nats, mean over target rows
+    columns: dict[str, MeasuredColumns] = field(default_factory=dict)
+    entropy: float
     log_prob: float
     top1_agreement: float
+    entropy_histogram: Histogram
+    log_prob_histogram: Histogram
+    token_quantiles: dict[str, dict[str, int]]
+    warnings: tuple[str, ...]
 
 
-def summarize(cache: Cache) -> Summary:
-    """A true summary of a cache; what is not finished is not counted."""
+def summarize(cache: Cache, *, column_records: int = COLUMN_RECORDS) -> Summary:
+    """A true summary of a cache; what is not finished is not counted.
+
+    Args:
+        column_records: how many records, evenly spread, are read to measure bytes by column; all others are not read.
+
+    Raises DamageError for a manifest without numbers for what it says is cached. Damaged members among those that are
+    read are named in the warnings.
+    """
+    _check_measured(cache)
     table = cache.manifest()
-    reasons = Counter(
-        (row["reason"] or "").split(": ", 1)[-1]
-        for row in table.select(["status", "reason"]).to_pylist()
-        if row["status"] == SKIPPED
-    )
+    skipped = table.filter(pc.equal(table.column("status"), SKIPPED))
+    reasons, examples = _skip_reasons(reason or "" for reason in skipped.column("reason").to_pylist())
     weights = cache.column("answer_tokens").astype(np.float64)
 
     def total(name: str) -> int:
         return int(cache.column(name).sum())
 
     def over_tokens(name: str) -> float:
-        return float(np.average(cache.column(name), weights=weights)) if len(cache) else float("nan")
+        return float(np.average(cache.column(name), weights=weights)) if weights.sum() else float("nan")
 
     description = cache.description
+    columns, damage = _measured_columns(cache, column_records)
+    top1_agreement, log_prob = over_tokens("top1_agreement"), over_tokens("log_prob")
+    blind = _blind_teacher(top1_agreement, log_prob, description["head_rows"])
     return Summary(
         path=str(cache.path),
         teacher=description["teacher"],
@@ -66,8 +147,9 @@ def summarize(cache: Cache) -> Summary:
         codecs={"answer": description["answer_codec"], "question": description["question_codec"]},
         shards=(len(cache.shards), cache.num_shards),
         cached=len(cache),
-        skipped=len(table) - len(cache),
-        skip_reasons=dict(reasons.most_common()),
+        skipped=len(skipped),
+        skip_reasons=reasons,
+        skip_examples=examples,
         categories=dict(Counter(cache.column("category").tolist()).most_common()),
         sources=dict(Counter(cache.column("source").tolist()).most_common()),
         turns=total("turns"),
@@ -76,20 +158,289 @@ def summarize(cache: Cache) -> Summary:
         answer_tokens=total("answer_tokens"),
         with_question=int(cache.column("has_question").sum()),
         bytes=_bytes(cache),
+        columns=columns,
         entropy=over_tokens("entropy"),
-        log_prob=over_tokens("log_prob"),
-        top1_agreement=over_tokens("top1_agreement"),
+        log_prob=log_prob,
+        top1_agreement=top1_agreement,
+        entropy_histogram=histogram(cache.column("entropy")),
+        log_prob_histogram=histogram(cache.column("log_prob")),
+        token_quantiles={name: _quantiles(cache.column(name)) for name in ("question_tokens", "answer_tokens")},
+        warnings=(*blind, *damage),
     )
+
+
+def _check_measured(cache: Cache) -> None:
+    for name in MEASURED:
+        missing = cache.cached.column(name).null_count
+        if missing:
+            raise DamageError(
+                f"{cache.path}/manifest: {missing} of the {len(cache)} cached samples have no {name}; "
+                "`genrecal verify` says which shards are damaged"
+            )
+
+
+def histogram(values: np.ndarray, bins: int = BINS) -> Histogram:
+    """Counts in `bins` equal steps from the least finite value to the largest; one bin if they are all the same."""
+    finite = values[np.isfinite(values)].astype(np.float64)
+    rest = int(len(values) - len(finite))
+    if not len(finite):
+        return Histogram(edges=(), counts=(), not_finite=rest)
+    low, high = float(finite.min()), float(finite.max())
+    if low == high:
+        return Histogram(edges=(low, high), counts=(len(finite),), not_finite=rest)
+    counts, edges = np.histogram(finite, bins=bins, range=(low, high))
+    return Histogram(edges=tuple(edges.tolist()), counts=tuple(counts.tolist()), not_finite=rest)
+
+
+def _quantiles(lengths: np.ndarray) -> dict[str, int]:
+    """Lengths that occur: at least that share of the samples is no longer."""
+    if not len(lengths):
+        return {}
+    values = np.quantile(lengths, list(QUANTILES.values()), method="inverted_cdf")
+    return {name: int(value) for name, value in zip(QUANTILES, values, strict=True)}
+
+
+def _blind_teacher(top1_agreement: float, log_prob: float, head_rows: int) -> Iterable[str]:
+    """A warning if the teacher does no better on the answers than one that never saw them."""
+    uniform, chance = -math.log(head_rows), 1 / head_rows
+    found = []
+    if log_prob < uniform:
+        found.append(
+            f"log-probability {log_prob:.3f} nats a token is below {uniform:.3f}, a guess among all {head_rows} tokens"
+        )
+    if top1_agreement < max(NEAR_CHANCE, 10 * chance):
+        found.append(f"top-1 agreement {top1_agreement:.2%} is near chance ({chance:.2%})")
+    if found:
+        yield f"the teacher does not know these answers: wrong weights, template or images? {'; '.join(found)}"
+
+
+# --------------------------------------------------------------------------------------------------------------- skipped
+
+
+def _skip_reasons(reasons: Iterable[str]) -> tuple[dict[str, int], dict[str, str]]:
+    """Counts by kind of reason, most frequent first, and the first reason of each kind in full."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for reason in reasons:
+        kind = reason_kind(reason)
+        counts[kind] += 1
+        examples.setdefault(kind, reason)
+    return dict(counts.most_common()), {kind: examples[kind] for kind, _ in counts.most_common()}
+
+
+def reason_kind(reason: str) -> str:
+    """`FILE:LINE: image a/7.png does not exist` -> `image … does not exist`: the place and the particulars left out."""
+    why = re.sub(r"\A.*?:\d+: ", "", reason, flags=re.DOTALL)
+    kind = re.sub(r"'[^']*'|\"[^\"]*\"|[^\s(]*[/\d][^\s]*?(?=[:;,.)]*(?:\s|\Z))", "…", why)
+    return re.sub(r"…(?:\s…)+", "…", kind)
+
+
+# ----------------------------------------------------------------------------------------------------------------- bytes
 
 
 def _bytes(cache: Cache) -> dict[str, int]:
     """Bytes by what they are: pictures, conversations, answer states, question states, and the tars as files."""
-    sizes: Counter[str] = Counter()
-    kinds = {".json": "conversations", ".answer.arrow": "answer states", ".question.arrow": "question states"}
-    for row in cache.cached.select(["key", "members"]).to_pylist():
-        for member in row["members"]:
-            sizes[kinds.get(member["name"].removeprefix(row["key"]), "images")] += member["size"]
+    members = pc.list_flatten(cache.cached.column("members"))
+    names, sizes = pc.struct_field(members, "name"), pc.struct_field(members, "size").to_numpy()
+    kinds = {
+        "conversations": r"^[^.]*\.json$",
+        "answer states": r"\.answer\.arrow$",
+        "question states": r"\.question\.arrow$",
+    }
+    found: Counter[str] = Counter()
+    others = np.ones(len(sizes), bool)
+    for kind, pattern in kinds.items():
+        matches = np.asarray(pc.match_substring_regex(names, pattern).to_numpy(zero_copy_only=False), bool)
+        found[kind] = int(sizes[matches].sum())
+        others &= ~matches
+    found["images"] = int(sizes[others].sum())
     for tier in TIERS:
         files = [tar_path(cache.path, tier, shard) for shard in cache.shards]
-        sizes[f"{tier} tars"] = sum(file.stat().st_size for file in files if file.exists())
-    return dict(sizes)
+        found[f"{tier} tars"] = sum(file.stat().st_size for file in files if file.exists())
+    order = ("conversations", "images", "answer states", "question states", *(f"{tier} tars" for tier in TIERS))
+    return {name: found[name] for name in order if found[name] or name.endswith("tars")}
+
+
+def _measured_columns(cache: Cache, num_records: int) -> tuple[dict[str, MeasuredColumns], list[str]]:
+    """Bytes by column over records spread evenly over the cache, and a warning if some of them cannot be read."""
+    rows = np.arange(len(cache))
+    # The question tier may have been deleted, which is no damage.
+    tars = [shard for shard in cache.shards if tar_path(cache.path, "questions", shard).exists()]
+    with_question = np.flatnonzero(cache.column("has_question").astype(bool) & np.isin(cache.column("shard"), tars))
+    measured, damage, tried = {}, [], 0
+    for kind, candidates in (("answer", rows), ("question", with_question)):
+        sums: dict[str, list[int]] = {}
+        num_read = num_rows = 0
+        for index in _spread(candidates, num_records):
+            tried += 1
+            try:
+                columns, length = _record_columns(cache[int(index)], kind)
+            except DamageError as error:
+                damage.append(str(error))
+                continue
+            num_read, num_rows = num_read + 1, num_rows + length
+            for column in columns:
+                entry = sums.setdefault(column.name, [0, 0])
+                entry[0] += column.bytes
+                entry[1] += column.raw_bytes
+        rest = sums.pop(NOT_COLUMNS, None)
+        if num_read and rest is not None:
+            sums[NOT_COLUMNS] = rest
+            measured[kind] = MeasuredColumns(
+                records=num_read,
+                of_records=len(candidates),
+                rows=num_rows,
+                columns=tuple(ColumnBytes(name=name, bytes=n, raw_bytes=raw) for name, (n, raw) in sums.items()),
+            )
+    warning = f"{len(damage)} of the {tried} files read to measure columns are damaged: {damage[0]}" if damage else ""
+    return measured, [warning] if warning else []
+
+
+def _spread(candidates: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the candidates, evenly spaced, the first and the last among them; always the same ones."""
+    if len(candidates) <= count:
+        return candidates
+    return candidates[np.linspace(0, len(candidates) - 1, count).round().astype(np.int64)]
+
+
+def _record_columns(record: CachedRecord, kind: str) -> tuple[list[ColumnBytes], int]:
+    """Bytes by column of a record's `kind` file, and its rows."""
+    name = f"{record.key}.{kind}.arrow"
+    member = next((member for member in record.row["members"] if member["name"] == name), None)
+    if member is None:
+        raise DamageError(f"sample {record.key} has no member {name} in its manifest")
+    try:
+        return arrow_column_bytes(record.read(member))
+    except (pa.ArrowException, struct.error, ValueError, OSError) as error:
+        if isinstance(error, DamageError):
+            raise
+        raise DamageError(f"sample {record.key}: member {name}: not a readable Arrow file: {error}") from None
+
+
+def arrow_column_bytes(data: bytes) -> tuple[list[ColumnBytes], int]:
+    """Bytes by column of an Arrow IPC file, from the places of its buffers that its messages list, and its rows.
+
+    Nothing is decompressed: a compressed buffer begins with its length when decompressed (int64; -1: it is not).
+    Reference: https://arrow.apache.org/docs/format/Columnar.html#serialization-and-interprocess-communication-ipc
+    """
+    source = pa.BufferReader(data)
+    source.seek(8)  # "ARROW1" and padding; then messages as in a stream, up to an end mark
+    schema = pa.ipc.read_schema(pa.ipc.read_message(source))
+    # Arrow writes a column's buffers one after another, nested ones behind their parent's, as Array.buffers() has them.
+    owners = [name for name, kind in zip(schema.names, schema.types, strict=True) for _ in pa.nulls(0, kind).buffers()]
+    sizes = {name: [0, 0] for name in schema.names}
+    num_rows = counted = 0
+    while (message := _next_message(source)) is not None:
+        if message.type != "record batch":
+            continue
+        length, buffers, compressed = _record_batch(memoryview(message.metadata))
+        if len(buffers) != len(owners):
+            raise ValueError(f"{len(buffers)} buffers for columns that have {len(owners)}")
+        num_rows += length
+        body = memoryview(message.body)
+        for owner, (start, size) in zip(owners, buffers, strict=True):
+            raw = struct.unpack_from("<q", body, start)[0] if compressed and size else size
+            sizes[owner][0] += size
+            sizes[owner][1] += size - 8 if raw < 0 else raw
+            counted += size
+    columns = [ColumnBytes(name=name, bytes=size, raw_bytes=raw) for name, (size, raw) in sizes.items()]
+    rest = len(data) - counted
+    return [*columns, ColumnBytes(name=NOT_COLUMNS, bytes=rest, raw_bytes=rest)], num_rows
+
+
+def _next_message(source: pa.BufferReader) -> Any:
+    try:
+        return pa.ipc.read_message(source)
+    except EOFError:
+        return None
+
+
+def _record_batch(message: memoryview) -> tuple[int, list[tuple[int, int]], bool]:
+    """A record batch message's rows, the start and size of each buffer in its body, and whether they are compressed.
+
+    Reads the three fields that it needs of the flatbuffer: Message.header -> RecordBatch.length, .buffers, .compression.
+    """
+
+    def number(code: str, at: int) -> int:
+        if at < 0:
+            raise ValueError(f"offset {at} in a message")
+        return int(struct.unpack_from(code, message, at)[0])
+
+    def field_at(table: int, index: int) -> int:
+        """Where a table's field stands; 0 if it is absent."""
+        vtable = table - number("<i", table)
+        entry = 4 + 2 * index
+        offset = number("<H", vtable + entry) if entry < number("<H", vtable) else 0
+        return table + offset if offset else 0
+
+    def follow(at: int) -> int:
+        return at + number("<I", at)
+
+    batch = follow(field_at(number("<I", 0), 2))
+    length = field_at(batch, 0)
+    vector = follow(field_at(batch, 2))
+    pairs = np.frombuffer(message, "<i8", 2 * number("<I", vector), vector + 4).reshape(-1, 2)
+    return number("<q", length) if length else 0, [(int(a), int(b)) for a, b in pairs], bool(field_at(batch, 3))
+
+
+# ------------------------------------------------------------------------------------------------------------------- SQL
+
+
+@dataclass(frozen=True, kw_only=True)
+class SqlResult:
+    """A query's rows; `types` are DuckDB's names. Equal column names are told apart: `n`, `n_1`."""
+
+    columns: tuple[str, ...]
+    types: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """One object a row, as `--json` prints them."""
+        return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+
+
+def run_sql(cache: Cache, query: str) -> SqlResult:
+    """Run a DuckDB query over the manifest, all input records, as the table `manifest`; nothing else can be reached.
+
+    Raises UsageError if DuckDB is not installed, or with DuckDB's message if it cannot run the query.
+    """
+    try:
+        import duckdb
+    except ImportError:
+        raise UsageError(
+            "--sql needs DuckDB, which is not installed: `pip install duckdb`, or genrecal with its extra `report`"
+        ) from None
+    with duckdb.connect(":memory:") as connection:
+        connection.register("manifest", cache.manifest())
+        for setting in ("python_enable_replacements", "enable_external_access"):
+            connection.execute(f"SET {setting} = false")
+        connection.execute("SET lock_configuration = true")
+        try:
+            result = connection.execute(query)
+            if result is None or result.description is None:
+                raise UsageError(f"--sql {query!r}: expected a query, such as SELECT count(*) FROM manifest")
+            described = [(str(column[0]), str(column[1])) for column in result.description]
+            rows = tuple(result.fetchall())
+        except duckdb.Error as error:
+            message = re.split(r"\n+LINE \d|\nTraceback", str(error))[0]
+            raise UsageError(f"--sql: {message}; the table is `manifest`") from None
+    names: list[str] = []
+    for name, _ in described:
+        count = 0
+        while (unique := f"{name}_{count}" if count else name) in names:
+            count += 1
+        names.append(unique)
+    return SqlResult(columns=tuple(names), types=tuple(kind for _, kind in described), rows=rows)
+
+
+def plain_json(value: Any) -> Any:
+    """What JSON can hold: NaN and infinities become null, and what JSON has no word for becomes text."""
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_json(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, (bytes, bytearray)):
+        return bytes(value).decode("utf-8", "backslashreplace")
+    return value if value is None or isinstance(value, (str, int, bool)) else str(value)

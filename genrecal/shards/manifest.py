@@ -8,11 +8,18 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from genrecal.errors import DamageError
+from genrecal.shards.layout import FORMAT_VERSION, TIERS
 
 CACHED, SKIPPED = "cached", "skipped"
 METADATA_KEY = b"genrecal"
+DIGEST = "content_xxh3"  # the fact that covers all others, and the rows
+MOST_ROWS, MOST_BYTES = 2**22, 2**30  # of one manifest, decoded; what claims more is not ours
+READ_ERRORS = (
+    OSError, KeyError, ValueError, TypeError, OverflowError, MemoryError, RecursionError, pa.ArrowException
+)  # fmt: skip
 
 MEMBER = pa.struct(
     [
@@ -81,20 +88,64 @@ class ManifestRow:
 def manifest_bytes(rows: Sequence[ManifestRow], shard_facts: dict[str, Any]) -> bytes:
     """The Parquet file of one shard, with shard-level facts in its metadata. The same rows give the same bytes."""
     table = pa.Table.from_pylist([asdict(row) for row in rows], schema=SCHEMA)
-    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(shard_facts, sort_keys=True)})
+    facts = shard_facts | {DIGEST: content_digest(table, shard_facts)}
+    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(facts, sort_keys=True)})
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue().to_pybytes()
 
 
+def content_digest(table: pa.Table, facts: dict[str, Any]) -> str:
+    """XXH3-64, in hex, of all that a manifest says: its facts and its rows as JSON with sorted keys."""
+    said = [{name: value for name, value in facts.items() if name != DIGEST}, table.select(SCHEMA.names).to_pylist()]
+    return xxhash.xxh3_64_hexdigest(json.dumps(said, sort_keys=True, ensure_ascii=False).encode())
+
+
 def read_manifest(path: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """One shard's table and its shard-level facts. Raises DamageError if it cannot be read."""
+    """One shard's table and its shard-level facts. Raises DamageError if it cannot be read, or is no manifest.
+
+    Pages are checked against their checksums. The facts are those of this format version, or of one whose
+    `format_version` says so.
+    """
     try:
-        table = pq.read_table(path)
-        facts = json.loads((table.schema.metadata or {})[METADATA_KEY])
-        table = table.select(SCHEMA.names).cast(SCHEMA)
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+            if file.metadata.num_rows > MOST_ROWS or size > MOST_BYTES:
+                raise ValueError(f"it claims {file.metadata.num_rows} rows in {size} bytes")
+            facts = json.loads((file.metadata.metadata or {})[METADATA_KEY])
+            table = file.read(SCHEMA.names).select(SCHEMA.names).cast(SCHEMA).replace_schema_metadata(None)
+        table.validate(full=True)
+        _check_facts(facts, table)
+    except READ_ERRORS as error:
         raise DamageError(
             f"{path}: not a readable manifest: {error}; delete it and run `genrecal cache` again"
         ) from None
     return table, facts
+
+
+def _check_facts(facts: Any, table: pa.Table) -> None:
+    """Raises ValueError or TypeError for facts that do not fit the table, and for nulls where there are none."""
+    if not isinstance(facts, dict):
+        raise TypeError(f"its metadata is {facts!r}, not an object")
+    if facts["format_version"] != FORMAT_VERSION:
+        return
+    for name in ("shard", "rows", "cached", "skipped"):
+        if type(facts[name]) is not int:
+            raise TypeError(f"{name} is {facts[name]!r}, not a whole number")
+    for name in ("codecs", "sha256"):
+        if not isinstance(facts[name], dict):
+            raise TypeError(f"{name} is {facts[name]!r}, not an object")
+    if facts["rows"] != len(table):
+        raise ValueError(f"expected {facts['rows']} rows, got {len(table)}")
+    columns = {name: table.column(name) for name in ("key", "status", "shard", "members")}
+    members = columns["members"].combine_chunks().flatten()
+    columns |= {f"members.{part.name}": members.field(part.name) for part in MEMBER}
+    for name, column in columns.items():
+        if column.null_count:
+            raise ValueError(f"column {name} has nulls")
+    tiers = set(facts["sha256"])
+    if not tiers <= set(TIERS) or not set(members.field("tier").unique().to_pylist()) <= tiers:
+        raise ValueError(f"expected members and sha256 of the tiers {', '.join(TIERS)}, got others")
+    other = set(columns["shard"].unique().to_pylist()) - {facts["shard"]}
+    if other:
+        raise ValueError(f"rows of shard {sorted(other)[0]} in the manifest of shard {facts['shard']}")

@@ -16,9 +16,11 @@ import xxhash
 from genrecal.errors import DamageError, FormatError
 from genrecal.samples import ImageSource, Sample
 from genrecal.shards.head import HEAD_FILE, FrozenHead
-from genrecal.shards.layout import FORMAT_VERSION, TEACHER_FOLDER, manifest_path, read_cache_json, tar_path
+from genrecal.shards.layout import FORMAT_VERSION, TEACHER_FOLDER, TIERS, manifest_path, read_cache_json, tar_path
 from genrecal.shards.manifest import CACHED, SCHEMA, SKIPPED, read_manifest
 from genrecal.shards.record import AnswerRows, QuestionRows, Record, answer_rows, question_rows, read_table
+
+MAKE_AGAIN = "delete cache.json and the head, and run `genrecal cache` again: finished shards are kept"
 
 
 class Cache(Sequence["CachedRecord"]):
@@ -32,21 +34,36 @@ class Cache(Sequence["CachedRecord"]):
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.description = read_cache_json(self.path)
-        found = sorted(self.path.glob("manifest/[0-9]*.parquet"))
-        self.shards = [int(file.stem) for file in found]
+        for name in ("num_shards", "hidden_size"):
+            if type(self.description.get(name)) is not int or self.description[name] < 0:
+                raise FormatError(
+                    f"{self.path}: {name} in cache.json: expected a number, got {self.description.get(name)!r}"
+                )
+        files = {int(file.stem): file for file in self.path.glob("manifest/[0-9]*.parquet") if file.stem.isdecimal()}
+        self.shards = sorted(files)
+        if self.shards and self.shards[-1] >= self.num_shards:
+            raise DamageError(
+                f"{files[self.shards[-1]]}: expected {self.num_shards} shards by cache.json, got one of this number; "
+                "`genrecal verify` says more"
+            )
         missing = sorted(set(range(self.num_shards)) - set(self.shards))
         if missing and "totals" in self.description:
             raise DamageError(
                 f"{manifest_path(self.path, missing[0])}: missing, of a cache that says it is complete "
                 f"({len(missing)} of {self.num_shards} manifests); run `genrecal cache` again, it redoes those shards"
             )
-        parts = [read_manifest(file) for file in found]
-        self.shard_facts = {int(facts["shard"]): facts for _, facts in parts}
+        parts = [read_manifest(files[shard]) for shard in self.shards]
+        self.shard_facts = {shard: facts for shard, (_, facts) in zip(self.shards, parts, strict=True)}
         for shard, facts in self.shard_facts.items():
             if facts["format_version"] != FORMAT_VERSION:
                 raise FormatError(
-                    f"{manifest_path(self.path, shard)}: format version {facts['format_version']}; "
+                    f"{files[shard]}: format version {facts['format_version']!r}; "
                     f"this genrecal reads version {FORMAT_VERSION}"
+                )
+            if facts["shard"] != shard:
+                raise DamageError(
+                    f"{files[shard]}: expected the manifest of shard {shard}, got that of shard {facts['shard']}; "
+                    "delete it and run `genrecal cache` again"
                 )
         tables = [table for table, _ in parts]
         self._manifest = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
@@ -87,15 +104,17 @@ class Cache(Sequence["CachedRecord"]):
 
     def head(self, device: str = "cpu") -> FrozenHead:
         """The teacher's frozen head. Raises DamageError if the file is not the one the cache was made with."""
-        head = FrozenHead.load(self.path, device)
-        with (self.path / HEAD_FILE).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != self.description["teacher"]["head_sha256"]:
-            raise DamageError(
-                f"{self.path / HEAD_FILE}: expected sha256 {self.description['teacher']['head_sha256']}, got {digest}; "
-                "delete cache.json and the head, and run `genrecal cache` again: finished shards are kept"
-            )
-        return head
+        path = self.path / HEAD_FILE
+        teacher = self.description.get("teacher")
+        expected = teacher.get("head_sha256") if isinstance(teacher, dict) else None
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DamageError(f"{path}: {error.strerror}; {MAKE_AGAIN}") from None
+        if digest != expected:
+            raise DamageError(f"{path}: expected sha256 {expected}, got {digest}; {MAKE_AGAIN}")
+        return FrozenHead.load(self.path, device)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -148,12 +167,16 @@ class CachedRecord:
     @property
     def sample(self) -> Sample:
         """The conversation, its pictures in memory."""
-        content = json.loads(self.read(self._member(".json")))
+        member = self._member(".json")
         images = [
-            ImageSource(data=self.read(member), suffix=member["name"].rsplit(".", 1)[1])
-            for member in self._image_members
+            ImageSource(data=self.read(image), suffix=image["name"].rpartition(".")[2]) for image in self._image_members
         ]
-        return Sample.from_json(self.key, content, images)
+        try:
+            return Sample.from_json(self.key, json.loads(self.read(member)), images)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if isinstance(error, DamageError):
+                raise
+            raise DamageError(f"{self._where(member)}: not a conversation: {error!r}") from None
 
     @property
     def answer(self) -> pa.Table:
@@ -195,12 +218,18 @@ class CachedRecord:
 
     def read(self, member: dict[str, Any]) -> bytes:
         """A member's bytes. Raises DamageError if they are not what the manifest says."""
+        if member["tier"] not in TIERS:
+            raise DamageError(
+                f"{manifest_path(self.cache.path, self.row['shard'])}: member {member['name']}: expected a tier of "
+                f"{', '.join(TIERS)}, got {member['tier']!r}"
+            )
         path = tar_path(self.cache.path, member["tier"], self.row["shard"])
         try:
             status = path.stat()
-            data = os.pread(
-                _open(str(path), status.st_ino, status.st_mtime_ns).fileno(), member["size"], member["offset"]
-            )
+            there = 0 <= member["offset"] <= member["offset"] + member["size"] <= status.st_size
+            size = member["size"] if there else 0
+            file = _open(str(path), status.st_ino, status.st_mtime_ns)
+            data = os.pread(file.fileno(), size, member["offset"] if there else 0)
         except OSError as error:
             raise DamageError(f"{path}: {error.strerror}; the manifest lists it with sample {self.key}") from None
         if len(data) != member["size"] or xxhash.xxh3_64_intdigest(data) != member["xxh3"]:
@@ -213,8 +242,17 @@ class CachedRecord:
 
     @property
     def _image_members(self) -> list[dict[str, Any]]:
-        names = (".json", ".answer.arrow", ".question.arrow")
-        return [member for member in self.row["members"] if not member["name"].endswith(names)]
+        others = [self.key + suffix for suffix in (".json", ".answer.arrow", ".question.arrow")]
+        members = [member for member in self.row["members"] if member["name"] not in others]
+        names = [member["name"] for member in members]
+        if len(names) != self.row["images"] or not all(
+            name.startswith(f"{self.key}.{number}.") and "/" not in name for number, name in enumerate(names)
+        ):
+            raise DamageError(
+                f"{manifest_path(self.cache.path, self.row['shard'])}: sample {self.key}: expected {self.row['images']} "
+                f"images as its other members, got {names}"
+            )
+        return members
 
     def _member(self, suffix: str) -> dict[str, Any]:
         name = self.key + suffix

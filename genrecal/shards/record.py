@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from genrecal.errors import DamageError, FormatError
 from genrecal.samples import Sample
-from genrecal.shards.codecs import Codec, codec_named
+from genrecal.shards.codecs import Codec, checked_facts, codec_named
 
 METADATA_KEY = b"genrecal"
 NO_TARGET = -1  # in memory; null on disk
@@ -85,7 +85,8 @@ def to_arrow(rows: QuestionRows, codec: Codec) -> bytes:
         "position": pa.array(rows.position, pa.int32()),
         "token_id": pa.array(rows.token_id, pa.int32()),
     }
-    for name, values in codec.encode(rows.hidden).items():
+    facts = codec.facts(rows.hidden.shape[1])
+    for name, values in codec.encode(rows.hidden, facts).items():
         columns[name] = _tensor_column(values)
     if isinstance(rows, AnswerRows):
         absent = ~rows.predicts
@@ -95,7 +96,6 @@ def to_arrow(rows: QuestionRows, codec: Codec) -> bytes:
         columns["topk_ids"] = _tensor_column(rows.topk_ids.astype(np.int32, copy=False))
         columns["topk_logits"] = _tensor_column(rows.topk_logits.astype(np.float32, copy=False))
         columns["logsumexp"] = pa.array(rows.logsumexp, pa.float32())
-    facts = {"codec": codec.name, "hidden_size": int(rows.hidden.shape[1])}
     table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(facts, sort_keys=True)})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
@@ -113,8 +113,10 @@ def _tensor_column(values: np.ndarray) -> pa.Array:
 def read_table(data: bytes, *, where: str) -> pa.Table:
     """The Arrow table of an `.arrow` member, nothing decoded. Raises DamageError if it is not one."""
     try:
-        return pa.ipc.open_file(pa.py_buffer(data)).read_all()
-    except pa.ArrowException as error:
+        table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
+        table.validate()
+        return table
+    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         raise DamageError(f"{where}: not a readable Arrow file: {error}") from None
 
 
@@ -122,12 +124,10 @@ def decode_hidden(table: pa.Table, *, where: str) -> np.ndarray:
     """float32 `[R, D]` of a table, through the codec that its metadata names."""
     try:
         facts = json.loads((table.schema.metadata or {})[METADATA_KEY])
-        codec, width = codec_named(facts["codec"], where=where), int(facts["hidden_size"])
     except (KeyError, ValueError) as error:
-        if isinstance(error, FormatError):
-            raise
         raise FormatError(f"{where}: the Arrow metadata does not say codec and hidden size ({error!r})") from None
-    return codec.decode({name: tensor(table, name, where=where) for name in codec.columns}, width)
+    codec = codec_named(checked_facts(facts, where=where)["codec"], where=where)
+    return codec.decode({name: tensor(table, name, where=where) for name in codec.columns}, facts)
 
 
 def tensor(table: pa.Table, name: str, *, where: str) -> np.ndarray:
@@ -135,6 +135,8 @@ def tensor(table: pa.Table, name: str, *, where: str) -> np.ndarray:
     if name not in table.column_names:
         raise FormatError(f"{where}: column {name} is missing")
     column = table.column(name)
+    if column.null_count:
+        raise DamageError(f"{where}: column {name}: expected a value in every row, got {column.null_count} nulls")
     if isinstance(column.type, pa.FixedShapeTensorType):
         if not len(column):
             return np.empty((0, *column.type.shape), column.type.value_type.to_pandas_dtype())

@@ -7,6 +7,7 @@ records give the same bytes: members have time 0 and owner 0, and nothing of the
 import hashlib
 import io
 import json
+import math
 import tarfile
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +16,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
+from genrecal.errors import DataError
 from genrecal.samples import BadRecord, Sample
 from genrecal.shards.codecs import Codec
+from genrecal.shards.fidelity import FidelityMeter
+from genrecal.shards.head import FrozenHead
 from genrecal.shards.layout import (
     FORMAT_VERSION,
     TIERS,
@@ -37,11 +41,26 @@ class ShardWriter:
         cache: the cache directory.
         shard: its number.
         answer_codec, question_codec: how hidden states are coded; a question codec of None writes no question tier.
+        head: the teacher's, to measure what the codecs cost.
+        kl_budget: the largest mean KL in nats, through the head, that a codec may cost on this shard.
     """
 
-    def __init__(self, cache: Path, shard: int, *, answer_codec: Codec, question_codec: Codec | None):
+    def __init__(
+        self,
+        cache: Path,
+        shard: int,
+        *,
+        answer_codec: Codec,
+        question_codec: Codec | None,
+        head: FrozenHead | None = None,
+        kl_budget: float = math.inf,
+    ):
         self.cache, self.shard = cache, shard
         self.answer_codec, self.question_codec = answer_codec, question_codec
+        self.head, self.kl_budget = head, kl_budget
+        self._meters = {"answer": FidelityMeter(answer_codec)}
+        if question_codec is not None:
+            self._meters["question"] = FidelityMeter(question_codec)
         self.rows: list[ManifestRow] = []
         self._tars = {
             tier: _Tar(tar_path(cache, tier, shard))
@@ -50,19 +69,25 @@ class ShardWriter:
         }
 
     def add(self, record: Record, images: list[bytes]) -> None:
-        """Append a record; `images` are the encoded bytes of the sample's pictures, written as they are."""
+        """Append a record; `images` are the encoded bytes of the sample's pictures, written as they are.
+
+        Raises SampleError, and writes nothing of the record, if a codec cannot hold its states.
+        """
         sample, answer = record.sample, record.answer
+        answer_data = to_arrow(answer, self.answer_codec)
+        question_data = None
+        if record.question is not None and self.question_codec is not None:
+            question_data = to_arrow(record.question, self.question_codec)
+            self._meters["question"].add(record.question.hidden)
+        self._meters["answer"].add(answer.hidden)
         content = json.dumps(sample.to_json(), sort_keys=True, ensure_ascii=False).encode()
         members = [self._member("samples", f"{sample.key}.json", content)]
         for number, (source, data) in enumerate(zip(sample.images, images, strict=True)):
             members.append(self._member("samples", f"{sample.key}.{number}.{source.suffix}", data))
-        members.append(self._member("samples", f"{sample.key}.answer.arrow", to_arrow(answer, self.answer_codec)))
+        members.append(self._member("samples", f"{sample.key}.answer.arrow", answer_data))
         statistics: dict[str, Any] = _answer_statistics(answer)
-        has_question = record.question is not None and self.question_codec is not None
-        if has_question:
-            assert record.question is not None and self.question_codec is not None
-            data = to_arrow(record.question, self.question_codec)
-            members.append(self._member("questions", f"{sample.key}.question.arrow", data))
+        if question_data is not None:
+            members.append(self._member("questions", f"{sample.key}.question.arrow", question_data))
         self.rows.append(
             ManifestRow(
                 key=sample.key,
@@ -76,7 +101,7 @@ class ShardWriter:
                 images=len(images),
                 question_tokens=_question_tokens(answer),
                 answer_tokens=int(answer.predicts.sum()),
-                has_question=has_question,
+                has_question=question_data is not None,
                 **statistics,
             )
         )
@@ -96,7 +121,18 @@ class ShardWriter:
         )
 
     def commit(self) -> dict[str, Any]:
-        """Put the shard in place and return its shard-level facts."""
+        """Put the shard in place and return its shard-level facts.
+
+        Raises DataError, and leaves nothing in place, if a codec costs more than the KL budget.
+        """
+        fidelity = {tier: meter.measure(self.head) for tier, meter in self._meters.items() if self.head is not None}
+        for tier, measured in fidelity.items():
+            if measured.kl_mean > self.kl_budget:
+                raise DataError(
+                    f"shard {self.shard}: {tier} states as {self._meters[tier].codec.name} cost a mean KL of "
+                    f"{measured.kl_mean:.3g} nats through the head, over the budget of {self.kl_budget:.3g} (--kl-budget); "
+                    f"take a wider --{tier}-codec or a larger budget"
+                )
         facts: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "shard": self.shard,
@@ -104,6 +140,7 @@ class ShardWriter:
             "cached": sum(row.status == CACHED for row in self.rows),
             "skipped": sum(row.status == SKIPPED for row in self.rows),
             "codecs": {"answer": self.answer_codec.name},
+            "fidelity": {tier: measured.to_json() for tier, measured in fidelity.items()},
             "sha256": {},
         }
         if self.question_codec is not None:

@@ -6,15 +6,13 @@ generated, so no token may straddle the border. Two tokenizers' tokens are then 
 
 import functools
 import json
-import re
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from genrecal.errors import SampleError
-
-SPACE = "▁"  # how sentencepiece writes a space
+from genrecal.token_bytes import SPACE, token_bytes
 
 
 @dataclass(frozen=True)
@@ -79,18 +77,4 @@ class ByteTokenizer:
         if token_id in self._added:
             return self._added[token_id].encode()
         token = self.tokenizer.convert_ids_to_tokens(token_id)
-        if self._byte_level:
-            alphabet = _byte_alphabet()
-            return bytes(alphabet[char] for char in token)
-        if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token):
-            return bytes([int(match[1], 16)])
-        return token.replace(SPACE, " ").encode()
-
-
-@functools.cache
-def _byte_alphabet() -> dict[str, int]:
-    """The printable characters that byte-level BPE (GPT-2, Qwen2, Llama 3) writes the 256 bytes with."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [value for value in range(256) if value not in printable]
-    table = {chr(value): value for value in printable}
-    return table | {chr(256 + number): value for number, value in enumerate(others)}
+        return token_bytes(token, byte_level=self._byte_level)

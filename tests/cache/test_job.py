@@ -236,3 +236,25 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(data, tmp_path,
         process.wait()
     subprocess.run([*command, str(cut)], check=True, capture_output=True)
     assert tree(cut) == tree(tmp_path / "whole")
+
+
+def test_fidelity_of_every_shard_stands_in_its_manifest(teacher, data, tmp_path):
+    run_cache_job(teacher, open_samples([data]), tmp_path / "lossy", CacheOptions(samples_per_shard=8))
+    lossless = CacheOptions(samples_per_shard=8, answer_codec="bf16", question_codec="bf16")
+    run_cache_job(teacher, open_samples([data]), tmp_path / "lossless", lossless)
+    lossy, exact = open_cache(tmp_path / "lossy"), open_cache(tmp_path / "lossless")
+    for facts in lossy.shard_facts.values():
+        answer, question = facts["fidelity"]["answer"], facts["fidelity"]["question"]
+        assert 0 < answer["kl_mean"] < question["kl_mean"] < 1
+        assert answer["cosine"] > 0.999 and question["cosine"] > 0.98
+    assert all(facts["fidelity"]["answer"]["kl_mean"] == 0 for facts in exact.shard_facts.values())
+    states = [np.concatenate([record.hidden() for record in cache]) for cache in (exact, lossy)]
+    relative = np.linalg.norm(states[1] - states[0]) / np.linalg.norm(states[0])
+    assert relative == pytest.approx(lossy.shard_facts[0]["fidelity"]["answer"]["relative_l2"], rel=0.3)
+
+
+def test_a_codec_over_the_kl_budget_writes_no_shard(teacher, data, tmp_path):
+    options = CacheOptions(samples_per_shard=8, answer_codec="int4", kl_budget=1e-6)
+    with pytest.raises(DataError, match=r"shard 0: answer states as int4 cost a mean KL of .* over the budget of 1e-06"):
+        run_cache_job(teacher, open_samples([data]), tmp_path, options)
+    assert not list(tmp_path.glob("manifest/*")) and not list(tmp_path.glob("*/*.tar"))

@@ -49,7 +49,12 @@ def same_model(tiny, tmp_path_factory):
             folder = tmp_path_factory.mktemp(family)
             teacher = HFTeacher.load(tiny(family), dtype=torch.float32)
             data = write_llava(folder / "data", mixed_samples(12))
-            run_cache_job(teacher, open_samples([data]), folder / "cache", CacheOptions(samples_per_shard=5, top_k=16))
+            run_cache_job(
+                teacher,
+                open_samples([data]),
+                folder / "cache",
+                CacheOptions(samples_per_shard=5, top_k=16, answer_codec="bf16", question_codec="bf16"),
+            )
             made[family] = (load_vlm(tiny(family), dtype=torch.float32), open_cache(folder / "cache"))
         return made[family]
 
@@ -133,7 +138,12 @@ def test_shards_and_live_teacher_give_the_same_losses(tiny, tmp_path):
     """Another family as student; 20 steps of stage 1 and of stage 2, fp32, LoRA dropout on (same seed)."""
     data = write_llava(tmp_path / "data", mixed_samples(24))
     teacher = HFTeacher.load(tiny("qwen2_vl"), dtype=torch.float32)
-    run_cache_job(teacher, open_samples([data]), tmp_path / "cache", CacheOptions(samples_per_shard=10))
+    run_cache_job(
+        teacher,
+        open_samples([data]),
+        tmp_path / "cache",
+        CacheOptions(samples_per_shard=10, answer_codec="bf16", question_codec="bf16"),
+    )
     stage = "batch_size=3 accumulation=2 max_steps=20 epochs=9 lr=1e-3 lr_end=1e-4 checkpoint_every=0".split()
     config = load_config(None, ["data.workers=0", *(f"stage{n}.{s}" for n in (1, 2) for s in stage)])
     lines = {}

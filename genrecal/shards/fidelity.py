@@ -1,0 +1,82 @@
+"""What a codec costs: states as they come back against states as they were, measured on every shard's own rows."""
+
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from genrecal.shards.codecs import Codec
+from genrecal.shards.head import FrozenHead
+
+ROWS_PER_SHARD = 512  # measured of each tier; the head's product over every row would cost as much as the encoding
+ROWS_PER_SAMPLE = 8
+CHUNK_ROWS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fidelity:
+    """Of decoded states h' against the captured h.
+
+    rows: how many were measured. relative_l2: ||h' - h|| / ||h|| over all of them. cosine: mean over rows. kl_mean,
+    kl_p99: KL(softmax(head(h)) || softmax(head(h'))), nats. top1_agreement: share of rows with the same most probable token.
+    """
+
+    rows: int
+    relative_l2: float
+    cosine: float
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass
+class FidelityMeter:
+    """Gathers a shard's rows and measures a codec on them; a few rows of every sample, spread over it."""
+
+    codec: Codec
+    _rows: list[np.ndarray] = field(default_factory=list)
+    _count: int = 0
+
+    def add(self, hidden: np.ndarray) -> None:
+        """Take rows of one sample's states, float32 `[R, D]`, until the shard has enough."""
+        wanted = min(ROWS_PER_SAMPLE, len(hidden), ROWS_PER_SHARD - self._count)
+        if wanted > 0 and not self.codec.lossless:
+            places = np.linspace(0, len(hidden) - 1, wanted).round().astype(int)
+            self._rows.append(hidden[places])
+            self._count += wanted
+
+    def measure(self, head: FrozenHead) -> Fidelity:
+        """Encode, decode and compare what was gathered. A lossless codec is not measured: nothing can differ."""
+        if not self._rows:
+            return Fidelity(rows=0, relative_l2=0.0, cosine=1.0, kl_mean=0.0, kl_p99=0.0, top1_agreement=1.0)
+        states = np.concatenate(self._rows)
+        facts = self.codec.facts(states.shape[1])
+        return compare(head, states, self.codec.decode(self.codec.encode(states, facts), facts))
+
+
+def compare(head: FrozenHead, states: np.ndarray, decoded: np.ndarray) -> Fidelity:
+    """Fidelity of `decoded` against `states`, both float32 `[R, D]`, through the head a few rows at a time."""
+    import torch
+
+    divergences, agreements = [], []
+    device = head.weight.device
+    for start in range(0, len(states), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        log_p = head.logits(torch.from_numpy(states[rows]).to(device)).log_softmax(-1)
+        log_q = head.logits(torch.from_numpy(decoded[rows]).to(device)).log_softmax(-1)
+        divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0).cpu().numpy())
+        agreements.append((log_p.argmax(-1) == log_q.argmax(-1)).cpu().numpy())
+    kl, agreement = np.concatenate(divergences), np.concatenate(agreements)
+    a, b = states.astype(np.float64), decoded.astype(np.float64)
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosine = np.where(lengths > 0, (a * b).sum(1) / np.where(lengths > 0, lengths, 1), 1.0)
+    return Fidelity(
+        rows=len(states),
+        relative_l2=float(np.linalg.norm(a - b) / max(np.linalg.norm(a), np.finfo(np.float64).tiny)),
+        cosine=float(cosine.mean()),
+        kl_mean=float(kl.mean()),
+        kl_p99=float(np.quantile(kl, 0.99)),
+        top1_agreement=float(agreement.mean()),
+    )

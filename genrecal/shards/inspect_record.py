@@ -1,0 +1,320 @@
+"""One record of a cache, readable: its pictures, its conversation, and what the teacher thinks of each answer token."""
+
+import difflib
+import functools
+import io
+import json
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from genrecal.errors import DamageError, UsageError
+from genrecal.shards.reader import Cache, CachedRecord
+from genrecal.shards.record import AnswerRows
+from genrecal.token_bytes import token_bytes
+
+ALTERNATIVES = 5
+NEAREST_KEYS = 3  # suggested for one that does not exist
+COMPARED_KEYS = 20_000  # that a wrong key is compared with, letter by letter
+TOKENIZER_FILE = "tokenizer.json"
+MEASURED = (  # manifest columns that every cached sample has a value in
+    "category", "source", "turns", "images", "question_tokens", "answer_tokens", "entropy", "log_prob",
+    "top1_agreement", "has_question",
+)  # fmt: skip
+STATES = (".json", ".answer.arrow", ".question.arrow")  # members that are no pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageDescription:
+    """A picture as it is stored: its member's name, bytes, format and pixels; or why it cannot be read."""
+
+    index: int
+    member: str
+    bytes: int
+    format: str | None = None
+    width: int | None = None
+    height: int | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alternative:
+    """A token that the teacher gives probability to; `text` is None if the vocabulary is not there or lacks it."""
+
+    id: int
+    text: str | None
+    probability: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerToken:
+    """One given answer token and the teacher's prediction of it.
+
+    Args:
+        turn: from 0.
+        position: the token's place in the teacher's sequence; the row that predicts it is the one before.
+        text: the bytes `start` to `end` of the turn's answer; a byte that is no whole character stands as `\\xNN`.
+        vocabulary_text: the token as the teacher's vocabulary has it, if that is there.
+        end_of_turn: it closes the turn and has no bytes of the answer.
+        probability, log_prob: the teacher's, of this token; exact also outside the top k.
+        rank: from 1, if among the top k.
+        entropy: of the whole prediction, nats; the mass outside the k counts as one token.
+        tail: that mass.
+        alternatives: the most probable other tokens, most probable first.
+    """
+
+    turn: int
+    position: int
+    id: int
+    start: int
+    end: int
+    text: str
+    vocabulary_text: str | None
+    end_of_turn: bool
+    probability: float
+    log_prob: float
+    rank: int | None
+    entropy: float
+    tail: float
+    alternatives: tuple[Alternative, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordDescription:
+    """A record in plain values. `messages` are as in `KEY.json`; `notes` say what could not be shown, and why."""
+
+    key: str
+    sample_id: str
+    shard: int
+    category: str
+    source: str
+    question_tokens: int
+    answer_tokens: int
+    has_question: bool
+    top_k: int
+    entropy: float
+    log_prob: float
+    top1_agreement: float
+    images: tuple[ImageDescription, ...]
+    messages: tuple[dict[str, Any], ...]
+    tokens: tuple[AnswerToken, ...]
+    notes: tuple[str, ...] = ()
+
+
+def describe_record(record: CachedRecord, *, alternatives: int = ALTERNATIVES) -> RecordDescription:
+    """A record's pictures, conversation and answer tokens; the question states are not read.
+
+    Raises DamageError or FormatError as reading the record does.
+    """
+    missing = [name for name in MEASURED if record.row[name] is None]
+    if missing:
+        raise DamageError(
+            f"{record.cache.path}/manifest: sample {record.key} has no {', '.join(missing)}; "
+            "`genrecal verify` says which shards are damaged"
+        )
+    sample, rows = record.sample, record.answer_rows()
+    vocabulary, note = load_vocabulary(record.cache.teacher_folder)
+    return RecordDescription(
+        **{name: record.row[name] for name in (
+            "key", "sample_id", "shard", "category", "source", "question_tokens", "answer_tokens", "has_question",
+            "entropy", "log_prob", "top1_agreement",
+        )},
+        top_k=rows.topk_ids.shape[1],
+        images=tuple(_describe_image(record, index) for index in range(len(image_members(record)))),
+        messages=tuple(sample.to_json()["messages"]),
+        tokens=_answer_tokens(rows, sample.answers, vocabulary, alternatives),
+        notes=(note,) if note else (),
+    )  # fmt: skip
+
+
+def find_record(cache: Cache, name: str) -> CachedRecord:
+    """The record of that key, or of that sample id if only one sample has it.
+
+    Raises UsageError, with the nearest keys, if there is none; FormatError with the reason if it was skipped.
+    """
+    table = cache.manifest()
+    if pc.any(pc.equal(table.column("key"), name)).as_py():
+        return cache.by_key(name)
+    same = table.filter(pc.equal(table.column("sample_id"), name)).column("key") if name else table.column("key")[:0]
+    if len(same) == 1:
+        return cache.by_key(same[0].as_py())
+    if len(same) > 1:
+        shown = ", ".join(same[:NEAREST_KEYS].to_pylist()) + (", ..." if len(same) > NEAREST_KEYS else "")
+        raise UsageError(f"{cache.path}: {len(same)} samples have the id {name!r}; give the key of one: {shown}")
+    nearest = nearest_keys(table, name)
+    hint = f"the nearest are {', '.join(nearest)}" if nearest else "the cache has no finished samples"
+    raise UsageError(f"{cache.path}: no sample has the key or id {name!r}; {hint}")
+
+
+def nearest_keys(table: pa.Table, name: str) -> list[str]:
+    """Keys that are like `name`, or whose sample id is: those that hold it first, then by letters in common."""
+    keys, ids = table.column("key"), table.column("sample_id")
+    found: list[str] = []
+    if name:
+        holds = pc.or_(pc.match_substring(keys, name), pc.match_substring(ids, name))
+        found = keys.filter(holds)[:NEAREST_KEYS].to_pylist()
+    if not found:
+        # Letters are compared in Python, so of a large cache only with keys that begin alike, or with the first ones.
+        alike = table.filter(pc.starts_with(keys, name[: len(name) // 2])) if len(table) > COMPARED_KEYS else table
+        some = (alike if len(alike) else table)[:COMPARED_KEYS]
+        key_of = dict(zip(some.column("sample_id").to_pylist(), some.column("key").to_pylist(), strict=True))
+        key_of |= {key: key for key in key_of.values()} | {key: key for key in some.column("key").to_pylist()}
+        close = difflib.get_close_matches(name, list(key_of), n=2 * NEAREST_KEYS, cutoff=0.0)
+        found = list(dict.fromkeys(key_of[word] for word in close))[:NEAREST_KEYS]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------- images
+
+
+def image_members(record: CachedRecord) -> list[dict[str, Any]]:
+    """The pictures' members in the manifest, in order."""
+    return [member for member in record.row["members"] if not member["name"].endswith(STATES)]
+
+
+def save_images(record: CachedRecord, folder: Path) -> tuple[Path, ...]:
+    """Write the pictures' original bytes into `folder` under their members' names; a file that holds them is kept.
+
+    Raises UsageError for a file of that name with other bytes, or a folder that cannot be written; DamageError for a
+    member whose name is no plain file name.
+    """
+    paths = []
+    for member in image_members(record):
+        name = member["name"]
+        if not re.fullmatch(r"[A-Za-z0-9_-]+\.\d+\.[A-Za-z0-9]+", name):
+            raise DamageError(f"sample {record.key}: image member {name!r}: expected a name such as KEY.0.jpg")
+        path, data = folder / name, record.read(member)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with path.open("xb") as file:
+                file.write(data)
+        except FileExistsError:
+            if not path.is_file() or path.read_bytes() != data:
+                raise UsageError(f"--save-images: {path} exists and is another file; give another folder") from None
+        except OSError as error:
+            raise UsageError(f"--save-images {folder}: cannot be written: {error.strerror or error}") from None
+        paths.append(path)
+    return tuple(paths)
+
+
+def _describe_image(record: CachedRecord, index: int) -> ImageDescription:
+    member = image_members(record)[index]
+    data = record.read(member)
+    facts: dict[str, Any]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pictures with many pixels: they are not decoded here
+            image = Image.open(io.BytesIO(data))
+        facts = {"format": image.format, "width": image.width, "height": image.height}
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        facts = {"problem": re.sub(r" <_io\.BytesIO object at \w+>", "", str(error))}
+    return ImageDescription(index=index, member=member["name"], bytes=len(data), **facts)
+
+
+# ---------------------------------------------------------------------------------------------------------------- tokens
+
+
+def _answer_tokens(
+    rows: AnswerRows, answers: tuple[str, ...], vocabulary: "Vocabulary | None", alternatives: int
+) -> tuple[AnswerToken, ...]:
+    texts = [answer.encode() for answer in answers]
+    log_probs = rows.topk_logits.astype(np.float64) - rows.logsumexp.astype(np.float64)[:, None]
+    entropy, tail = row_entropy(log_probs)
+    target_log_prob = rows.target_logit.astype(np.float64) - rows.logsumexp.astype(np.float64)
+    predicting = np.flatnonzero(rows.predicts)
+    closing = {int(rows.turn[row]): row for row in predicting}  # the last target of each turn
+    word = vocabulary.text if vocabulary else lambda token_id: None
+    tokens = []
+    for row in predicting:
+        turn, target = int(rows.turn[row]), int(rows.target_id[row])
+        start, end = int(rows.target_start[row]), int(rows.target_end[row])
+        if not 0 <= turn < len(texts) or not 0 <= start <= end <= len(texts[turn]):
+            raise DamageError(
+                f"answer row {row}: bytes {start} to {end} of turn {turn}, in a conversation of answers of "
+                f"{', '.join(str(len(text)) for text in texts)} bytes; run `genrecal cache` again to redo its shard"
+            )
+        ids = rows.topk_ids[row].tolist()
+        others = [place for place, token_id in enumerate(ids) if token_id != target][:alternatives]
+        tokens.append(
+            AnswerToken(
+                turn=turn,
+                position=int(rows.position[row]) + 1,
+                id=target,
+                start=start,
+                end=end,
+                text=texts[turn][start:end].decode("utf-8", "backslashreplace"),
+                vocabulary_text=word(target),
+                end_of_turn=closing[turn] == row and start == end,
+                probability=float(np.exp(target_log_prob[row])),
+                log_prob=float(target_log_prob[row]),
+                rank=ids.index(target) + 1 if target in ids else None,
+                entropy=float(entropy[row]),
+                tail=float(tail[row]),
+                alternatives=tuple(
+                    Alternative(id=ids[i], text=word(ids[i]), probability=float(np.exp(log_probs[row, i])))
+                    for i in others
+                ),
+            )
+        )
+    return tuple(tokens)
+
+
+def row_entropy(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Entropy in nats and tail mass, `[R]` each, of top-k log-probabilities `[R, k]`; the tail counts as one token."""
+    probs = np.exp(log_probs)
+    tail = np.clip(1 - probs.sum(1), 0, 1)
+    return -(probs * log_probs).sum(1) - tail * np.log(np.where(tail > 0, tail, 1)), tail
+
+
+# ------------------------------------------------------------------------------------------------------------ vocabulary
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Token ids -> text, from a `tokenizer.json` (read as JSON: no tokenizer library is needed).
+
+    A byte that is no whole character stands as `\\xNN`; what stands for a space is one.
+    """
+
+    tokens: dict[int, str]
+    added: dict[int, str]
+    byte_level: bool
+
+    def text(self, token_id: int) -> str | None:
+        """None for an id past the vocabulary, as padded heads have them."""
+        if token_id in self.added:
+            return self.added[token_id]
+        token = self.tokens.get(token_id)
+        if token is None:
+            return None
+        return token_bytes(token, byte_level=self.byte_level).decode("utf-8", "backslashreplace")
+
+
+def load_vocabulary(teacher_folder: Path) -> tuple[Vocabulary | None, str]:
+    """The teacher's vocabulary, or None and why ids are shown alone."""
+    path = teacher_folder / TOKENIZER_FILE
+    try:
+        return _read_vocabulary(str(path), path.stat().st_mtime_ns), ""
+    except OSError as error:
+        return None, f"{path}: {error.strerror or error}: tokens are shown by their ids"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return None, f"{path}: not a readable tokenizer ({error!r}): tokens are shown by their ids"
+
+
+@functools.lru_cache(maxsize=4)
+def _read_vocabulary(path: str, modified: int) -> Vocabulary:
+    content = json.loads(Path(path).read_bytes())
+    vocab = content["model"]["vocab"]
+    # BPE and WordLevel map tokens to ids; Unigram lists tokens with their scores.
+    tokens = {int(i): token for token, i in vocab.items()} if isinstance(vocab, dict) else {
+        i: entry[0] for i, entry in enumerate(vocab)
+    }  # fmt: skip
+    added = {int(token["id"]): str(token["content"]) for token in content.get("added_tokens") or []}
+    return Vocabulary(tokens, added, "ByteLevel" in json.dumps(content.get("decoder")))
