@@ -46,11 +46,12 @@ class Cache(Sequence["CachedRecord"]):
                 f"{files[self.shards[-1]]}: expected {self.num_shards} shards by cache.json, got one of this number; "
                 "`genrecal verify` says more"
             )
-        missing = sorted(set(range(self.num_shards)) - set(self.shards))
+        missing = self.num_shards - len(self.shards)
         if missing and "totals" in self.description:
+            first = next(shard for shard in range(self.num_shards) if shard not in files)
             raise DamageError(
-                f"{manifest_path(self.path, missing[0])}: missing, of a cache that says it is complete "
-                f"({len(missing)} of {self.num_shards} manifests); run `genrecal cache` again, it redoes those shards"
+                f"{manifest_path(self.path, first)}: missing, of a cache that says it is complete "
+                f"({missing} of {self.num_shards} manifests); run `genrecal cache` again, it redoes those shards"
             )
         parts = [read_manifest(files[shard]) for shard in self.shards]
         self.shard_facts = {shard: facts for shard, (_, facts) in zip(self.shards, parts, strict=True)}

@@ -43,6 +43,7 @@ from genrecal.shards.record import METADATA_KEY, AnswerRows, answer_rows, read_t
 QUARANTINE = "quarantine"
 MAX_KL = 0.1  # nats, mean over a shard
 LOGIT_BUDGET = 2**25  # float32 logits that exist at once
+MOST_SHARDS = 10**7
 MOST_WIDTH = 2**20  # channels of a state
 BUFFER = 2**20  # bytes of a tar read at a time
 TOTALS = ("cached", "skipped", "turns", "images", "question_tokens", "answer_tokens")
@@ -262,6 +263,8 @@ def _wrong_settings(description: dict[str, Any]) -> dict[str, str]:
         for name in NUMBERS
         if type(description.get(name)) is not int or description[name] < 0
     }
+    if "num_shards" not in wrong and description["num_shards"] > MOST_SHARDS:
+        wrong["num_shards"] = f"at most {MOST_SHARDS}"
     if not wrong.keys() & {"num_samples", "samples_per_shard", "num_shards"}:
         size = description["samples_per_shard"]
         if size == 0:
@@ -495,10 +498,19 @@ def _check_row(result: ShardResult, file: str, row: dict[str, Any], settings: di
     if nulls := [name for name in (*MEASURED, "sample_id", "category", "source") if row[name] is None]:
         add(f"columns {', '.join(nulls)}", "values", "null")
         return
+    if {"question_codec", "question_fraction", "question_seed"} <= settings.keys():
+        place = xxhash.xxh3_64_intdigest(f"{settings['question_seed']}:{key}".encode()) / 2**64
+        kept = settings["question_codec"] != "none" and place < settings["question_fraction"]
+        if row["has_question"] != kept:
+            add("has_question", kept, row["has_question"], setting="question_fraction")
+    others = 3 if row["has_question"] else 2
+    if row["images"] != len(names) - others:
+        add("members", f"{others} and {row['images']} images", ", ".join(names))
+        return
     pictures = [f"{key}.{number}." for number in range(row["images"])]
     question = [f"{key}.question.arrow"] if row["has_question"] else []
     wanted = [f"{key}.json", *pictures, f"{key}.answer.arrow", *question]
-    if len(names) != len(wanted) or not all(
+    if not all(
         name == want or (want.endswith(".") and re.fullmatch(re.escape(want) + r"[A-Za-z0-9]+", name))
         for name, want in zip(names, wanted, strict=True)
     ):
@@ -506,11 +518,6 @@ def _check_row(result: ShardResult, file: str, row: dict[str, Any], settings: di
     tiers = ["samples"] * (len(wanted) - len(question)) + ["questions"] * len(question)
     if [member["tier"] for member in row["members"]] != tiers:
         add("tiers of the members", ", ".join(tiers), ", ".join(member["tier"] for member in row["members"]))
-    if {"question_codec", "question_fraction", "question_seed"} <= settings.keys():
-        place = xxhash.xxh3_64_intdigest(f"{settings['question_seed']}:{key}".encode()) / 2**64
-        kept = settings["question_codec"] != "none" and place < settings["question_fraction"]
-        if row["has_question"] != kept:
-            add("has_question", kept, row["has_question"], setting="question_fraction")
 
 
 # --------------------------------------------------------------------------------------------------------------- its tars
@@ -640,7 +647,7 @@ def _check_conversation(add: Callable[..., None], data: bytes, row: dict[str, An
     if len(sample.answers) != row["turns"]:
         add("turns of the conversation", row["turns"], len(sample.answers))
     places = [part.index for message in sample.messages for part in message.parts if isinstance(part, ImageRef)]
-    if sorted(places) != list(range(row["images"])):
+    if len(places) != row["images"] or sorted(places) != list(range(len(places))):
         add("images that the conversation names", f"0 to {row['images'] - 1}", places)
 
 
@@ -678,8 +685,9 @@ def _check_positions(add: Callable[..., None], table: pa.Table, row: dict[str, A
     position, turn = table.column("position").to_numpy(), table.column("turn").to_numpy()
     if (np.diff(position) <= 0).any() or (len(position) and position[0] < 0):
         add("positions", "rising from 0 or more", "others")
-    if not np.array_equal(np.unique(turn), np.arange(row["turns"])) or (np.diff(turn) < 0).any():
-        add("column turn", f"rising from 0 to {row['turns'] - 1}", np.unique(turn).tolist())
+    turns = np.unique(turn)
+    if len(turns) != row["turns"] or (turns != np.arange(len(turns))).any() or (np.diff(turn) < 0).any():
+        add("column turn", f"rising from 0 to {row['turns'] - 1}", turns.tolist())
 
 
 def _check_columns(

@@ -255,6 +255,8 @@ def test_fidelity_of_every_shard_stands_in_its_manifest(teacher, data, tmp_path)
 
 def test_a_codec_over_the_kl_budget_writes_no_shard(teacher, data, tmp_path):
     options = CacheOptions(samples_per_shard=8, answer_codec="int4", kl_budget=1e-6)
-    with pytest.raises(DataError, match=r"shard 0: answer states as int4 cost a mean KL of .* over the budget of 1e-06"):
+    with pytest.raises(
+        DataError, match=r"shard 0: answer states as int4 cost a mean KL of .* over the budget of 1e-06"
+    ):
         run_cache_job(teacher, open_samples([data]), tmp_path, options)
     assert not list(tmp_path.glob("manifest/*")) and not list(tmp_path.glob("*/*.tar"))
