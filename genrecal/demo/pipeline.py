@@ -44,8 +44,8 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], Any]) -> None:
     """Data, cache, three stages, the SFT baseline, export, evaluation, and a table of what came out.
 
     torch is set to one thread: at this size two are slower (20 s against 15 s for 80 training steps on two cores), and
-    far slower beside other work. Run again into the same folder, it goes on from what is finished. Raises UsageError if the cache or a run there was
-    made with other settings or assets, or if matplotlib or scikit-learn are missing.
+    far slower beside other work. Run again into the same folder, it goes on from what is finished. Raises UsageError if
+    the cache or a run there was made with other settings or assets, or if matplotlib or scikit-learn are missing.
     """
     _check_imports()
     torch.set_num_threads(1)
