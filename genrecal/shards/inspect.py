@@ -68,10 +68,21 @@ class MeasuredColumns:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TierFidelity:
+    """What a codec cost, over all shards: means over the rows measured, and the worst shard's 99th percentile (nats)."""
+
+    rows: int
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Summary:
     """Counts over a cache's finished shards; bytes as they are on disk.
 
     Args:
+        fidelity: what the codecs cost, by tier; a tier whose codec is lossless is not there.
         shards: finished, planned.
         skip_reasons: samples by reason; numbers, paths and quoted names in a reason stand as "…", so like ones count
             together. skip_examples: the first of each as the manifest has it, `FILE:LINE: why`.
@@ -89,6 +100,7 @@ class Summary:
     head_rows: int
     top_k: int
     codecs: dict[str, str]
+    fidelity: dict[str, TierFidelity]
     shards: tuple[int, int]
     cached: int
     skipped: int
@@ -110,6 +122,27 @@ class Summary:
     log_prob_histogram: Histogram
     token_quantiles: dict[str, dict[str, int]]
     warnings: tuple[str, ...]
+
+
+def _fidelity(cache: Cache) -> dict[str, TierFidelity]:
+    measured: dict[str, list[dict[str, Any]]] = {}
+    for facts in cache.shard_facts.values():
+        for tier, values in facts.get("fidelity", {}).items():
+            if values["rows"]:
+                measured.setdefault(tier, []).append(values)
+    return {
+        tier: TierFidelity(
+            rows=sum(shard["rows"] for shard in shards),
+            kl_mean=_over_rows(shards, "kl_mean"),
+            kl_p99=max(shard["kl_p99"] for shard in shards),
+            top1_agreement=_over_rows(shards, "top1_agreement"),
+        )
+        for tier, shards in sorted(measured.items())
+    }
+
+
+def _over_rows(shards: list[dict[str, Any]], name: str) -> float:
+    return float(np.average([shard[name] for shard in shards], weights=[shard["rows"] for shard in shards]))
 
 
 def summarize(cache: Cache, *, column_records: int = COLUMN_RECORDS) -> Summary:
@@ -145,6 +178,7 @@ def summarize(cache: Cache, *, column_records: int = COLUMN_RECORDS) -> Summary:
         head_rows=description["head_rows"],
         top_k=description["top_k"],
         codecs={"answer": description["answer_codec"], "question": description["question_codec"]},
+        fidelity=_fidelity(cache),
         shards=(len(cache.shards), cache.num_shards),
         cached=len(cache),
         skipped=len(skipped),

@@ -91,6 +91,9 @@ def _summary_lines(summary: Summary) -> list[Line]:
         *_quantile_lines(summary.token_quantiles),
         ("states", f"answers {summary.codecs['answer']}, questions {summary.codecs['question']} "
                    f"({summary.with_question} of {summary.cached} samples), top-{summary.top_k} logits"),
+        *((f"  {tier} codec's cost", f"KL mean {cost.kl_mean:.2g}, 99th percentile {cost.kl_p99:.2g} nats, top-1 agreement "
+                                     f"{cost.top1_agreement:.1%} ({cost.rows} rows)")
+          for tier, cost in summary.fidelity.items()),
         *((f"  {name}", size(count)) for name, count in summary.bytes.items()),
         ("teacher on the given answers", f"log-probability {summary.log_prob:.3f} nats a token, entropy "
                                          f"{summary.entropy:.3f}, top-1 agreement {summary.top1_agreement:.1%}"),

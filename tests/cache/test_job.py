@@ -250,6 +250,13 @@ def test_fidelity_of_every_shard_stands_in_its_manifest(teacher, data, tmp_path)
     assert all(facts["fidelity"]["answer"]["kl_mean"] == 0 for facts in exact.shard_facts.values())
     states = [np.concatenate([record.hidden() for record in cache]) for cache in (exact, lossy)]
     relative = np.linalg.norm(states[1] - states[0]) / np.linalg.norm(states[0])
+    shown = summarize(lossy).fidelity
+    each = [facts["fidelity"]["answer"] for facts in lossy.shard_facts.values()]
+    assert shown["answer"].kl_mean == pytest.approx(
+        np.average([f["kl_mean"] for f in each], weights=[f["rows"] for f in each])
+    )
+    assert shown["question"].kl_p99 == max(f["fidelity"]["question"]["kl_p99"] for f in lossy.shard_facts.values())
+    assert summarize(exact).fidelity == {}
     assert relative == pytest.approx(lossy.shard_facts[0]["fidelity"]["answer"]["relative_l2"], rel=0.3)
 
 
