@@ -389,7 +389,7 @@ def evaluate(
         sys.stderr.write(f"skipped {where}: {why}\n")
     scores = {"overall": result.overall, **result.by_category}
     if json_:
-        typer.echo(json.dumps({name: dataclasses.asdict(score) for name, score in scores.items()}, indent=2))
+        _show({name: dataclasses.asdict(score) for name, score in scores.items()}, True)
         return
     table = Table("category", "questions", "accuracy", "answer log-loss, nats", box=None, pad_edge=False)
     for name, score in scores.items():

@@ -6,6 +6,7 @@ plain autograd, and the tests hold the two together in value and gradient.
 Letters: N rows, D hidden size, V head rows, k stored logits a row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -216,7 +217,7 @@ def _as(bias: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
 def chunked_cross_entropy(
     hidden: torch.Tensor,
     head: torch.nn.Module,
-    transform: torch.nn.Module | object,
+    transform: Callable[[torch.Tensor], torch.Tensor],
     target_ids: torch.Tensor,
     *,
     chunk_rows: int = 256,
@@ -236,6 +237,8 @@ def chunked_cross_entropy(
     return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
 
 
-def _cross_entropy(hidden: torch.Tensor, head: torch.nn.Module, transform: object, ids: torch.Tensor) -> torch.Tensor:
-    logits = transform(head(hidden))  # type: ignore[operator]
+def _cross_entropy(
+    hidden: torch.Tensor, head: torch.nn.Module, transform: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor
+) -> torch.Tensor:
+    logits = transform(head(hidden))
     return F.cross_entropy(logits.float(), ids, reduction="none")
