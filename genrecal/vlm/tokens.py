@@ -68,7 +68,11 @@ class ByteTokenizer:
             raise SampleError(f"the tokenizer does not give the answer back: {text[:60]!r} comes out otherwise")
         lengths = np.cumsum([0] + [len(char.encode()) for char in text])
         offsets = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-        return TokenizedText(np.array(ids, np.int64), lengths[offsets[:, 0]], lengths[offsets[:, 1]])
+        starts, ends = lengths[offsets[:, 0]], lengths[offsets[:, 1]]
+        if len(ids):  # offsets may leave out a combining mark that was merged; it belongs to the token before
+            starts[0] = 0
+            ends = np.maximum(ends, np.append(starts[1:], lengths[-1]))
+        return TokenizedText(np.array(ids, np.int64), starts, ends)
 
     def _plain_ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
