@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -68,7 +69,7 @@ def find_checkpoints(folder: Path, stage: int) -> list[Path]:
 
 def load_checkpoint(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
     """Restore a checkpoint in place and return its step. Raises TrainingError if it is of other parameters."""
-    weights, moments = load_file(path / WEIGHTS), load_file(path / OPTIMIZER)
+    weights, moments = read_tensors(path / WEIGHTS), read_tensors(path / OPTIMIZER)
     copy_weights(weights, parameters, where=str(path))
     torch.set_rng_state(moments.pop("random|cpu"))
     cuda = moments.pop("random|cuda", None)
@@ -79,6 +80,22 @@ def load_checkpoint(path: Path, parameters: dict[str, nn.Parameter], optimizer: 
         parameter = parameters[name]
         optimizer.state[parameter][field] = value if field == "step" else value.to(parameter.device)
     return int(json.loads((path / STATE).read_text())["step"])
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file's tensors. Raises TrainingError if it cannot be read."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"{path}: cannot be read: {error}; delete {path.parent} and train again, it goes on from what stands before it"
+        ) from None
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete checkpoints that a killed process was still writing; a run has one process at a time."""
+    for leftover in folder.glob(".stage*.tmp"):
+        shutil.rmtree(leftover)
 
 
 @torch.no_grad()

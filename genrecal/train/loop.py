@@ -17,6 +17,7 @@ from genrecal.train.checkpoint import (
     copy_weights,
     find_checkpoints,
     load_checkpoint,
+    remove_unfinished,
     save_checkpoint,
     trained_parameters,
 )
@@ -100,6 +101,7 @@ def _train_stage(run: Run, cache: Cache, stage: int, source: RecordSource) -> No
     distiller = build_distiller(run, cache, stage, device, compute_dtype)
     parameters = trained_parameters(distiller)
     optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
+    remove_unfinished(run.checkpoints)
     checkpoints = find_checkpoints(run.checkpoints, stage)
     first_step = load_checkpoint(checkpoints[-1], parameters, optimizer) if checkpoints else 0
     builder = BatchBuilder(

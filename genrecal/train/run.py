@@ -19,13 +19,13 @@ from typing import Any
 import peft
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import genrecal
 from genrecal.errors import TrainingError, UsageError
 from genrecal.shards.layout import CACHE_FILE, put_in_place, temporary_path, write_whole
 from genrecal.shards.reader import Cache
-from genrecal.train.checkpoint import copy_weights
+from genrecal.train.checkpoint import copy_weights, read_tensors
 from genrecal.train.config import TrainConfig, config_from
 from genrecal.train.stages import add_lora, merge_lora, select_trainable
 from genrecal.vlm.loading import VLM, file_digest, load_vlm, model_folder
@@ -75,7 +75,7 @@ class Run:
                 f"{path}: missing: stage {stage + 1} begins from stage {stage}'s result; train with --stages that "
                 f"include {stage} first"
             )
-        return load_file(path)
+        return read_tensors(path)
 
     # --------------------------------------------------------------------------------------------------------- identity
 
@@ -84,7 +84,7 @@ class Run:
         description = self._description(cache)
         path = self.path / RUN_FILE
         if path.exists():
-            found = json.loads(path.read_text())
+            found = _read_run_file(path)
             different = [
                 f"{name} was {_at(found, name)!r}, now {_at(description, name)!r}"
                 for name in sorted(_leaves(found) | _leaves(description))
@@ -123,12 +123,7 @@ class Run:
     @classmethod
     def open(cls, path: Path) -> "Run":
         """An existing run. Raises UsageError if the folder is none."""
-        try:
-            content = json.loads((path / RUN_FILE).read_text())
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"{path}: not a run: {RUN_FILE}: {error}; `genrecal train --out {path}` makes one"
-            ) from None
+        content = _read_run_file(path / RUN_FILE)
         return cls(
             path=path,
             config=config_from(content["config"]),
@@ -165,6 +160,15 @@ class Run:
                 merge_lora(student)
         student.model.requires_grad_(False)
         return student
+
+
+def _read_run_file(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"{path.parent}: not a run: {RUN_FILE}: {error}; `genrecal train --out {path.parent}` makes one"
+        ) from None
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> set[str]:

@@ -293,3 +293,20 @@ def test_another_head_in_the_cache_is_damage(run_of, cache, tiny, tmp_path):
 def test_no_steps_are_refused(cache):
     with pytest.raises(UsageError, match="no step to train"):
         plan_stage(load_config(None, ["stage1.epochs=0"]).stage1, open_cache(cache))
+
+
+def test_damaged_results_and_leftovers_of_a_killed_process(run_of):
+    run = run_of("run")
+    train(run, stages=(1,))
+    leftover = run.checkpoints / ".stage2-step00000002.host.1.tmp"
+    leftover.mkdir()
+    whole = run.stage_result(1).read_bytes()
+    run.stage_result(1).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(TrainingError, match=r"stage1/trained\.safetensors: cannot be read"):
+        train(run, stages=(2,))
+    run.stage_result(1).write_bytes(whole)
+    train(run, stages=(2,))
+    assert not leftover.exists() and run.stage_result(2).exists()
+    (run.path / "run.json").write_text("{")
+    with pytest.raises(UsageError, match=r"not a run: run\.json"):
+        train(run, stages=(3,))
