@@ -93,7 +93,7 @@ def cache(
     data: Annotated[
         list[Path], typer.Option(help="LLaVA json or chat jsonl, may be .zst; may be given several times.")
     ],
-    out: Annotated[Path, typer.Option(help="Cache directory; an unfinished one is resumed.")],
+    out: Annotated[str, typer.Option(help="Cache directory, or a URL such as s3://...; an unfinished one is resumed.")],
     image_root: Annotated[
         Path | None, typer.Option(help="Where relative image paths start; else the data's folder.")
     ] = None,
@@ -171,7 +171,7 @@ def _dtype(name: str) -> Any:
 
 @app.command()
 def inspect(
-    cache: Annotated[Path, typer.Argument(help="Cache directory.")],
+    cache: Annotated[str, typer.Argument(help="Cache directory or URL.")],
     key: Annotated[str | None, typer.Option(help="Show one record, by its key or its sample id.")] = None,
     sql: Annotated[str | None, typer.Option(help="Query the manifest with DuckDB, as the table `manifest`.")] = None,
     save_images: Annotated[
@@ -229,7 +229,7 @@ def _show(content: Any, as_json: bool) -> None:
 
 @app.command()
 def verify(
-    cache: Annotated[Path, typer.Argument(help="Cache directory.")],
+    cache: Annotated[str, typer.Argument(help="Cache directory or URL.")],
     deep: Annotated[bool, typer.Option("--deep", help="Recompute the stored logits from the stored states.")] = False,
     repair: Annotated[
         bool, typer.Option("--repair", help="Set damaged shards aside, so that `cache` makes them again.")
@@ -273,7 +273,7 @@ def verify(
 
 @app.command()
 def train(
-    cache: Annotated[Path, typer.Option(help="Cache directory.")],
+    cache: Annotated[str, typer.Option(help="Cache directory or URL.")],
     student: Annotated[str, typer.Option(help="Student model: a folder or a hub name.")],
     out: Annotated[Path, typer.Option(help="Run directory; an unfinished run of the same settings goes on.")],
     stages: Annotated[str, typer.Option(help="Stages to train, such as 1,2,3 or 2.")] = "1,2,3",
@@ -326,7 +326,7 @@ def _stages(text: str) -> list[int]:
     return numbers
 
 
-def _live_teacher(path: str, cache: Path, device: str, trust_remote_code: bool) -> Any:
+def _live_teacher(path: str, cache: str, device: str, trust_remote_code: bool) -> Any:
     """The co-resident teacher; with the cache's dtype and head, or else it is another teacher."""
     from genrecal.cache.teacher import LiveTeacher
     from genrecal.shards.reader import open_cache
@@ -345,7 +345,7 @@ def _live_teacher(path: str, cache: Path, device: str, trust_remote_code: bool) 
 def export(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint; must not exist.")],
-    cache: Annotated[Path | None, typer.Option(help="Cache to check outputs on, if it has moved.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Cache to check outputs on, if it has moved.")] = None,
     stage: Annotated[int | None, typer.Option(help="Stage to export; else the last finished.", min=2, max=3)] = None,
 ) -> None:
     """Write the trained student as a stock Hugging Face checkpoint."""

@@ -39,5 +39,9 @@ class DamageError(GenrecalError, ValueError):
     """Bytes of a cache that are not what its manifest says."""
 
 
+class StorageError(GenrecalError, RuntimeError):
+    """A remote store that goes on failing: a connection, a server's error, a refusal that is none of access."""
+
+
 class TrainingError(GenrecalError, RuntimeError):
     """Training cannot go on: non-finite numbers, or a checkpoint of something else."""

@@ -14,6 +14,7 @@ from genrecal.shards.codecs import CODECS, round_to_bf16
 from genrecal.shards.head import HEAD_FILE, FrozenHead
 from genrecal.shards.layout import write_cache_json
 from genrecal.shards.record import NO_TARGET, AnswerRows, QuestionRows, Record
+from genrecal.shards.storage import open_store
 from genrecal.shards.writer import ShardWriter
 
 WIDTH, VOCABULARY, TOP_K = 16, 60, 4
@@ -127,7 +128,7 @@ def make_cache(cache: Path, *, codec: str = "bf16", hidden=lambda states: states
     rows = [row for shard in range(3) for row in write_shard(cache, shard, head, codec=codec, hidden=hidden)]
     totals = {name: sum(getattr(row, name) or 0 for row in rows) for name in TOTALS}
     totals |= {"cached": SAMPLES - 1, "skipped": 1}
-    write_cache_json(cache, description(cache, codec) | {"totals": totals})
+    write_cache_json(open_store(cache), description(cache, codec) | {"totals": totals})
     return cache
 
 

@@ -21,6 +21,7 @@ from genrecal.samples import open_samples, parse_record
 from genrecal.shards.layout import read_cache_json
 from genrecal.shards.manifest import SCHEMA
 from genrecal.shards.reader import open_cache
+from genrecal.shards.storage import open_store
 from genrecal.train.config import TrainConfig, _all_keys, _converted, _parse_value, load_config
 
 ROOT = Path(__file__).parents[1]
@@ -124,7 +125,7 @@ def test_format_page_names_every_field(cache):
     """Every column, key and metadata field that is written stands on the page, as code."""
     text = FORMAT.read_text()
     opened = open_cache(cache)
-    description = read_cache_json(cache)
+    description = read_cache_json(open_store(cache))
     head = (cache / "head.safetensors").read_bytes()
     facts = json.loads(json.loads(head[8 : 8 + int.from_bytes(head[:8], "little")])["__metadata__"]["genrecal"])
     names = {

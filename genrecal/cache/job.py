@@ -5,7 +5,7 @@ shards that have no manifest, and makes the same bytes.
 """
 
 import math
-import shutil
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,25 +16,23 @@ import xxhash
 
 import genrecal
 from genrecal.cache.teacher import States, Teacher
-from genrecal.errors import DamageError, DataError, SampleError, UsageError
+from genrecal.errors import DamageError, DataError, SampleError, StorageError, UsageError
 from genrecal.progress import Progress
 from genrecal.samples import BadRecord, Sample, SampleSet
 from genrecal.shards.codecs import CODECS, check_codec_option
 from genrecal.shards.head import HEAD_FILE
+from genrecal.shards.index import INDEX_FILE, index_bytes, read_shard_manifest, scan, totals_of
 from genrecal.shards.layout import (
     CACHE_FILE,
     FORMAT_VERSION,
     TEACHER_FOLDER,
-    manifest_path,
-    put_in_place,
+    TIERS,
     read_cache_json,
-    remove_stale_temporaries,
-    tar_path,
-    temporary_path,
+    shard_name,
     write_cache_json,
 )
-from genrecal.shards.manifest import read_manifest
 from genrecal.shards.record import Record
+from genrecal.shards.storage import Store, open_store
 from genrecal.shards.writer import ShardWriter
 from genrecal.vlm.loading import file_digest, image_backend, model_folder, processor_files
 from genrecal.vlm.rendering import Encoded
@@ -92,7 +90,7 @@ class CacheOptions:
 class CacheReport:
     """What a run of the job did."""
 
-    cache: Path
+    cache: str
     shards_done: int = 0
     shards_found: int = 0  # finished by an earlier run
     cached: int = 0
@@ -101,30 +99,35 @@ class CacheReport:
     reasons: Counter[str] = field(default_factory=Counter)  # why samples of this run's shards were skipped
 
 
-def run_cache_job(teacher: Teacher, samples: SampleSet, cache: Path, options: CacheOptions) -> CacheReport:
-    """Cache `samples` into the directory `cache`, skipping shards that are finished.
+def run_cache_job(
+    teacher: Teacher, samples: SampleSet, cache: "str | os.PathLike[str] | Store", options: CacheOptions
+) -> CacheReport:
+    """Cache `samples` into `cache`, a directory or any fsspec URL, skipping shards that are finished.
 
     Raises:
-        UsageError: the directory holds a cache made with other options, another teacher or other data.
+        UsageError: there is a cache made with other options, another teacher or other data.
         DataError: more than `options.max_skip` of the input cannot be used.
+        StorageError: a remote store goes on failing. What is finished stays; run the job again.
     """
+    store = open_store(cache)
     num_shards = -(-len(samples) // options.samples_per_shard)
-    _prepare_directory(teacher, samples, cache, options, num_shards)
-    report = CacheReport(cache)
+    _prepare_directory(teacher, samples, store, options, num_shards)
+    sizes = {folder: store.sizes(folder) for folder in ("manifest", *TIERS)}  # when the job starts
+    report = CacheReport(store.url)
     with Progress("cache", len(samples), "samples") as progress:
         for shard in range(num_shards):
             start = shard * options.samples_per_shard
             records = range(start, min(start + options.samples_per_shard, len(samples)))
-            facts = _finished(cache, shard)
+            facts = _finished(store, shard, sizes)
             if facts is not None:
                 report.shards_found += 1
             else:
-                facts = _run_shard(teacher, samples, records, cache, shard, options, report)
+                facts = _run_shard(teacher, samples, records, store, shard, options, report)
                 report.shards_done += 1
             report.cached += facts["cached"]
             report.skipped += facts["skipped"]
             progress.advance(len(records), f"{report.skipped} skipped")
-    _write_totals(cache, report, num_shards)
+    _complete(store, num_shards)
     _check_skipped(report.skipped, len(samples), options, report)
     return report
 
@@ -133,7 +136,7 @@ def _run_shard(
     teacher: Teacher,
     samples: SampleSet,
     records: range,
-    cache: Path,
+    store: Store,
     shard: int,
     options: CacheOptions,
     report: CacheReport,
@@ -142,7 +145,7 @@ def _run_shard(
     question_codec = None if options.question_codec == "none" else CODECS[options.question_codec]
     skipped = report.skipped
     with ShardWriter(
-        cache,
+        store,
         shard,
         answer_codec=CODECS[options.answer_codec],
         question_codec=question_codec,
@@ -215,25 +218,24 @@ def batches_by_length(lengths: dict[int, int], batch_tokens: int) -> Iterator[li
 
 
 def _prepare_directory(
-    teacher: Teacher, samples: SampleSet, cache: Path, options: CacheOptions, num_shards: int
+    teacher: Teacher, samples: SampleSet, store: Store, options: CacheOptions, num_shards: int
 ) -> None:
     """Write cache.json, the head and the teacher's files, or check that the ones there are of the same job."""
     source = model_folder(teacher.path)
     files = [source / "config.json", *processor_files(source)]
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        remove_stale_temporaries(cache)
-        head_digest = _write_head(teacher, cache)
-    except OSError as error:
-        raise UsageError(f"--out {cache}: cannot be written: {error.strerror or error}") from None
+        store.prepare()
+        exists = store.exists(CACHE_FILE)
+        head_digest = _write_head(teacher, store, exists)
+    except (OSError, StorageError) as error:
+        raise UsageError(f"--out {store.url}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
     description = _description(teacher, samples, options, num_shards, files, head_digest)
-    if (cache / CACHE_FILE).exists():
-        _refuse_another_job(cache, description)
+    if exists:
+        _refuse_another_job(store, description)
         return
-    (cache / TEACHER_FOLDER).mkdir(exist_ok=True)
     for file in files:
-        shutil.copyfile(file, cache / TEACHER_FOLDER / file.name)
-    write_cache_json(cache, description)
+        store.write(f"{TEACHER_FOLDER}/{file.name}", file.read_bytes())
+    write_cache_json(store, description)
 
 
 def _description(
@@ -278,20 +280,21 @@ def _description(
     }  # fmt: skip
 
 
-def _write_head(teacher: Teacher, cache: Path) -> str:
-    """The head's digest; written unless cache.json says that this directory has its head already."""
-    temporary = temporary_path(cache / HEAD_FILE)
-    teacher.head.save(temporary)
-    digest = file_digest(temporary)
-    if (cache / CACHE_FILE).exists():
-        temporary.unlink()
-    else:
-        put_in_place(temporary, cache / HEAD_FILE)
-    return digest
+def _write_head(teacher: Teacher, store: Store, exists: bool) -> str:
+    """The head's digest; written unless this cache has its head already."""
+    temporary = store.temporary(HEAD_FILE)
+    try:
+        teacher.head.save(temporary)
+        digest = file_digest(temporary)
+        if not exists:
+            store.place(temporary, HEAD_FILE)
+        return digest
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def _refuse_another_job(cache: Path, wanted: dict[str, Any]) -> None:
-    found = read_cache_json(cache)
+def _refuse_another_job(store: Store, wanted: dict[str, Any]) -> None:
+    found = read_cache_json(store)
     found.pop("totals", None)
     different = [
         f"{name} was {found.get(name)!r}, now {wanted.get(name)!r}"
@@ -300,17 +303,21 @@ def _refuse_another_job(cache: Path, wanted: dict[str, Any]) -> None:
     ]
     if different:
         raise UsageError(
-            f"--out {cache} holds a cache made by another job: {'; '.join(different)}. "
+            f"--out {store.url} holds a cache made by another job: {'; '.join(different)}. "
             "Use the same options to resume it, or another --out"
         )
 
 
-def _finished(cache: Path, shard: int) -> dict[str, Any] | None:
-    """The facts of a shard that is done: its manifest can be read and its tars have the size it says."""
-    if not manifest_path(cache, shard).exists():
+def _finished(store: Store, shard: int, sizes: dict[str, dict[str, int]]) -> dict[str, Any] | None:
+    """The facts of a shard that is done: its manifest can be read and its tars have the size it says.
+
+    Args:
+        sizes: of the files in each folder of the cache.
+    """
+    if f"{shard_name(shard)}.parquet" not in sizes["manifest"]:
         return None
     try:
-        table, facts = read_manifest(manifest_path(cache, shard))
+        table, facts = read_shard_manifest(store, shard)
     except DamageError:
         return None
     ends = {tier: 0 for tier in facts["sha256"]}
@@ -318,22 +325,23 @@ def _finished(cache: Path, shard: int) -> dict[str, Any] | None:
         for member in members:
             ends[member["tier"]] = max(ends[member["tier"]], member["offset"] + member["size"])
     for tier, end in ends.items():
-        path = tar_path(cache, tier, shard)
-        if not path.exists() and tier == "questions":
+        size = sizes[tier].get(f"{shard_name(shard)}.tar")
+        if size is None and tier == "questions":
             continue  # the tier may be deleted after stage 1
-        if not path.exists() or path.stat().st_size < end:
+        if size is None or size < end:
             return None
     return facts
 
 
-def _write_totals(cache: Path, report: CacheReport, num_shards: int) -> None:
-    description = read_cache_json(cache)
-    parts = [read_manifest(manifest_path(cache, shard))[0] for shard in range(num_shards)]
-    totals: dict[str, Any] = {"cached": report.cached, "skipped": report.skipped}
-    for name in ("question_tokens", "answer_tokens", "images", "turns"):
-        totals[name] = sum(value or 0 for part in parts for value in part.column(name).to_pylist())
-    description["totals"] = totals
-    write_cache_json(cache, description)
+def _complete(store: Store, num_shards: int) -> None:
+    """Every shard is finished: write the index, then the totals, which say so."""
+    scanned = scan(store, range(num_shards))
+    description = read_cache_json(store)
+    index, totals = index_bytes(scanned), totals_of(scanned)
+    if description.get("totals") == totals and store.exists(INDEX_FILE) and store.read(INDEX_FILE) == index:
+        return
+    store.write(INDEX_FILE, index)
+    write_cache_json(store, description | {"totals": totals})
 
 
 def _check_skipped(skipped: int, total: int, options: CacheOptions, report: CacheReport) -> None:

@@ -113,7 +113,7 @@ def _train_and_export(out: Path, objective: str, seed: int) -> Path:
         path=out / f"run-{objective}",
         config=demo_config(objective, seed),
         student=str(ASSETS / "student"),
-        cache=out / "cache",
+        cache=str(out / "cache"),
     )
     train(run)
     folder = out / f"student-{objective}"

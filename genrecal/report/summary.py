@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from genrecal.shards.layout import write_whole
+from genrecal.files import write_whole
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -81,11 +81,10 @@ class FrozenHead:
         path.chmod(0o644)  # safetensors makes files that only their owner can read
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu") -> "FrozenHead":
-        """Read `head.safetensors`. Raises FormatError when it is missing or not ours."""
+    def load(cls, path: Path, device: str = "cpu") -> "FrozenHead":
+        """Read a head's file. Raises FormatError when it is missing or not ours."""
         from safetensors import SafetensorError, safe_open
 
-        path = folder / HEAD_FILE
         try:
             with safe_open(path, framework="pt", device=device) as file:
                 facts = json.loads((file.metadata() or {})["genrecal"])

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from genrecal.errors import DamageError, UsageError
 from genrecal.shards.inspect_record import MEASURED, RecordDescription, describe_record, find_record, save_images
-from genrecal.shards.layout import TIERS, tar_path
+from genrecal.shards.layout import TIERS, shard_name
 from genrecal.shards.manifest import SKIPPED
 from genrecal.shards.reader import Cache, CachedRecord
 
@@ -171,7 +171,7 @@ def summarize(cache: Cache, *, column_records: int = COLUMN_RECORDS) -> Summary:
     top1_agreement, log_prob = over_tokens("top1_agreement"), over_tokens("log_prob")
     blind = _blind_teacher(top1_agreement, log_prob, description["head_rows"])
     return Summary(
-        path=str(cache.path),
+        path=cache.path,
         teacher=description["teacher"],
         format_version=description["format_version"],
         hidden_size=description["hidden_size"],
@@ -205,10 +205,10 @@ def summarize(cache: Cache, *, column_records: int = COLUMN_RECORDS) -> Summary:
 
 def _check_measured(cache: Cache) -> None:
     for name in MEASURED:
-        missing = cache.cached.column(name).null_count
+        missing = cache.arrow_column(name).null_count
         if missing:
             raise DamageError(
-                f"{cache.path}/manifest: {missing} of the {len(cache)} cached samples have no {name}; "
+                f"{cache.store.where('manifest')}: {missing} of the {len(cache)} cached samples have no {name}; "
                 "`genrecal verify` says which shards are damaged"
             )
 
@@ -289,8 +289,8 @@ def _bytes(cache: Cache) -> dict[str, int]:
         others &= ~matches
     found["images"] = int(sizes[others].sum())
     for tier in TIERS:
-        files = [tar_path(cache.path, tier, shard) for shard in cache.shards]
-        found[f"{tier} tars"] = sum(file.stat().st_size for file in files if file.exists())
+        sizes = cache.store.sizes(tier)
+        found[f"{tier} tars"] = sum(sizes.get(f"{shard_name(shard)}.tar", 0) for shard in cache.shards)
     order = ("conversations", "images", "answer states", "question states", *(f"{tier} tars" for tier in TIERS))
     return {name: found[name] for name in order if found[name] or name.endswith("tars")}
 
@@ -299,7 +299,8 @@ def _measured_columns(cache: Cache, num_records: int) -> tuple[dict[str, Measure
     """Bytes by column over records spread evenly over the cache, and a warning if some of them cannot be read."""
     rows = np.arange(len(cache))
     # The question tier may have been deleted, which is no damage.
-    tars = [shard for shard in cache.shards if tar_path(cache.path, "questions", shard).exists()]
+    there = set(cache.store.names("questions"))
+    tars = [shard for shard in cache.shards if f"{shard_name(shard)}.tar" in there]
     with_question = np.flatnonzero(cache.column("has_question").astype(bool) & np.isin(cache.column("shard"), tars))
     measured, damage, tried = {}, [], 0
     for kind, candidates in (("answer", rows), ("question", with_question)):

@@ -16,8 +16,10 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from genrecal.errors import DamageError, UsageError
+from genrecal.shards.layout import TEACHER_FOLDER
 from genrecal.shards.reader import Cache, CachedRecord
 from genrecal.shards.record import AnswerRows
+from genrecal.shards.storage import Store
 from genrecal.token_bytes import token_bytes
 
 ALTERNATIVES = 5
@@ -116,11 +118,11 @@ def describe_record(record: CachedRecord, *, alternatives: int = ALTERNATIVES) -
     missing = [name for name in MEASURED if record.row[name] is None]
     if missing:
         raise DamageError(
-            f"{record.cache.path}/manifest: sample {record.key} has no {', '.join(missing)}; "
+            f"{record.cache.store.where('manifest')}: sample {record.key} has no {', '.join(missing)}; "
             "`genrecal verify` says which shards are damaged"
         )
     sample, rows = record.sample, record.answer_rows()
-    vocabulary, note = load_vocabulary(record.cache.teacher_folder)
+    vocabulary, note = load_vocabulary(record.cache.store)
     return RecordDescription(
         **{name: record.row[name] for name in (
             "key", "sample_id", "shard", "category", "source", "question_tokens", "answer_tokens", "has_question",
@@ -297,11 +299,12 @@ class Vocabulary:
         return token_bytes(token, byte_level=self.byte_level).decode("utf-8", "backslashreplace")
 
 
-def load_vocabulary(teacher_folder: Path) -> tuple[Vocabulary | None, str]:
+def load_vocabulary(store: Store, folder: str = f"{TEACHER_FOLDER}/") -> tuple[Vocabulary | None, str]:
     """The teacher's vocabulary, or None and why ids are shown alone."""
-    path = teacher_folder / TOKENIZER_FILE
+    name = folder + TOKENIZER_FILE
+    path = store.where(name)
     try:
-        return _read_vocabulary(str(path), path.stat().st_mtime_ns), ""
+        return _read_vocabulary(store.read(name)), ""
     except OSError as error:
         return None, f"{path}: {error.strerror or error}: tokens are shown by their ids"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -309,8 +312,8 @@ def load_vocabulary(teacher_folder: Path) -> tuple[Vocabulary | None, str]:
 
 
 @functools.lru_cache(maxsize=4)
-def _read_vocabulary(path: str, modified: int) -> Vocabulary:
-    content = json.loads(Path(path).read_bytes())
+def _read_vocabulary(tokenizer: bytes) -> Vocabulary:
+    content = json.loads(tokenizer)
     vocab = content["model"]["vocab"]
     # BPE and WordLevel map tokens to ids; Unigram lists tokens with their scores.
     tokens = {int(i): token for token, i in vocab.items()} if isinstance(vocab, dict) else {

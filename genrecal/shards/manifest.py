@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -101,14 +100,14 @@ def content_digest(table: pa.Table, facts: dict[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(said, sort_keys=True, ensure_ascii=False).encode())
 
 
-def read_manifest(path: Path) -> tuple[pa.Table, dict[str, Any]]:
-    """One shard's table and its shard-level facts. Raises DamageError if it cannot be read, or is no manifest.
+def read_manifest(data: bytes, *, where: str) -> tuple[pa.Table, dict[str, Any]]:
+    """One shard's table and its shard-level facts, from the file's bytes.
 
-    Pages are checked against their checksums. The facts are those of this format version, or of one whose
-    `format_version` says so.
+    Raises DamageError if it cannot be read, or is no manifest. Pages are checked against their checksums. The facts
+    are those of this format version, or of one whose `format_version` says so.
     """
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
             size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
             if file.metadata.num_rows > MOST_ROWS or size > MOST_BYTES:
                 raise ValueError(f"it claims {file.metadata.num_rows} rows in {size} bytes")
@@ -118,7 +117,7 @@ def read_manifest(path: Path) -> tuple[pa.Table, dict[str, Any]]:
         _check_facts(facts, table)
     except READ_ERRORS as error:
         raise DamageError(
-            f"{path}: not a readable manifest: {error}; delete it and run `genrecal cache` again"
+            f"{where}: not a readable manifest: {error}; delete it and run `genrecal cache` again"
         ) from None
     return table, facts
 

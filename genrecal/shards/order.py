@@ -13,32 +13,51 @@ import numpy as np
 class SampleOrder:
     """The endless stream of sample indices of all epochs.
 
+    Every window of an epoch has a random generator of its own, so any place of the stream is found without what stands
+    before it: resuming within an epoch of millions of samples draws one window.
+
     Args:
-        shards: int `[n]`, the shard of each sample, in input order.
+        shards: int `[n]`, the shard of each sample; in input order, so that a shard's samples stand together.
         seed: 0 or more.
         window: number of shards among which samples are mixed.
     """
 
     def __init__(self, shards: np.ndarray, *, seed: int, window: int = 16):
-        self.seed, self.window = seed, window
-        self._members = [np.flatnonzero(shards == shard) for shard in np.unique(shards)]
-        self.num_samples = len(shards)
-        self.epoch = lru_cache(maxsize=2)(self._epoch)
+        self.seed, self.window, self.num_samples = seed, window, len(shards)
+        in_order = bool(np.all(shards[:-1] <= shards[1:]))
+        self._by_shard = None if in_order else np.argsort(shards, kind="stable")
+        ordered = shards if self._by_shard is None else shards[self._by_shard]
+        starts = np.flatnonzero(np.diff(ordered, prepend=ordered[:1] - 1)) if len(shards) else np.empty(0, np.int64)
+        self._bounds = np.append(starts, len(shards))  # of each shard, among samples sorted by shard
+        self._plan = lru_cache(maxsize=2)(self._make_plan)
+        self._window = lru_cache(maxsize=4)(self._make_window)
 
-    def _epoch(self, number: int) -> np.ndarray:
+    def _make_plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shards in the order of an epoch, and where each of its windows starts."""
+        shards = np.random.default_rng([self.seed, epoch]).permutation(len(self._bounds) - 1)
+        sizes = np.add.reduceat(np.diff(self._bounds)[shards], np.arange(0, len(shards), self.window))
+        return shards, np.append(0, np.cumsum(sizes))
+
+    def _make_window(self, epoch: int, number: int) -> np.ndarray:
+        shards = self._plan(epoch)[0][number * self.window : (number + 1) * self.window]
+        samples = np.concatenate([np.arange(self._bounds[shard], self._bounds[shard + 1]) for shard in shards])
+        samples = np.random.default_rng([self.seed, epoch, number]).permutation(samples)
+        return samples if self._by_shard is None else self._by_shard[samples]
+
+    def epoch(self, number: int) -> np.ndarray:
         """int64 `[n]`: every sample index once, in the order of that epoch."""
-        rng = np.random.default_rng([self.seed, number])
-        shuffled = [self._members[i] for i in rng.permutation(len(self._members))]
-        windows = [np.concatenate(shuffled[i : i + self.window]) for i in range(0, len(shuffled), self.window)]
-        return np.concatenate([rng.permutation(window) for window in windows])
+        return self.slice(number * self.num_samples, (number + 1) * self.num_samples)
 
     def slice(self, start: int, end: int) -> np.ndarray:
         """int64: the indices at places [start, end) of the endless stream."""
         pieces = []
         while start < end:
-            number, at = divmod(start, self.num_samples)
-            taken = min(end - start, self.num_samples - at)
-            pieces.append(self.epoch(number)[at : at + taken])
+            epoch, place = divmod(start, self.num_samples)
+            starts = self._plan(epoch)[1]
+            number = int(np.searchsorted(starts, place, "right")) - 1
+            taken = min(end - start, int(starts[number + 1]) - place)
+            at = place - int(starts[number])
+            pieces.append(self._window(epoch, number)[at : at + taken])
             start += taken
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 

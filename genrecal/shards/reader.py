@@ -6,70 +6,95 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from genrecal.errors import DamageError, FormatError
 from genrecal.samples import ImageSource, Sample
 from genrecal.shards.head import HEAD_FILE, FrozenHead
-from genrecal.shards.layout import FORMAT_VERSION, TEACHER_FOLDER, TIERS, manifest_path, read_cache_json, tar_path
-from genrecal.shards.manifest import CACHED, SCHEMA, SKIPPED, read_manifest
+from genrecal.shards.index import INDEX_FILE, Index, index_of, read_index, read_shard_manifest, scan
+from genrecal.shards.index import SCHEMA as INDEX_SCHEMA
+from genrecal.shards.layout import FORMAT_VERSION, TIERS, manifest_name, read_cache_json, tar_name
+from genrecal.shards.manifest import DIGEST, SCHEMA, SKIPPED
 from genrecal.shards.record import AnswerRows, QuestionRows, Record, answer_rows, question_rows, read_table
+from genrecal.shards.storage import Store, files_in, open_store
 
 MAKE_AGAIN = "delete cache.json and the head, and run `genrecal cache` again: finished shards are kept"
+MANIFESTS_HELD = 256  # of shards read from lately; a manifest of 256 records takes about 0.2 MB
+LARGEST_GAP = 2**16  # bytes between two members that are read with them rather than asked for apart
 
 
 class Cache(Sequence["CachedRecord"]):
-    """The cached samples of a cache directory, in input order; skipped ones are in `manifest()` only.
+    """The cached samples of a cache, in input order; skipped ones are in `manifest()` only.
 
-    Opening reads `cache.json` and the manifests; a record's bytes are read when it is asked for them.
-    Raises FormatError for a directory that is no cache or of a version or codec that is not known, DamageError for
-    manifests that cannot be read or are missing from a cache that says it is complete.
+    Opening reads `cache.json` and the index, or the manifests of a cache that is not finished; a record's bytes are read
+    when it is asked for them. `path` may be a directory or any fsspec URL.
+    Raises FormatError for what is no cache or of a version or codec that is not known, DamageError for manifests that
+    cannot be read or are missing from a cache that says it is complete.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.description = read_cache_json(self.path)
+    def __init__(self, path: "str | os.PathLike[str] | Store"):
+        self.store = open_store(path)
+        self.path = self.store.url
+        self.description = read_cache_json(self.store)
         for name in ("num_shards", "hidden_size"):
             if type(self.description.get(name)) is not int or self.description[name] < 0:
                 raise FormatError(
                     f"{self.path}: {name} in cache.json: expected a number, got {self.description.get(name)!r}"
                 )
-        files = {int(file.stem): file for file in self.path.glob("manifest/[0-9]*.parquet") if file.stem.isdecimal()}
-        self.shards = sorted(files)
+        self.shards = [shard for shard, _ in sorted(files_in(self.store, "manifest", ".parquet"))]
         if self.shards and self.shards[-1] >= self.num_shards:
             raise DamageError(
-                f"{files[self.shards[-1]]}: expected {self.num_shards} shards by cache.json, got one of this number; "
-                "`genrecal verify` says more"
+                f"{self.store.where(manifest_name(self.shards[-1]))}: expected {self.num_shards} shards by cache.json, "
+                "got one of this number; `genrecal verify` says more"
             )
         missing = self.num_shards - len(self.shards)
-        if missing and "totals" in self.description:
-            first = next(shard for shard in range(self.num_shards) if shard not in files)
+        complete = "totals" in self.description
+        if missing and complete:
+            there = set(self.shards)
+            first = next(shard for shard in range(self.num_shards) if shard not in there)
             raise DamageError(
-                f"{manifest_path(self.path, first)}: missing, of a cache that says it is complete "
+                f"{self.store.where(manifest_name(first))}: missing, of a cache that says it is complete "
                 f"({missing} of {self.num_shards} manifests); run `genrecal cache` again, it redoes those shards"
             )
-        parts = [read_manifest(files[shard]) for shard in self.shards]
-        self.shard_facts = {shard: facts for shard, (_, facts) in zip(self.shards, parts, strict=True)}
-        for shard, facts in self.shard_facts.items():
-            if facts["format_version"] != FORMAT_VERSION:
-                raise FormatError(
-                    f"{files[shard]}: format version {facts['format_version']!r}; "
-                    f"this genrecal reads version {FORMAT_VERSION}"
-                )
-            if facts["shard"] != shard:
-                raise DamageError(
-                    f"{files[shard]}: expected the manifest of shard {shard}, got that of shard {facts['shard']}; "
-                    "delete it and run `genrecal cache` again"
-                )
-        tables = [table for table, _ in parts]
-        self._manifest = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
-        status = np.asarray(self._manifest.column("status").to_numpy(zero_copy_only=False))
-        self._rows = np.flatnonzero(status == CACHED)
+        self._index = self._from_index() if complete and self.store.exists(INDEX_FILE) else self._from_manifests()
+        self._manifest_of = lru_cache(maxsize=MANIFESTS_HELD)(self._read_manifest)
+
+    def _from_index(self) -> Index:
+        num_samples = self.description.get("num_samples")
+        return read_index(
+            self.store,
+            num_shards=self.num_shards,
+            num_samples=num_samples if isinstance(num_samples, int) else None,
+        )
+
+    def _from_manifests(self) -> Index:
+        scanned = scan(self.store, self.shards)
+        for shard, (_, facts) in zip(self.shards, scanned, strict=True):
+            self._check_version(shard, facts)
+        return index_of(scanned)
+
+    def _check_version(self, shard: int, facts: dict[str, Any]) -> None:
+        if facts["format_version"] != FORMAT_VERSION:
+            raise FormatError(
+                f"{self.store.where(manifest_name(shard))}: format version {facts['format_version']!r}; "
+                f"this genrecal reads version {FORMAT_VERSION}"
+            )
+
+    def _read_manifest(self, shard: int) -> tuple[pa.Table, dict[str, Any]]:
+        """A shard's manifest, which must be the one that the index was made from."""
+        table, facts = read_shard_manifest(self.store, shard)
+        self._check_version(shard, facts)
+        if str(facts.get(DIGEST)) != self._index.digests[shard]:
+            raise DamageError(
+                f"{self.store.where(manifest_name(shard))}: expected {DIGEST} {self._index.digests[shard]} by "
+                f"{INDEX_FILE}, got {facts.get(DIGEST)}; `genrecal verify` says which is wrong"
+            )
+        return table, facts
 
     @property
     def num_shards(self) -> int:
@@ -85,61 +110,85 @@ class Cache(Sequence["CachedRecord"]):
         """D of the teacher."""
         return int(self.description["hidden_size"])
 
-    @property
-    def teacher_folder(self) -> Path:
-        """The teacher's config, tokenizer and processor files."""
-        return self.path / TEACHER_FOLDER
-
     def manifest(self) -> pa.Table:
-        """One row per input sample, skipped ones too; see `genrecal.shards.manifest.SCHEMA`."""
-        return self._manifest
+        """One row per input sample, skipped ones too; see `genrecal.shards.manifest.SCHEMA`. Reads every manifest."""
+        return self._whole_manifest
+
+    @cached_property
+    def _whole_manifest(self) -> pa.Table:
+        tables = [self._read_manifest(shard)[0] for shard in self.shards]
+        return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
 
     @cached_property
     def cached(self) -> pa.Table:
-        """The manifest's rows of this sequence, row i being record i."""
-        return self._manifest.take(pa.array(self._rows))
+        """The manifests' rows of this sequence, row i being record i. Reads every manifest."""
+        return self.manifest().take(pa.array(self._index.rows))
+
+    @cached_property
+    def shard_facts(self) -> dict[int, dict[str, Any]]:
+        """Each finished shard's facts, such as its codecs' fidelity. Reads every manifest."""
+        return {shard: self._read_manifest(shard)[1] for shard in self.shards}
+
+    def arrow_column(self, name: str) -> pa.ChunkedArray:
+        """A manifest column over the cached samples; from the index, if it holds that column."""
+        if name in INDEX_SCHEMA.names:
+            return self._index.column(name).take(pa.array(self._index.rows))
+        return self.cached.column(name)
 
     def column(self, name: str) -> np.ndarray:
-        """A manifest column over the cached samples, as numpy."""
-        return np.asarray(self.cached.column(name).to_numpy(zero_copy_only=False))
+        """The same as numpy."""
+        column = self.arrow_column(name)
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(pa.string())
+        return np.asarray(column.to_numpy())
 
     def head(self, device: str = "cpu") -> FrozenHead:
         """The teacher's frozen head. Raises DamageError if the file is not the one the cache was made with."""
-        path = self.path / HEAD_FILE
+        path = self.store.where(HEAD_FILE)
         teacher = self.description.get("teacher")
         expected = teacher.get("head_sha256") if isinstance(teacher, dict) else None
         try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file = self.store.local_copy(HEAD_FILE)
+            with file.open("rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
         except OSError as error:
-            raise DamageError(f"{path}: {error.strerror}; {MAKE_AGAIN}") from None
+            raise DamageError(f"{path}: {error.strerror or error}; {MAKE_AGAIN}") from None
         if digest != expected:
             raise DamageError(f"{path}: expected sha256 {expected}, got {digest}; {MAKE_AGAIN}")
-        return FrozenHead.load(self.path, device)
+        return FrozenHead.load(file, device)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._index.rows)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        row = int(self._rows[index])
-        return CachedRecord(self, self._manifest.slice(row, 1).to_pylist()[0])
+        shard, place = self._index.place(int(self._index.rows[index]))
+        return CachedRecord(self, self._manifest_of(shard)[0].slice(place, 1).to_pylist()[0])
 
     def __iter__(self) -> Iterator["CachedRecord"]:
         return (self[i] for i in range(len(self)))
 
     def by_key(self, key: str) -> "CachedRecord":
         """The record of that key. Raises FormatError if there is none, with the reason if it was skipped."""
-        rows = np.flatnonzero(np.asarray(self._manifest.column("key").to_numpy(zero_copy_only=False)) == key)
-        if not len(rows):
-            raise FormatError(f"{self.path}: no sample has the key {key!r}")
-        row = self._manifest.slice(int(rows[0]), 1).to_pylist()[0]
-        if row["status"] == SKIPPED:
-            raise FormatError(f"{self.path}: sample {key} was skipped: {row['reason']}")
-        return CachedRecord(self, row)
+        for shard in self._shards_of_key(key):
+            table = self._manifest_of(shard)[0]
+            found = pc.index(table.column("key"), key).as_py()
+            if found >= 0:
+                row = table.slice(found, 1).to_pylist()[0]
+                if row["status"] == SKIPPED:
+                    raise FormatError(f"{self.path}: sample {key} was skipped: {row['reason']}")
+                return CachedRecord(self, row)
+        raise FormatError(f"{self.path}: no sample has the key {key!r}")
+
+    def _shards_of_key(self, key: str) -> list[int]:
+        """The shard where a key must be: a key begins with its record's number in the input."""
+        number, size = key.split("-", 1)[0], self.description.get("samples_per_shard")
+        if not number.isdecimal() or type(size) is not int or size < 1:
+            return self.shards
+        return [shard for shard in self.shards if shard == int(number) // size]
 
 
 @dataclass(frozen=True)
@@ -163,35 +212,36 @@ class CachedRecord:
     @property
     def images(self) -> list[bytes]:
         """The pictures' original bytes."""
-        return [self.read(member) for member in self._image_members]
+        return [bytes(data) for data in self._read(self._image_members)]
 
     @property
     def sample(self) -> Sample:
         """The conversation, its pictures in memory."""
-        member = self._member(".json")
+        members = [self._member(".json"), *self._image_members]
+        return self._sample(members, self._read(members))
+
+    def _sample(self, members: list[dict[str, Any]], parts: list[memoryview]) -> Sample:
         images = [
-            ImageSource(data=self.read(image), suffix=image["name"].rpartition(".")[2]) for image in self._image_members
+            ImageSource(data=bytes(data), suffix=member["name"].rpartition(".")[2])
+            for member, data in zip(members[1:], parts[1:], strict=True)
         ]
         try:
-            return Sample.from_json(self.key, json.loads(self.read(member)), images)
+            return Sample.from_json(self.key, json.loads(bytes(parts[0])), images)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            if isinstance(error, DamageError):
-                raise
-            raise DamageError(f"{self._where(member)}: not a conversation: {error!r}") from None
+            raise DamageError(f"{self._where(members[0])}: not a conversation: {error!r}") from None
 
     @property
     def answer(self) -> pa.Table:
         """The answer rows as they are stored."""
-        member = self._member(".answer.arrow")
-        return read_table(self.read(member), where=self._where(member))
+        return self._table(self._member(".answer.arrow"))
 
     @property
     def question(self) -> pa.Table | None:
         """The question rows as they are stored; None if this sample's were not cached."""
-        if not self.has_question:
-            return None
-        member = self._member(".question.arrow")
-        return read_table(self.read(member), where=self._where(member))
+        return self._table(self._member(".question.arrow")) if self.has_question else None
+
+    def _table(self, member: dict[str, Any]) -> pa.Table:
+        return read_table(self._read([member])[0], where=self._where(member))
 
     def answer_rows(self) -> AnswerRows:
         """The answer rows, decoded."""
@@ -212,34 +262,51 @@ class CachedRecord:
         return None if rows is None else rows.hidden
 
     def record(self, *, question: bool = True) -> Record:
-        """Everything, decoded; without the question tier's bytes being read if `question` is False."""
+        """Everything, decoded, the samples tier in one read; the question tier is not touched if `question` is False."""
+        members = [self._member(".json"), *self._image_members]
+        answer = self._member(".answer.arrow")
+        *parts, answer_data = self._read([*members, answer])
+        where = self._where(answer)
         return Record(
-            sample=self.sample, answer=self.answer_rows(), question=self.question_rows() if question else None
+            sample=self._sample(members, parts),
+            answer=answer_rows(read_table(answer_data, where=where), where=where),
+            question=self.question_rows() if question else None,
         )
 
     def read(self, member: dict[str, Any]) -> bytes:
         """A member's bytes. Raises DamageError if they are not what the manifest says."""
-        if member["tier"] not in TIERS:
+        return bytes(self._read([member])[0])
+
+    def _read(self, members: list[dict[str, Any]]) -> list[memoryview]:
+        """Members' bytes, neighbours in one read. Raises DamageError if they are not what the manifest says."""
+        parts: list[memoryview] = []
+        for run in _runs(members):
+            start, end = run[0]["offset"], run[-1]["offset"] + run[-1]["size"]
+            name = tar_name(self._tier(run[0]), self.row["shard"])
+            try:
+                data = memoryview(self.cache.store.read(name, start, end - start) if 0 <= start <= end else b"")
+            except OSError as error:
+                raise DamageError(
+                    f"{self.cache.store.where(name)}: {error.strerror or error}; the manifest lists it with sample {self.key}"
+                ) from None
+            parts += [data[member["offset"] - start :][: member["size"]] for member in run]
+        for member, part in zip(members, parts, strict=True):
+            digest = xxhash.xxh3_64_intdigest(part)
+            if len(part) != member["size"] or digest != member["xxh3"]:
+                raise DamageError(
+                    f"{self._where(member)} at byte {member['offset']}: expected {member['size']} bytes of xxh3 "
+                    f"{member['xxh3']:016x}, got {len(part)} bytes of {digest:016x}; "
+                    f"delete {self._manifest} and run `genrecal cache` again to redo it"
+                )
+        return parts
+
+    def _tier(self, member: dict[str, Any]) -> str:
+        tier = member["tier"]
+        if tier not in TIERS:
             raise DamageError(
-                f"{manifest_path(self.cache.path, self.row['shard'])}: member {member['name']}: expected a tier of "
-                f"{', '.join(TIERS)}, got {member['tier']!r}"
+                f"{self._manifest}: member {member['name']}: expected a tier of {', '.join(TIERS)}, got {tier!r}"
             )
-        path = tar_path(self.cache.path, member["tier"], self.row["shard"])
-        try:
-            status = path.stat()
-            there = 0 <= member["offset"] <= member["offset"] + member["size"] <= status.st_size
-            size = member["size"] if there else 0
-            file = _open(str(path), status.st_ino, status.st_mtime_ns)
-            data = os.pread(file.fileno(), size, member["offset"] if there else 0)
-        except OSError as error:
-            raise DamageError(f"{path}: {error.strerror}; the manifest lists it with sample {self.key}") from None
-        if len(data) != member["size"] or xxhash.xxh3_64_intdigest(data) != member["xxh3"]:
-            raise DamageError(
-                f"{path}: member {member['name']} at byte {member['offset']}: expected {member['size']} bytes of xxh3 "
-                f"{member['xxh3']:016x}, got {len(data)} bytes of {xxhash.xxh3_64_intdigest(data):016x}; "
-                f"delete {manifest_path(self.cache.path, self.row['shard'])} and run `genrecal cache` again to redo it"
-            )
-        return data
+        return str(tier)
 
     @property
     def _image_members(self) -> list[dict[str, Any]]:
@@ -250,7 +317,7 @@ class CachedRecord:
             name.startswith(f"{self.key}.{number}.") and "/" not in name for number, name in enumerate(names)
         ):
             raise DamageError(
-                f"{manifest_path(self.cache.path, self.row['shard'])}: sample {self.key}: expected {self.row['images']} "
+                f"{self._manifest}: sample {self.key}: expected {self.row['images']} "
                 f"images as its other members, got {names}"
             )
         return members
@@ -260,23 +327,30 @@ class CachedRecord:
         for member in self.row["members"]:
             if member["name"] == name:
                 return dict(member)
-        raise DamageError(
-            f"{manifest_path(self.cache.path, self.row['shard'])}: sample {self.key} has no member {name}"
-        )
+        raise DamageError(f"{self._manifest}: sample {self.key} has no member {name}")
 
     def _where(self, member: dict[str, Any]) -> str:
-        return f"{tar_path(self.cache.path, member['tier'], self.row['shard'])}: member {member['name']}"
+        return f"{self.cache.store.where(tar_name(self._tier(member), self.row['shard']))}: member {member['name']}"
+
+    @property
+    def _manifest(self) -> str:
+        return self.cache.store.where(manifest_name(self.row["shard"]))
 
 
-@lru_cache(maxsize=64)
-def _open(path: str, inode: int, modified: int) -> BinaryIO:
-    """The few most recent tars stay open: a shuffling window touches only that many.
+def _runs(members: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Members that follow each other closely in one tar, together."""
+    run: list[dict[str, Any]] = []
+    for member in members:
+        if run:
+            gap = member["offset"] - run[-1]["offset"] - run[-1]["size"]
+            if member["tier"] != run[-1]["tier"] or not 0 <= gap <= LARGEST_GAP:
+                yield run
+                run = []
+        run.append(member)
+    if run:
+        yield run
 
-    A file that was replaced under its name has another inode or time, and is opened anew.
-    """
-    return open(path, "rb", buffering=0)
 
-
-def open_cache(path: str | Path) -> Cache:
-    """Open a cache directory as a sequence of records."""
+def open_cache(path: "str | os.PathLike[str] | Store") -> Cache:
+    """Open a cache, a directory or any fsspec URL, as a sequence of records."""
     return Cache(path)

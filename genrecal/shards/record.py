@@ -110,7 +110,7 @@ def _tensor_column(values: np.ndarray) -> pa.Array:
 # --------------------------------------------------------------------------------------------------- Arrow file -> rows
 
 
-def read_table(data: bytes, *, where: str) -> pa.Table:
+def read_table(data: bytes | memoryview, *, where: str) -> pa.Table:
     """The Arrow table of an `.arrow` member, nothing decoded. Raises DamageError if it is not one."""
     try:
         table = pa.ipc.open_file(pa.py_buffer(data)).read_all()

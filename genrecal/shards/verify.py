@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -15,8 +16,7 @@ import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import pyarrow as pa
@@ -32,13 +32,14 @@ from genrecal.shards.layout import (
     FORMAT_VERSION,
     TEACHER_FOLDER,
     TIERS,
-    manifest_path,
+    manifest_name,
     read_cache_json,
     shard_name,
-    tar_path,
+    tar_name,
 )
 from genrecal.shards.manifest import CACHED, DIGEST, SKIPPED, content_digest, read_manifest
 from genrecal.shards.record import METADATA_KEY, AnswerRows, answer_rows, read_table
+from genrecal.shards.storage import Store, files_in, open_store
 
 QUARANTINE = "quarantine"
 MAX_KL = 0.1  # nats, mean over a shard
@@ -143,7 +144,9 @@ class Verification:
         )
 
 
-def verify_cache(path: str | Path, *, deep: bool = False, max_kl: float = MAX_KL, device: str = "cpu") -> Verification:
+def verify_cache(
+    path: "str | os.PathLike[str] | Store", *, deep: bool = False, max_kl: float = MAX_KL, device: str = "cpu"
+) -> Verification:
     """Read every byte of a cache's finished shards once, and check it.
 
     Args:
@@ -151,24 +154,24 @@ def verify_cache(path: str | Path, *, deep: bool = False, max_kl: float = MAX_KL
         max_kl: mean KL in nats over which a shard is damaged; `deep` only.
         device: where the head is computed; `deep` only.
     """
-    cache = Path(path)
+    store = open_store(path)
     try:
-        description = read_cache_json(cache)
+        description = read_cache_json(store)
     except FormatError as error:
-        finding = Finding(shard=None, file=CACHE_FILE, what=f"{_unplaced(error, cache / CACHE_FILE)}; {AGAIN}")
-        return Verification(path=str(cache), shards=(0, 0), findings=(finding,))
-    outside = [*_check_description(description), *_check_head(cache, description), *_check_teacher(cache, description)]
+        finding = Finding(shard=None, file=CACHE_FILE, what=f"{_unplaced(error, store.where(CACHE_FILE))}; {AGAIN}")
+        return Verification(path=store.url, shards=(0, 0), findings=(finding,))
+    outside = [*_check_description(description), *_check_head(store, description), *_check_teacher(store, description)]
     # What cache.json does not say rightly cannot be held against the shards.
     settings = {name: value for name, value in description.items() if name not in _wrong_settings(description)}
-    head = _deep_head(cache, device) if deep and not any(f.file == HEAD_FILE for f in outside) else None
+    head = _deep_head(store, device) if deep and not any(f.file == HEAD_FILE for f in outside) else None
     planned = settings.get("num_shards", 0)
-    numbers = _shards_there(cache)
+    numbers = sorted(shard for shard, _ in files_in(store, "manifest", ".parquet"))
     complete = "totals" in description
     expected = sorted({*numbers, *range(planned)}) if complete else numbers
     results = []
     with Progress("verify", len(expected), "shards") as progress:
         for shard in expected:
-            results.append(check_shard(cache, shard, settings, head))
+            results.append(check_shard(store, shard, settings, head))
             progress.advance(1, f"{sum(bool(result.findings) for result in results)} damaged")
     findings, notes = outside, []
     if deep and head is None:
@@ -182,7 +185,7 @@ def verify_cache(path: str | Path, *, deep: bool = False, max_kl: float = MAX_KL
     if complete and all(result.sums is not None for result in results):
         findings += _check_totals(description["totals"], results, settings.get("num_samples"))
     return Verification(
-        path=str(cache),
+        path=store.url,
         shards=(len(numbers), planned),
         cached=sum(result.sums["cached"] for result in results if result.sums),
         skipped=sum(result.sums["skipped"] for result in results if result.sums),
@@ -193,8 +196,8 @@ def verify_cache(path: str | Path, *, deep: bool = False, max_kl: float = MAX_KL
     )
 
 
-def quarantine(verification: Verification) -> list[Path]:
-    """Set the damaged shards aside, so that `genrecal cache` redoes exactly those; returns the folders made.
+def quarantine(verification: Verification) -> list[str]:
+    """Set the damaged shards aside, so that `genrecal cache` redoes exactly those; returns the folders they are in.
 
     A shard's files go to `quarantine/SHARD.N/`, N being the first number that is free. Nothing is deleted or overwritten.
     The manifest goes first: without it the shard counts as unfinished, wherever this is stopped.
@@ -202,53 +205,27 @@ def quarantine(verification: Verification) -> list[Path]:
     Raises:
         DamageError: cache.json is damaged, so whether a shard is cannot be told by it; nothing was moved.
     """
-    cache = Path(verification.path)
+    store = open_store(verification.path)
     if any(finding.file == CACHE_FILE for finding in verification.findings):
-        raise DamageError(f"{cache / CACHE_FILE}: damaged, so nothing was moved; {AGAIN}, then verify again")
+        raise DamageError(f"{store.where(CACHE_FILE)}: damaged, so nothing was moved; {AGAIN}, then verify again")
     folders = []
     for shard in verification.damaged_shards:
-        files = [manifest_path(cache, shard), *(tar_path(cache, tier, shard) for tier in TIERS)]
-        names = ["manifest.parquet", *(f"{tier}.tar" for tier in TIERS)]
-        if not any(os.path.lexists(file) for file in files):
+        moves = {manifest_name(shard): "manifest.parquet"} | {tar_name(tier, shard): f"{tier}.tar" for tier in TIERS}
+        there = {name: new for name, new in moves.items() if store.present(name)}
+        if not there:
             continue
-        folder = _new_folder(cache / QUARANTINE, shard_name(shard))
-        for file, name in zip(files, names, strict=True):
-            if os.path.lexists(file):
-                os.rename(file, folder / name)
-                _flush_folder(folder)
-                _flush_folder(file.parent)
-        folders.append(folder)
+        folder = next(
+            name
+            for name in (f"{QUARANTINE}/{shard_name(shard)}.{number}" for number in itertools.count())
+            if not store.present(name)
+        )
+        for name, new in there.items():
+            store.move(name, f"{folder}/{new}")
+        folders.append(store.where(folder))
     return folders
 
 
-def _new_folder(parent: Path, name: str) -> Path:
-    parent.mkdir(exist_ok=True)
-    _flush_folder(parent.parent)
-    number = 0
-    while True:
-        folder = parent / f"{name}.{number}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            number += 1
-            continue
-        _flush_folder(parent)
-        return folder
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _shards_there(cache: Path) -> list[int]:
-    return sorted(int(file.stem) for file in cache.glob("manifest/[0-9]*.parquet") if file.stem.isdecimal())
-
-
-def _unplaced(error: Exception, path: Path) -> str:
+def _unplaced(error: Exception, path: str) -> str:
     """An error's message without the path that it begins with, which a finding names itself."""
     return str(error).removeprefix(f"{path}: ")
 
@@ -298,9 +275,8 @@ def _teacher(description: dict[str, Any], name: str) -> Any:
     return teacher.get(name) if isinstance(teacher, dict) else None
 
 
-def _check_head(cache: Path, description: dict[str, Any]) -> Iterator[Finding]:
-    path = cache / HEAD_FILE
-    expected, got = _teacher(description, "head_sha256"), _sha256(path)
+def _check_head(store: Store, description: dict[str, Any]) -> Iterator[Finding]:
+    expected, got = _teacher(description, "head_sha256"), _sha256(store, HEAD_FILE)
     if got != expected:
         what = f"sha256; delete it as well as {CACHE_FILE} and run `genrecal cache` again: finished shards are kept"
         yield Finding(shard=None, file=HEAD_FILE, what=what, expected=str(expected), got=got)
@@ -308,7 +284,7 @@ def _check_head(cache: Path, description: dict[str, Any]) -> Iterator[Finding]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, framework="numpy") as file:
+        with safe_open(store.local_copy(HEAD_FILE), framework="numpy") as file:
             weight = file.get_slice("weight")
             shape, dtype = weight.get_shape(), weight.get_dtype()
             facts = json.loads((file.metadata() or {})["genrecal"])
@@ -328,33 +304,32 @@ def _check_head(cache: Path, description: dict[str, Any]) -> Iterator[Finding]:
             yield Finding(shard=None, file=CACHE_FILE, what=what, expected=str(found), got=str(said))
 
 
-def _check_teacher(cache: Path, description: dict[str, Any]) -> Iterator[Finding]:
+def _check_teacher(store: Store, description: dict[str, Any]) -> Iterator[Finding]:
     listed = _teacher(description, "files_sha256")
     if not isinstance(listed, dict):
         yield Finding(shard=None, file=CACHE_FILE, what="teacher.files_sha256", expected="an object", got=repr(listed))
         return
-    folder = cache / TEACHER_FOLDER
     for name, expected in sorted(listed.items()):
         if "/" in name or name in ("", ".", ".."):
             yield Finding(
                 shard=None, file=CACHE_FILE, what="teacher.files_sha256", expected="file names", got=repr(name)
             )
             continue
-        got = _sha256(folder / name)
+        got = _sha256(store, f"{TEACHER_FOLDER}/{name}")
         if got != expected:
             what = f"sha256; {AGAIN}"
             yield Finding(shard=None, file=f"{TEACHER_FOLDER}/{name}", what=what, expected=str(expected), got=got)
-    there = os.listdir(folder) if folder.is_dir() else []
-    for name in sorted(name for name in set(there) - set(listed) if not name.startswith(".")):
+    there = store.names(TEACHER_FOLDER)
+    for name in (name for name in there if name not in listed and not name.startswith(".")):
         what = f"not listed in {CACHE_FILE}, but a processor may read it; move it elsewhere"
         yield Finding(shard=None, file=f"{TEACHER_FOLDER}/{name}", what=what)
 
 
-def _sha256(path: Path) -> str:
+def _sha256(store: Store, name: str) -> str:
     """A file's sha256, or why there is none."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with store.open(name) as file:
+            return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
     except OSError as error:
         return error.strerror or str(error)
 
@@ -410,24 +385,27 @@ class ShardResult:
         (self.disagreements[setting] if setting else self.findings).append(found)
 
 
-def check_shard(cache: Path, shard: int, settings: dict[str, Any], head: FrozenHead | None) -> ShardResult:
+def check_shard(store: Store, shard: int, settings: dict[str, Any], head: FrozenHead | None) -> ShardResult:
     """Everything that can be said of one shard by its own files and cache.json's settings."""
     result = ShardResult(shard)
-    file = f"manifest/{shard_name(shard)}.parquet"
-    path = manifest_path(cache, shard)
+    file = manifest_name(shard)
     planned = settings.get("num_shards")
     if planned is not None and shard >= planned:
         result.add(file, "a shard beyond the plan", f"numbers below {planned}", shard)
         return result
-    if not path.exists():
+    try:
+        data = store.read(file)
+        table, facts = read_manifest(data, where=file)
+    except FileNotFoundError:
         result.add(file, "missing, of a cache that says it is complete")
         return result
-    try:
-        table, facts = read_manifest(path)
-    except DamageError as error:
-        result.add(file, _unplaced(error, path).split("; delete it")[0])
+    except OSError as error:
+        result.add(file, error.strerror or str(error))
         return result
-    result.bytes += path.stat().st_size
+    except DamageError as error:
+        result.add(file, _unplaced(error, file).split("; delete it")[0])
+        return result
+    result.bytes += len(data)
     if facts["format_version"] != FORMAT_VERSION:
         result.add(file, "format version", FORMAT_VERSION, facts["format_version"])
         return result
@@ -443,7 +421,7 @@ def check_shard(cache: Path, shard: int, settings: dict[str, Any], head: FrozenH
         result.sums = {name: facts[name] if name in facts else sum(row[name] or 0 for row in rows) for name in TOTALS}
     deep = _Deep(head) if head is not None else None
     for tier in TIERS:
-        _check_tar(cache, result, tier, rows, facts, settings, deep)
+        _check_tar(store, result, tier, rows, facts, settings, deep)
     if deep is not None:
         result.deep = deep.figures(shard)
     return result
@@ -537,7 +515,7 @@ class _Hashing(io.RawIOBase):
 
 
 def _check_tar(
-    cache: Path,
+    store: Store,
     result: ShardResult,
     tier: str,
     rows: list[dict[str, Any]],
@@ -546,12 +524,12 @@ def _check_tar(
     deep: "_Deep | None",
 ) -> None:
     """One pass over a tar: its sha256, and each member's header, checksum and content."""
-    file = f"{tier}/{shard_name(result.shard)}.tar"
+    file = tar_name(tier, result.shard)
     listed = [(member, row) for row in rows for member in row["members"] if member["tier"] == tier]
     if tier not in facts["sha256"] and not listed:
         return
     try:
-        opened = tar_path(cache, tier, result.shard).open("rb", buffering=0)
+        opened, size = store.open(file), store.size(file)
     except OSError as error:
         result.tiers[tier] = False
         if tier == "samples" or not isinstance(error, FileNotFoundError):
@@ -559,7 +537,6 @@ def _check_tar(
         return
     result.tiers[tier] = True
     with opened:
-        size = os.fstat(opened.fileno()).st_size
         source = _Hashing(opened)
         walked = 0
         try:
@@ -805,9 +782,9 @@ def _over_limit(results: Iterable[ShardResult], max_kl: float) -> Iterator[Findi
 # ------------------------------------------------------------------------------------------------------------------- deep
 
 
-def _deep_head(cache: Path, device: str) -> FrozenHead:
+def _deep_head(store: Store, device: str) -> FrozenHead:
     """The head, widened once on a CPU, where each product would widen it again."""
-    head = FrozenHead.load(cache, device)
+    head = FrozenHead.load(store.local_copy(HEAD_FILE), device)
     return head if head.weight.is_cuda else dataclasses.replace(head, weight=head.weight.float())
 
 

@@ -8,8 +8,8 @@ import hashlib
 import io
 import json
 import math
+import os
 import tarfile
-from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
@@ -21,24 +21,17 @@ from genrecal.samples import BadRecord, Sample
 from genrecal.shards.codecs import Codec
 from genrecal.shards.fidelity import FidelityMeter
 from genrecal.shards.head import FrozenHead
-from genrecal.shards.layout import (
-    FORMAT_VERSION,
-    TIERS,
-    manifest_path,
-    put_in_place,
-    tar_path,
-    temporary_path,
-    write_whole,
-)
+from genrecal.shards.layout import FORMAT_VERSION, TIERS, manifest_name, tar_name
 from genrecal.shards.manifest import CACHED, SKIPPED, ManifestRow, Member, manifest_bytes
 from genrecal.shards.record import AnswerRows, Record, to_arrow
+from genrecal.shards.storage import Store, open_store
 
 
 class ShardWriter:
     """Writes one shard. Use as a context manager and call `commit`; leaving without it leaves no trace.
 
     Args:
-        cache: the cache directory.
+        cache: the cache, a directory or any fsspec URL.
         shard: its number.
         answer_codec, question_codec: how hidden states are coded; a question codec of None writes no question tier.
         head: the teacher's, to measure what the codecs cost.
@@ -47,7 +40,7 @@ class ShardWriter:
 
     def __init__(
         self,
-        cache: Path,
+        cache: "str | os.PathLike[str] | Store",
         shard: int,
         *,
         answer_codec: Codec,
@@ -55,7 +48,7 @@ class ShardWriter:
         head: FrozenHead | None = None,
         kl_budget: float = math.inf,
     ):
-        self.cache, self.shard = cache, shard
+        self.store, self.shard = open_store(cache), shard
         self.answer_codec, self.question_codec = answer_codec, question_codec
         self.head, self.kl_budget = head, kl_budget
         self._meters = {"answer": FidelityMeter(answer_codec)}
@@ -63,7 +56,7 @@ class ShardWriter:
             self._meters["question"] = FidelityMeter(question_codec)
         self.rows: list[ManifestRow] = []
         self._tars = {
-            tier: _Tar(tar_path(cache, tier, shard))
+            tier: _Tar(self.store, tar_name(tier, shard))
             for tier in TIERS
             if tier == "samples" or question_codec is not None
         }
@@ -147,7 +140,7 @@ class ShardWriter:
             facts["codecs"]["question"] = self.question_codec.name
         for tier, tar in self._tars.items():
             facts["sha256"][tier] = tar.commit()
-        write_whole(manifest_path(self.cache, self.shard), manifest_bytes(self.rows, facts))
+        self.store.write(manifest_name(self.shard), manifest_bytes(self.rows, facts))
         return facts
 
     def _member(self, tier: str, name: str, data: bytes) -> Member:
@@ -167,9 +160,8 @@ class ShardWriter:
 class _Tar:
     """A tar file under a temporary name."""
 
-    def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.temporary = path, temporary_path(path)
+    def __init__(self, store: Store, name: str):
+        self.store, self.name, self.temporary = store, name, store.temporary(name)
         self._file: BinaryIO = self.temporary.open("wb")
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)
 
@@ -188,7 +180,7 @@ class _Tar:
         self._file.close()
         with self.temporary.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        put_in_place(self.temporary, self.path)
+        self.store.place(self.temporary, self.name)
         return digest
 
     def discard(self) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from genrecal.errors import TrainingError
-from genrecal.shards.layout import temporary_path
+from genrecal.files import temporary_path
 
 WEIGHTS, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
 

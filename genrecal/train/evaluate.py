@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from genrecal.errors import DataError, SampleError, UsageError
+from genrecal.files import write_whole
 from genrecal.progress import Progress
 from genrecal.samples import BadRecord, Sample, SampleSet, decode_image
-from genrecal.shards.layout import write_whole
 from genrecal.train.scores import METRICS, metric_for
 from genrecal.vlm.loading import VLM
 

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 
 from genrecal.errors import ModelError, UsageError
+from genrecal.files import temporary_path
 from genrecal.samples import Sample, decode_image
-from genrecal.shards.layout import temporary_path
 from genrecal.shards.reader import Cache
 from genrecal.train.evaluate import generate, prompts_of
 from genrecal.train.run import Run
@@ -22,7 +22,7 @@ CHECK_SAMPLES = 4
 CHECK_TOKENS = 24
 
 
-def export(run: Run, out: Path, *, cache: Path | None = None, stage: int | None = None) -> int:
+def export(run: Run, out: Path, *, cache: str | None = None, stage: int | None = None) -> int:
     """Write the student of the last finished stage (or of `stage`) to the folder `out`; returns the stage.
 
     Weights go through the stock class, in the base checkpoint's dtype and key names. Every other file of the base
@@ -55,7 +55,7 @@ def export(run: Run, out: Path, *, cache: Path | None = None, stage: int | None 
     return stage
 
 
-def _check_samples(cache: Path) -> list[Sample]:
+def _check_samples(cache: str) -> list[Sample]:
     try:
         records = Cache(cache)[:CHECK_SAMPLES]
         return [record.sample for record in records]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from genrecal.shards.layout import write_whole
+from genrecal.files import write_whole
 from genrecal.train.stages import StepOutput
 
 METRICS_FILE = "metrics.jsonl"

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from genrecal.errors import TrainingError, UsageError
@@ -66,12 +68,17 @@ class StagePlan:
 
 def plan_stage(config: StageConfig, cache: Cache) -> StagePlan:
     """Steps of a stage over a cache. The last step takes what is left, so that no sample is dropped."""
-    categories = cache.column("category")
-    for category in config.exclude_categories:
-        if category not in categories:
-            known = ", ".join(sorted(set(categories)))
-            raise UsageError(f"exclude_categories: no sample has the category {category!r}; the cache has {known}")
-    indices = np.flatnonzero(~np.isin(categories, config.exclude_categories))
+    indices = np.arange(len(cache))
+    if config.exclude_categories:
+        categories = cache.arrow_column("category").cast(pa.string())
+        known = set(categories.unique().to_pylist())
+        for category in config.exclude_categories:
+            if category not in known:
+                raise UsageError(
+                    f"exclude_categories: no sample has the category {category!r}; the cache has {', '.join(sorted(known))}"
+                )
+        excluded = pc.is_in(categories, value_set=pa.array(config.exclude_categories, pa.string()))
+        indices = np.flatnonzero(~np.asarray(excluded.to_numpy()))
     if not len(indices):
         raise UsageError(f"{cache.path}: no sample is left to train on")
     global_batch = config.batch_size * config.accumulation

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 
 import genrecal
 from genrecal.errors import TrainingError, UsageError
-from genrecal.shards.layout import CACHE_FILE, put_in_place, temporary_path, write_whole
+from genrecal.files import put_in_place, temporary_path, write_whole
+from genrecal.shards.layout import CACHE_FILE
 from genrecal.shards.reader import Cache
 from genrecal.train.checkpoint import copy_weights, read_tensors
 from genrecal.train.config import TrainConfig, config_from
@@ -44,7 +45,7 @@ class Run:
     path: Path
     config: TrainConfig
     student: str
-    cache: Path
+    cache: str  # a directory or any fsspec URL
     teacher: str = "cache"
     trust_remote_code: bool = False
 
@@ -106,8 +107,8 @@ class Run:
                     "student_config_sha256": file_digest(student / "config.json"),
                     "teacher": self.teacher,
                     "trust_remote_code": self.trust_remote_code,
-                    "cache": str(self.cache.resolve()),
-                    "cache_sha256": hashlib.sha256((cache.path / CACHE_FILE).read_bytes()).hexdigest(),
+                    "cache": cache.store.absolute,
+                    "cache_sha256": hashlib.sha256(cache.store.read(CACHE_FILE)).hexdigest(),
                     "command": shlex.join(sys.argv),
                     "software": {
                         "genrecal": genrecal.__version__,
@@ -128,7 +129,7 @@ class Run:
             path=path,
             config=config_from(content["config"]),
             student=content["student"],
-            cache=Path(content["cache"]),
+            cache=content["cache"],
             teacher=content["teacher"],
             trust_remote_code=content["trust_remote_code"],
         )

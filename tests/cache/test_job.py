@@ -57,7 +57,7 @@ def test_writes_what_it_says(teacher, data, tmp_path):
             "processor_config.json",
         )
     }
-    assert files == shards | teacher_files | {"cache.json", "head.safetensors"}
+    assert files == shards | teacher_files | {"cache.json", "head.safetensors", "index.parquet"}
     for name in teacher_files:
         assert (tmp_path / name).read_bytes() == (Path(teacher.path) / name.removeprefix("teacher/")).read_bytes()
     assert torch.equal(cache.head().weight, teacher.head.weight)

@@ -41,6 +41,7 @@ from genrecal.shards.inspect import (
 from genrecal.shards.inspect_record import load_vocabulary
 from genrecal.shards.inspect_text import inline_image, inline_protocol, record_text, sql_text, summary_text, visible
 from genrecal.shards.reader import open_cache
+from genrecal.shards.storage import open_store
 
 TOP_K = 8
 ODD = [
@@ -202,6 +203,7 @@ def test_measurements_that_are_missing_are_damage(path, tmp_path):
     table = pq.read_table(file)
     index = table.column_names.index("log_prob")
     pq.write_table(table.set_column(index, table.field(index), [pa.nulls(len(table), pa.float32())]), file)
+    (tmp_path / "cache/index.parquet").unlink()
     damaged = open_cache(tmp_path / "cache")
     with pytest.raises(DamageError, match="5 of the 12 cached samples have no log_prob"):
         summarize(damaged)
@@ -221,7 +223,7 @@ def test_an_image_member_cannot_be_written_elsewhere(cache, tmp_path):
 @pytest.mark.parametrize("family", ["qwen2_vl", "internvl_llama", "gemma3"])
 def test_vocabulary_is_the_tokenizers(tiny, family):
     """Byte-level and sentencepiece-like; against what the tokenizers library makes of runs of tokens."""
-    vocabulary, note = load_vocabulary(tiny(family))
+    vocabulary, note = load_vocabulary(open_store(tiny(family)), folder="")
     backend = Tokenizer.from_file(str(tiny(family) / "tokenizer.json"))
     assert note == "" and vocabulary.text(10_000_000) is None
     for text in ("What is shown? a red square", "7 of 9 (A)", "中文 🙂"):
@@ -238,7 +240,7 @@ def test_vocabulary_is_the_tokenizers(tiny, family):
 def test_without_a_readable_tokenizer_there_are_ids(tmp_path, content):
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
-    vocabulary, note = load_vocabulary(tmp_path)
+    vocabulary, note = load_vocabulary(open_store(tmp_path), folder="")
     assert vocabulary is None and str(tmp_path) in note and "by their ids" in note
 
 

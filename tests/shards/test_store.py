@@ -14,10 +14,12 @@ from shard_records import make_answer, make_question
 
 import genrecal
 from genrecal.errors import DamageError, FormatError
+from genrecal.files import remove_stale_temporaries
 from genrecal.samples import BadRecord
 from genrecal.shards.codecs import CODECS
-from genrecal.shards.layout import manifest_path, remove_stale_temporaries, tar_path, write_cache_json
+from genrecal.shards.layout import manifest_name, tar_name, write_cache_json
 from genrecal.shards.record import Record
+from genrecal.shards.storage import open_store
 from genrecal.shards.writer import ShardWriter
 
 DESCRIPTION = {
@@ -47,7 +49,7 @@ def write_shard(cache, shard, numbers):
 
 @pytest.fixture
 def cache(tmp_path):
-    write_cache_json(tmp_path, DESCRIPTION)
+    write_cache_json(open_store(tmp_path), DESCRIPTION)
     write_shard(tmp_path, 0, [0, 1, 2])
     write_shard(tmp_path, 1, [4, 5])
     return tmp_path
@@ -85,7 +87,7 @@ def test_manifest_measures_the_rows(cache):
 
 
 def test_plain_tools_read_it(cache):
-    with tarfile.open(tar_path(cache, "samples", 0)) as tar:
+    with tarfile.open(cache / tar_name("samples", 0)) as tar:
         names = tar.getnames()
         assert all(m.mtime == 0 and m.uid == m.gid == 0 and m.uname == m.gname == "" for m in tar)
         table = pa.ipc.open_file(io.BytesIO(tar.extractfile("00000000.answer.arrow").read())).read_all()
@@ -93,7 +95,7 @@ def test_plain_tools_read_it(cache):
     assert names[:4] == ["00000000.json", "00000000.0.png", "00000000.1.png", "00000000.answer.arrow"]
     assert keys == sorted(keys)  # a sample's members stand together
     assert table.num_rows == 7
-    found = list(webdataset.WebDataset(str(tar_path(cache, "samples", 0)), shardshuffle=False))
+    found = list(webdataset.WebDataset(str(cache / tar_name("samples", 0)), shardshuffle=False))
     assert [sample["__key__"] for sample in found] == ["00000000", "00000001", "00000002"]
     assert json.loads(found[0]["json"])["category"] == "test" and found[0]["0.png"] == sample_of(0).images[0].read()
     counts = duckdb.sql(
@@ -105,7 +107,7 @@ def test_plain_tools_read_it(cache):
 def test_offsets_are_the_members_own(cache):
     for record in genrecal.open_cache(cache):
         for member in record.row["members"]:
-            with tarfile.open(tar_path(cache, member["tier"], record.row["shard"])) as tar:
+            with tarfile.open(cache / tar_name(member["tier"], record.row["shard"])) as tar:
                 info = tar.getmember(member["name"])
                 assert (info.offset_data, info.size) == (member["offset"], member["size"])
 
@@ -145,7 +147,7 @@ def test_leftovers_of_dead_processes_are_removed_and_others_kept(tmp_path):
 @pytest.mark.parametrize("tier", ["samples", "questions"])
 def test_every_flipped_byte_is_named_or_harmless(cache, tier):
     """A byte of any member that changes is found when the member is read; padding and headers do not matter."""
-    path = tar_path(cache, tier, 0)
+    path = cache / tar_name(tier, 0)
     whole = path.read_bytes()
     expected = read_all(cache)
     rng = np.random.default_rng(0)
@@ -178,7 +180,7 @@ def test_versions_and_codecs_that_are_not_known_are_refused(cache):
         ({"format_version": 2}, "version 2; this genrecal reads version 1"),
         ({"answer_codec": "int3"}, "answer_codec.*int3.*bf16"),
     ):
-        write_cache_json(cache, DESCRIPTION | change)
+        write_cache_json(open_store(cache), DESCRIPTION | change)
         with pytest.raises(FormatError, match=message):
             genrecal.open_cache(cache)
     with pytest.raises(FormatError, match="not a cache"):
@@ -195,11 +197,11 @@ def test_a_shard_that_is_written_anew_is_read_anew(cache):
 
 
 def test_damaged_or_missing_manifests_are_named(cache):
-    manifest_path(cache, 1).write_bytes(b"PAR1 nonsense")
+    (cache / manifest_name(1)).write_bytes(b"PAR1 nonsense")
     with pytest.raises(DamageError, match=r"manifest/00001\.parquet"):
         genrecal.open_cache(cache)
-    manifest_path(cache, 1).unlink()
+    (cache / manifest_name(1)).unlink()
     assert len(genrecal.open_cache(cache)) == 3  # an unfinished cache can be looked at
-    write_cache_json(cache, DESCRIPTION | {"totals": {}})
+    write_cache_json(open_store(cache), DESCRIPTION | {"totals": {}})
     with pytest.raises(DamageError, match=r"manifest/00001\.parquet: missing"):
         genrecal.open_cache(cache)

@@ -21,9 +21,10 @@ from genrecal.errors import DamageError
 from genrecal.samples import open_samples
 from genrecal.shards import verify
 from genrecal.shards.head import HEAD_FILE
-from genrecal.shards.layout import manifest_path, read_cache_json, tar_path, write_cache_json
+from genrecal.shards.layout import manifest_name, read_cache_json, tar_name, write_cache_json
 from genrecal.shards.manifest import ManifestRow, Member, manifest_bytes, read_manifest
 from genrecal.shards.reader import open_cache
+from genrecal.shards.storage import open_store
 from genrecal.shards.verify import quarantine, verify_cache
 
 
@@ -33,7 +34,7 @@ def cache(tmp_path):
 
 
 def change(cache, **settings):
-    write_cache_json(cache, read_cache_json(cache) | settings)
+    write_cache_json(open_store(cache), read_cache_json(open_store(cache)) | settings)
 
 
 def found(cache, **options):
@@ -43,13 +44,13 @@ def found(cache, **options):
 
 def edit_manifest(cache, shard, edit, *, facts_too=lambda facts: None):
     """Write a manifest anew with the rows that `edit` leaves, its digest right again."""
-    table, facts = read_manifest(manifest_path(cache, shard))
+    table, facts = read_manifest((cache / manifest_name(shard)).read_bytes(), where="manifest")
     rows = [
         ManifestRow(**row | {"members": [Member(**member) for member in row["members"]]})
         for row in edit(table.to_pylist())
     ]
     facts_too(facts)
-    manifest_path(cache, shard).write_bytes(manifest_bytes(rows, facts))
+    (cache / manifest_name(shard)).write_bytes(manifest_bytes(rows, facts))
 
 
 # --------------------------------------------------------------------------------------------------------- whole caches
@@ -68,23 +69,23 @@ def test_a_whole_cache_is_whole(tmp_path, codec):
 
 
 def test_an_unfinished_cache_is_no_damage(cache):
-    description = read_cache_json(cache)
+    description = read_cache_json(open_store(cache))
     del description["totals"]
-    write_cache_json(cache, description)
+    write_cache_json(open_store(cache), description)
     assert verify_cache(cache).notes == (
         "every shard is there, but cache.json has no totals yet; run `genrecal cache` again",
     )
-    manifest_path(cache, 1).unlink()
+    (cache / manifest_name(1)).unlink()
     result = verify_cache(cache)
     assert result.whole and result.shards == (2, 3) and "unfinished: 2 of 3 shards" in result.notes[0]
 
 
 def test_a_deleted_question_tier_is_no_damage_and_one_missing_tar_is(cache):
-    tar_path(cache, "questions", 1).unlink()
+    (cache / tar_name("questions", 1)).unlink()
     (line,) = found(cache)
     assert line.startswith("questions/00001.tar: missing, while 2 of 3 shards have theirs")
     for shard in (0, 2):
-        tar_path(cache, "questions", shard).unlink()
+        (cache / tar_name("questions", shard)).unlink()
     result = verify_cache(cache)
     assert result.whole and "questions tier was deleted" in result.notes[0]
 
@@ -93,14 +94,14 @@ def test_a_deleted_question_tier_is_no_damage_and_one_missing_tar_is(cache):
 
 
 def test_every_kind_of_damage_in_a_shard_is_named_and_one_bad_shard_hides_no_other(cache):
-    path = tar_path(cache, "samples", 0)
+    path = cache / tar_name("samples", 0)
     with tarfile.open(path) as tar:
         member = tar.getmembers()[1]
     data = bytearray(path.read_bytes())
     data[member.offset_data] ^= 1
     path.write_bytes(data)
-    manifest_path(cache, 1).write_bytes(b"PAR1 nonsense")
-    tar_path(cache, "samples", 2).write_bytes(tar_path(cache, "samples", 2).read_bytes()[:4000])
+    (cache / manifest_name(1)).write_bytes(b"PAR1 nonsense")
+    (cache / tar_name("samples", 2)).write_bytes((cache / tar_name("samples", 2)).read_bytes()[:4000])
     result = verify_cache(cache)
     lines = [str(finding) for finding in result.findings]
     assert result.damaged_shards == [0, 1, 2]
@@ -113,8 +114,8 @@ def test_every_kind_of_damage_in_a_shard_is_named_and_one_bad_shard_hides_no_oth
 
 
 def test_missing_files_are_named(cache):
-    tar_path(cache, "samples", 0).unlink()
-    manifest_path(cache, 1).unlink()
+    (cache / tar_name("samples", 0)).unlink()
+    (cache / manifest_name(1)).unlink()
     (cache / HEAD_FILE).unlink()
     (cache / "teacher/config.json").unlink()
     lines = found(cache)
@@ -163,9 +164,9 @@ def test_no_cache_at_all(tmp_path):
 def test_a_file_that_is_not_the_teachers_is_named(cache):
     (cache / "teacher/added_tokens.json").write_text("{}")
     (cache / "teacher/config.json").write_text("{}")
-    description = read_cache_json(cache)
+    description = read_cache_json(open_store(cache))
     description["teacher"]["files_sha256"]["../../secret"] = "00"
-    write_cache_json(cache, description)
+    write_cache_json(open_store(cache), description)
     lines = found(cache)
     assert [line.split(":")[0] for line in lines] == [
         "cache.json", "teacher/config.json", "teacher/added_tokens.json",
@@ -216,7 +217,8 @@ def edited(**values):
 )
 def test_what_a_manifest_says_is_compared_with_the_members_and_the_plan(cache, edit, words):
     def whole(facts):
-        facts["rows"] = len(edit([dict(row) for row in read_manifest(manifest_path(cache, 1))[0].to_pylist()]))
+        table, _ = read_manifest((cache / manifest_name(1)).read_bytes(), where="manifest")
+        facts["rows"] = len(edit([dict(row) for row in table.to_pylist()]))
 
     edit_manifest(cache, 1, edit, facts_too=whole)
     result = verify_cache(cache)
@@ -238,7 +240,7 @@ def test_a_shard_that_was_written_with_other_options_is_named(cache, monkeypatch
     assert any("sample 00000008-s8: codec in the Arrow metadata: expected bf16, got int8" in line for line in lines)
     head = type(wide)(weight=torch.cat([wide.weight, wide.weight], dim=1), vocab_size=wide.vocab_size)
     head.save(cache / HEAD_FILE)
-    teacher = read_cache_json(cache)["teacher"]
+    teacher = read_cache_json(open_store(cache))["teacher"]
     digest = hashlib.sha256((cache / HEAD_FILE).read_bytes()).hexdigest()
     change(cache, teacher=teacher | {"head_sha256": digest})
     lines = found(cache, deep=True)
@@ -247,17 +249,17 @@ def test_a_shard_that_was_written_with_other_options_is_named(cache, monkeypatch
 
 
 def test_a_manifest_that_was_edited_is_found_by_its_digest(cache):
-    table = pq.read_table(manifest_path(cache, 0))
+    table = pq.read_table(cache / manifest_name(0))
     place = table.schema.get_field_index("log_prob")
     column = pa.array([0.0, *table.column("log_prob").to_pylist()[1:]], pa.float32())
-    pq.write_table(table.set_column(place, "log_prob", column), manifest_path(cache, 0))
+    pq.write_table(table.set_column(place, "log_prob", column), (cache / manifest_name(0)))
     (line,) = found(cache)
     assert line.startswith("manifest/00000.parquet: content_xxh3 of its rows and facts: expected ")
 
 
 def test_a_tar_that_was_written_by_another_tool_is_found(cache):
     """The same members at the same places, but one more behind them, or a header of another kind."""
-    path = tar_path(cache, "samples", 0)
+    path = cache / tar_name("samples", 0)
     before = path.read_bytes()
     with tarfile.open(path, "a") as tar:
         tar.addfile(tarfile.TarInfo("00000000-s0.txt"), io.BytesIO())
@@ -319,7 +321,7 @@ def test_another_order_of_the_heads_rows_is_found(cache):
     head = make_head()
     type(head)(weight=head.weight.flip(0), vocab_size=head.vocab_size).save(cache / HEAD_FILE)
     assert [line.split(":")[0] for line in found(cache)] == [HEAD_FILE]
-    teacher = read_cache_json(cache)["teacher"]
+    teacher = read_cache_json(open_store(cache))["teacher"]
     change(cache, teacher=teacher | {"head_sha256": hashlib.sha256((cache / HEAD_FILE).read_bytes()).hexdigest()})
     assert verify_cache(cache).whole
     (line,) = found(cache, deep=True)
@@ -337,7 +339,7 @@ def test_the_limit_is_what_is_asked_for(tmp_path):
 
 
 def damage(cache, shard):
-    path = tar_path(cache, "samples", shard)
+    path = cache / tar_name("samples", shard)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 255
     path.write_bytes(data)
@@ -347,7 +349,7 @@ def test_damaged_shards_are_set_aside_and_no_earlier_ones_overwritten(cache):
     before = tree(cache)
     damage(cache, 1)
     spoilt = tree(cache)["samples/00001.tar"]
-    assert [folder.name for folder in quarantine(verify_cache(cache))] == ["00001.0"]
+    assert quarantine(verify_cache(cache)) == [f"{cache}/quarantine/00001.0"]
     after = tree(cache)
     moved = {f"{name}.tar": before[f"{name}/00001.tar"] for name in ("samples", "questions")}
     moved |= {"manifest.parquet": before["manifest/00001.parquet"], "samples.tar": spoilt}
@@ -362,7 +364,7 @@ def test_damaged_shards_are_set_aside_and_no_earlier_ones_overwritten(cache):
     write_shard(cache, 1, make_head())
     assert verify_cache(cache).whole
     damage(cache, 1)
-    assert [folder.name for folder in quarantine(verify_cache(cache))] == ["00001.1"]
+    assert quarantine(verify_cache(cache)) == [f"{cache}/quarantine/00001.1"]
     assert len(tree(cache / "quarantine")) == 6
 
 
@@ -384,9 +386,9 @@ def test_after_repair_the_cache_job_makes_the_same_bytes(teacher, data, tmp_path
     assert result.whole, [str(finding) for finding in result.findings]
     assert all(figures.kl_mean < 1e-4 and figures.top1_agreement > 0.95 for figures in result.deep)
     for spoil in (
-        lambda: (damage(tmp_path, 0), tar_path(tmp_path, "questions", 2).unlink()),
-        lambda: manifest_path(tmp_path, 1).write_bytes(manifest_path(tmp_path, 1).read_bytes()[:-20]),
-        lambda: manifest_path(tmp_path, 1).unlink(),
+        lambda: (damage(tmp_path, 0), (tmp_path / tar_name("questions", 2)).unlink()),
+        lambda: (tmp_path / manifest_name(1)).write_bytes((tmp_path / manifest_name(1)).read_bytes()[:-20]),
+        lambda: (tmp_path / manifest_name(1)).unlink(),
     ):
         spoil()
         found = verify_cache(tmp_path)

@@ -93,7 +93,7 @@ def test_head_survives_its_file(tiny, tmp_path):
     head = vlm.frozen_head()
     assert head.vocab_size < head.weight.shape[0]  # rows past the tokenizer's ids
     head.save(tmp_path / "head.safetensors")
-    loaded = FrozenHead.load(tmp_path)
+    loaded = FrozenHead.load(tmp_path / "head.safetensors")
     assert torch.equal(loaded.weight, head.weight) and loaded.weight.dtype == torch.bfloat16
     assert (loaded.transform, loaded.vocab_size, loaded.bias) == (head.transform, head.vocab_size, None)
 

@@ -1,0 +1,164 @@
+"""`index.parquet`: what the manifests say of every sample, in one file, so that a large cache opens without them.
+
+It holds the manifests' columns that are asked of all samples at once (lengths, categories, measurements) and a digest of
+each manifest. Keys, reasons and members stay in the manifests, which are read when a record of their shard is.
+It is made when a cache is finished, from the manifests alone; without it the manifests are read.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from genrecal.errors import DamageError
+from genrecal.shards.layout import FORMAT_VERSION, manifest_name
+from genrecal.shards.manifest import CACHED, DIGEST, METADATA_KEY, READ_ERRORS, SKIPPED, read_manifest
+from genrecal.shards.storage import Store
+
+INDEX_FILE = "index.parquet"
+ROW_GROUP = 2**20
+READERS = 16  # manifests read at once; a remote store answers them side by side
+COUNTS = ("turns", "images", "question_tokens", "answer_tokens")
+TEXT = pa.dictionary(pa.int32(), pa.string())
+SCHEMA = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("cached", pa.bool_()),
+        ("category", TEXT),
+        ("source", TEXT),
+        ("turns", pa.int32()),
+        ("images", pa.int32()),
+        ("question_tokens", pa.int32()),
+        ("answer_tokens", pa.int32()),
+        ("entropy", pa.float32()),
+        ("log_prob", pa.float32()),
+        ("top1_agreement", pa.float32()),
+        ("has_question", pa.bool_()),
+    ]
+)
+
+
+class Index:
+    """Columns over all input records, in input order.
+
+    Args:
+        read_column: name -> its values.
+        digests: `content_xxh3` of each shard's manifest, by shard.
+    """
+
+    def __init__(self, read_column: Callable[[str], pa.ChunkedArray], digests: dict[int, str]):
+        self.column, self.digests = read_column, digests
+        numbers = np.fromiter(digests, np.int64, len(digests))
+        self.shard = np.asarray(read_column("shard").to_numpy())
+        self.rows = np.flatnonzero(np.asarray(read_column("cached").to_numpy()))  # of the cached samples
+        if np.any(np.diff(self.shard) < 0) or not np.isin(self.shard[:1], numbers).all():
+            raise ValueError("its shards are not in order")
+        self._numbers, self._starts = numbers, np.searchsorted(self.shard, numbers)
+
+    def place(self, row: int) -> tuple[int, int]:
+        """A record's shard, and its row in that shard's manifest."""
+        shard = int(self.shard[row])
+        return shard, row - int(self._starts[np.searchsorted(self._numbers, shard)])
+
+
+Scan = Sequence[tuple[pa.Table, dict[str, Any]]]  # of each shard, the index's columns and the facts of its manifest
+
+
+def scan(store: Store, shards: Sequence[int]) -> Scan:
+    """Read these shards' manifests, several at once, and keep what the index needs. Raises DamageError."""
+
+    def read(shard: int) -> tuple[pa.Table, dict[str, Any]]:
+        table, facts = read_shard_manifest(store, shard)
+        return _columns(table), facts
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(read, shards))
+
+
+def index_of(scanned: Scan) -> Index:
+    """The index of what was scanned, in memory."""
+    table = _joined(scanned)
+    return Index(table.column, {facts["shard"]: str(facts.get(DIGEST)) for _, facts in scanned})
+
+
+def index_bytes(scanned: Scan) -> bytes:
+    """The index file of a finished cache. The same manifests give the same bytes."""
+    facts = {"format_version": FORMAT_VERSION, "manifests": [facts[DIGEST] for _, facts in scanned]}
+    table = _joined(scanned).replace_schema_metadata({METADATA_KEY: json.dumps(facts, sort_keys=True)})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True, row_group_size=ROW_GROUP)
+    return sink.getvalue().to_pybytes()
+
+
+def totals_of(scanned: Scan) -> dict[str, int]:
+    """The sums that `cache.json` holds of a finished cache."""
+    totals = {status: sum(facts[status] for _, facts in scanned) for status in (CACHED, SKIPPED)}
+    table = _joined(scanned)
+    return totals | {name: int(pc.sum(table.column(name)).as_py() or 0) for name in COUNTS}
+
+
+def _columns(manifest: pa.Table) -> pa.Table:
+    """The index's columns of one manifest."""
+    cached = pc.equal(manifest.column("status"), CACHED)
+    names = [name for name in SCHEMA.names if name != "cached"]
+    return manifest.select(names).append_column("cached", cached).select(SCHEMA.names).combine_chunks()
+
+
+def _joined(scanned: Scan) -> pa.Table:
+    tables = [table for table, _ in scanned]
+    return pa.concat_tables(tables).combine_chunks().cast(SCHEMA) if tables else SCHEMA.empty_table()
+
+
+def read_index(store: Store, *, num_shards: int, num_samples: int | None) -> Index:
+    """The index file; columns are read when they are asked for. Raises DamageError if it is not this cache's."""
+    try:
+        with _open(store) as file:
+            facts = json.loads((file.metadata.metadata or {})[METADATA_KEY])
+            digests = facts["manifests"]
+            if len(digests) != num_shards or (num_samples is not None and file.metadata.num_rows != num_samples):
+                raise ValueError(
+                    f"expected {num_samples} records in {num_shards} shards, "
+                    f"got {file.metadata.num_rows} in {len(digests)}"
+                )
+        return Index(lambda name: _read_column(store, name), {i: str(digest) for i, digest in enumerate(digests)})
+    except READ_ERRORS as error:
+        raise DamageError(
+            f"{store.where(INDEX_FILE)}: not this cache's index: {error}; delete it and run `genrecal cache` again"
+        ) from None
+
+
+def _open(store: Store) -> pq.ParquetFile:
+    return pq.ParquetFile(
+        store.open(INDEX_FILE), page_checksum_verification=True, read_dictionary=["category", "source"]
+    )
+
+
+def _read_column(store: Store, name: str) -> pa.ChunkedArray:
+    try:
+        with _open(store) as file:
+            return file.read([name]).column(name).cast(SCHEMA.field(name).type)
+    except READ_ERRORS as error:
+        raise DamageError(
+            f"{store.where(INDEX_FILE)}: column {name} cannot be read: {error}; delete it and run `genrecal cache` again"
+        ) from None
+
+
+def read_shard_manifest(store: Store, shard: int) -> tuple[pa.Table, dict[str, Any]]:
+    """A shard's manifest. Raises DamageError if it is missing, unreadable or another shard's."""
+    name = manifest_name(shard)
+    try:
+        data = store.read(name)
+    except OSError as error:
+        raise DamageError(f"{store.where(name)}: {error.strerror or error}; run `genrecal cache` again") from None
+    table, facts = read_manifest(data, where=store.where(name))
+    if facts["format_version"] == FORMAT_VERSION and facts["shard"] != shard:
+        raise DamageError(
+            f"{store.where(name)}: expected the manifest of shard {shard}, got that of shard {facts['shard']}; "
+            "delete it and run `genrecal cache` again"
+        )
+    return table, facts

@@ -1,0 +1,387 @@
+"""Where a cache lies: a local directory, or any fsspec URL (`s3://`, `gs://`, `hf://`, `memory://`).
+
+Names are relative to the cache, with slashes: `samples/00000.tar`. Local files are flushed to disk before they take their
+name. An object store shows an upload when it is complete and never before, so a kill leaves nothing that looks whole.
+"""
+
+import abc
+import contextlib
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from genrecal.errors import StorageError, UsageError
+from genrecal.files import process_runs, put_in_place, remove_stale_temporaries, temporary_path, write_whole
+
+ATTEMPTS = 4  # of one remote operation, on top of what the file system itself retries
+LONGEST_PAUSE = 8.0  # seconds between two of them
+STREAM_BLOCK = 2**23  # bytes read ahead when a remote file is read from begin to end
+FINAL = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    FileExistsError,
+    NotImplementedError,
+)
+EXTRAS = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "hf": "huggingface_hub",
+    "az": "adlfs",
+    "abfs": "adlfs",
+}
+
+
+class Store(abc.ABC):
+    """The files of one cache. Methods raise FileNotFoundError for a name that is not there."""
+
+    url: str  # as the user wrote it, for messages and for opening it again
+
+    def where(self, name: str) -> str:
+        """A file's full name, for messages."""
+        return f"{self.url.rstrip('/')}/{name}" if name else self.url
+
+    @property
+    def absolute(self) -> str:
+        """The URL, not depending on the working directory."""
+        return self.url
+
+    @abc.abstractmethod
+    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
+        """Bytes [offset, offset + size) of a file, fewer where it ends before; all that follow if `size` is None."""
+
+    @abc.abstractmethod
+    def open(self, name: str) -> BinaryIO:
+        """A file to read, seekable."""
+
+    @abc.abstractmethod
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+
+    @abc.abstractmethod
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of each file in a folder, by its name without the folder's; none if the folder does not exist."""
+
+    @abc.abstractmethod
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file: it is the old one or the new one, never a part."""
+
+    @abc.abstractmethod
+    def temporary(self, name: str) -> Path:
+        """A local path to write a large file to, before `place` makes it the real one. Another process gets another."""
+
+    @abc.abstractmethod
+    def place(self, temporary: Path, name: str) -> None:
+        """Make a finished temporary file the real one. The temporary file is gone afterwards."""
+
+    @abc.abstractmethod
+    def move(self, name: str, new_name: str) -> None:
+        """Rename a file inside the cache; `new_name` must be free."""
+
+    @abc.abstractmethod
+    def present(self, name: str) -> bool:
+        """Whether anything stands under this name, be it a folder or a link that leads nowhere."""
+
+    @abc.abstractmethod
+    def local_copy(self, name: str) -> Path:
+        """A local file with the content of this one, to be read only: the file itself where the cache is local."""
+
+    @abc.abstractmethod
+    def prepare(self) -> None:
+        """Make the directory ready to be written, and clear away what killed processes of this machine left unfinished.
+
+        Raises OSError where that cannot be.
+        """
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files in a folder, sorted."""
+        return sorted(self.sizes(folder))
+
+    def exists(self, name: str) -> bool:
+        try:
+            self.size(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+
+def open_store(location: "str | os.PathLike[str] | Store") -> Store:
+    """The store at a path or URL; nothing is read yet.
+
+    Raises UsageError for a protocol that is not known, or whose package is not installed.
+    """
+    if isinstance(location, Store):
+        return location
+    text = os.fspath(location)
+    if "://" not in text:
+        return LocalStore(Path(text), text)
+    import fsspec
+    from fsspec.implementations.local import LocalFileSystem
+
+    protocol = text.split("://", 1)[0]
+    try:
+        # Listings are not kept: another worker writes to the same cache.
+        fs, path = fsspec.core.url_to_fs(text, use_listings_cache=False)
+    except ImportError as error:
+        package = EXTRAS.get(protocol, f"the fsspec package for {protocol}")
+        raise UsageError(f"{text}: {protocol}:// needs {package}, which is not installed: {error}") from None
+    except ValueError as error:
+        raise UsageError(f"{text}: not a URL that fsspec knows: {error}") from None
+    if isinstance(fs, LocalFileSystem):
+        return LocalStore(Path(path), text)
+    return RemoteStore(text)
+
+
+# ------------------------------------------------------------------------------------------------------------------ local
+
+
+class LocalStore(Store):
+    """A directory of this machine, or of a file system that is mounted on it."""
+
+    def __init__(self, root: Path, url: str | None = None):
+        self.root, self.url = root, url or str(root)
+
+    def __repr__(self) -> str:
+        return f"LocalStore({str(self.root)!r})"
+
+    @property
+    def absolute(self) -> str:
+        return str(self.root.resolve())
+
+    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
+        path = self.root / name
+        status = path.stat()
+        rest = max(0, status.st_size - offset)
+        size = rest if size is None else min(size, rest)
+        return (
+            os.pread(_open_file(str(path), status.st_ino, status.st_mtime_ns).fileno(), size, offset) if size else b""
+        )
+
+    def open(self, name: str) -> BinaryIO:
+        return (self.root / name).open("rb", buffering=0)
+
+    def size(self, name: str) -> int:
+        return (self.root / name).stat().st_size
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        try:
+            with os.scandir(self.root / folder) as entries:
+                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+
+    def write(self, name: str, data: bytes) -> None:
+        write_whole(self.root / name, data)
+
+    def temporary(self, name: str) -> Path:
+        path = temporary_path(self.root / name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def place(self, temporary: Path, name: str) -> None:
+        put_in_place(temporary, self.root / name)
+
+    def move(self, name: str, new_name: str) -> None:
+        old, new = self.root / name, self.root / new_name
+        new.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(new):
+            raise FileExistsError(str(new))
+        os.rename(old, new)
+        for folder in (new.parent.parent, new.parent, old.parent):
+            _flush_folder(folder)
+
+    def present(self, name: str) -> bool:
+        return os.path.lexists(self.root / name)
+
+    def local_copy(self, name: str) -> Path:
+        return self.root / name
+
+    def prepare(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        remove_stale_temporaries(self.root)
+
+
+@functools.lru_cache(maxsize=64)
+def _open_file(path: str, inode: int, modified: int) -> BinaryIO:
+    """The few most recent files stay open: a shuffling window touches only that many.
+
+    A file that was replaced under its name has another inode or time, and is opened anew.
+    """
+    return open(path, "rb", buffering=0)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ----------------------------------------------------------------------------------------------------------------- remote
+
+
+class RemoteStore(Store):
+    """A prefix of an object store, or any other file system that fsspec knows.
+
+    Every operation is tried again after a pause when it fails for a reason that may pass.
+    Methods raise StorageError when it goes on failing, and PermissionError where access is refused.
+    """
+
+    def __init__(self, url: str):
+        self.url = url
+
+    def __repr__(self) -> str:
+        return f"RemoteStore({self.url!r})"
+
+    @property
+    def _fs(self) -> Any:
+        return _file_system(self.url, os.getpid())[0]
+
+    def _path(self, name: str) -> str:
+        root: str = _file_system(self.url, os.getpid())[1]
+        return f"{root.rstrip('/')}/{name}" if name else root
+
+    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
+        if size == 0:
+            return b""
+        end = None if size is None else offset + size
+        return self._retry("read", name, lambda: _range(self._fs, self._path(name), offset, end))
+
+    def open(self, name: str) -> BinaryIO:
+        return self._retry("open", name, lambda: self._fs.open(self._path(name), "rb", block_size=STREAM_BLOCK))
+
+    def size(self, name: str) -> int:
+        return int(self._retry("look up", name, lambda: self._fs.info(self._path(name)))["size"])
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        try:
+            entries = self._retry("list", folder, lambda: self._fs.ls(self._path(folder), detail=True))
+        except FileNotFoundError:
+            return {}
+        return {entry["name"].rsplit("/", 1)[-1]: int(entry["size"]) for entry in entries if entry["type"] == "file"}
+
+    def write(self, name: str, data: bytes) -> None:
+        def pipe() -> None:
+            self._make_folder(name)
+            self._fs.pipe_file(self._path(name), data)
+            self._check_size(name, len(data))
+
+        self._retry("write", name, pipe)
+
+    def temporary(self, name: str) -> Path:
+        return Path(tempfile.mkdtemp(dir=_scratch(os.getpid()))) / Path(name).name
+
+    def place(self, temporary: Path, name: str) -> None:
+        def put() -> None:
+            self._make_folder(name)
+            self._fs.put_file(str(temporary), self._path(name))
+            self._check_size(name, temporary.stat().st_size)
+
+        self._retry("upload", name, put)
+        temporary.unlink()
+
+    def move(self, name: str, new_name: str) -> None:
+        if self.exists(new_name):
+            raise FileExistsError(self.where(new_name))
+
+        def move() -> None:
+            self._make_folder(new_name)
+            self._fs.mv(self._path(name), self._path(new_name))
+
+        self._retry("move", name, move)
+
+    def present(self, name: str) -> bool:
+        return bool(self._retry("look up", name, lambda: self._fs.exists(self._path(name))))
+
+    def local_copy(self, name: str) -> Path:
+        path = self.temporary(name)
+        self._retry("download", name, lambda: self._fs.get_file(self._path(name), str(path)))
+        return path
+
+    def prepare(self) -> None:
+        """Object stores have no directories."""
+
+    def _make_folder(self, name: str) -> None:
+        """Where folders are real (SFTP, HDFS, memory); an object store takes this for nothing to do."""
+        if "/" in name:
+            with contextlib.suppress(FileExistsError, PermissionError, NotImplementedError):
+                self._fs.makedirs(self._path(name.rsplit("/", 1)[0]), exist_ok=True)
+
+    def _check_size(self, name: str, expected: int) -> None:
+        got = int(self._fs.info(self._path(name))["size"])
+        if got != expected:
+            raise OSError(f"expected {expected} bytes to be there after the upload, got {got}")
+
+    def _retry(self, doing: str, name: str, operation: Callable[[], Any]) -> Any:
+        import tenacity
+
+        # Which exception means that trying again may help differs with every package; few say that it cannot.
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(ATTEMPTS),
+            wait=tenacity.wait_random_exponential(multiplier=0.5, max=LONGEST_PAUSE),
+            retry=tenacity.retry_if_exception(
+                lambda error: isinstance(error, Exception) and not isinstance(error, FINAL)
+            ),
+            reraise=True,
+        )
+        try:
+            return retrying(operation)
+        except FINAL:
+            raise
+        except Exception as error:
+            raise StorageError(
+                f"{self.where(name)}: cannot {doing} it, after {ATTEMPTS} attempts: {type(error).__name__}: {error}"
+            ) from error
+
+
+@functools.lru_cache(maxsize=16)
+def _file_system(url: str, process: int) -> tuple[Any, str]:
+    """The file system and the path in it; one a process, since its connections do not survive a fork."""
+    import fsspec
+
+    fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    return fs, path
+
+
+def _range(fs: Any, path: str, start: int, end: int | None) -> bytes:
+    try:
+        return bytes(fs.cat_file(path, start=start, end=end))
+    except OSError as error:
+        # A file shorter than the manifest says: damage, which the reader names, and no reason to try again.
+        if "InvalidRange" in str(error) or "range" in str(error).lower() and "satisf" in str(error).lower():
+            return b""
+        raise
+
+
+@functools.lru_cache(maxsize=1)
+def _scratch(process: int) -> Path:
+    """A local folder of this process for files on their way to a remote store; removed when it ends.
+
+    Those of this user's processes that were killed are removed too.
+    """
+    import atexit
+
+    for folder in Path(tempfile.gettempdir()).glob("genrecal-*-*"):
+        pid = folder.name.split("-")[1]
+        with contextlib.suppress(OSError):
+            if pid.isdigit() and not process_runs(int(pid)) and folder.stat().st_uid == os.getuid():
+                shutil.rmtree(folder, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"genrecal-{process}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def files_in(store: Store, folder: str, suffix: str) -> Iterator[tuple[int, str]]:
+    """Numbers and names of the files `folder/NUMBER.suffix`, by number."""
+    for name in store.names(folder):
+        stem = name.removesuffix(suffix)
+        if stem != name and stem.isdecimal() and stem.isascii():
+            yield int(stem), f"{folder}/{name}"
