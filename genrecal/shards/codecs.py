@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from genrecal.errors import FormatError, SampleError, UsageError
-from genrecal.shards.rotation import block_size, rotate, rotate_back
+from genrecal.shards.rotation import block_size, rotate, rotate_back, signs
 
 GROUP = 128  # channels that share a scale
 SEED = 0  # of the rotation's signs
@@ -25,6 +25,8 @@ class Codec:
     Args:
         name: as cache.json and the Arrow metadata call it.
         columns: the columns that hold a state, in order.
+        compression: of the Arrow files' buffers, zstd or lz4. Codes of 8 bits have nothing that a dictionary finds;
+            zstd's entropy coder takes 5 % of them off and then needs more time than all other decoding (docs/decisions.md).
         lossless: whether bfloat16 states come back bit for bit.
         facts: D -> what the decoder needs.
         encode: float32 `[R, D]`, facts -> columns. Raises SampleError for states that it cannot hold.
@@ -33,6 +35,7 @@ class Codec:
 
     name: str
     columns: tuple[str, ...]
+    compression: str
     lossless: bool
     facts: Callable[[int], dict[str, Any]]
     encode: Callable[[np.ndarray, Facts], dict[str, np.ndarray]]
@@ -129,7 +132,11 @@ def _encode_int8(hidden: np.ndarray, facts: Facts) -> dict[str, np.ndarray]:
 def _decode_int8(columns: Mapping[str, np.ndarray], facts: Facts) -> np.ndarray:
     codes, scales = columns["hidden_q"], columns["hidden_scale"]
     _expect(codes, facts["hidden_size"], "hidden_q")
-    return _rescaled(codes, scales, facts)
+    if facts["block"] < facts["group"]:
+        return _rescaled(codes, scales, facts)
+    from genrecal.shards import kernels
+
+    return _compiled(kernels.decode8, codes, scales, facts)
 
 
 def _encode_int4(hidden: np.ndarray, facts: Facts) -> dict[str, np.ndarray]:
@@ -151,10 +158,25 @@ def _decode_int4(columns: Mapping[str, np.ndarray], facts: Facts) -> np.ndarray:
     packed, scales = columns["hidden_q"], columns["hidden_scale"]
     width = facts["hidden_size"]
     _expect(packed, -(-width // 2), "hidden_q")
+    if facts["block"] >= facts["group"]:
+        from genrecal.shards import kernels
+
+        return _compiled(kernels.decode4, packed, scales, facts)
     codes = np.empty((len(packed), 2 * packed.shape[1]), np.int8)
     codes[:, 0::2] = packed & 15
     codes[:, 1::2] = packed >> 4
     return _rescaled(codes[:, :width] - np.int8(8), scales, facts)
+
+
+def _compiled(kernel: Callable[..., None], codes: np.ndarray, scales: np.ndarray, facts: Facts) -> np.ndarray:
+    """What `_rescaled` gives, by a compiled loop for blocks of whole groups."""
+    width, group = facts["hidden_size"], facts["group"]
+    _expect(scales, width // group, "hidden_scale")
+    states = np.empty((len(codes), width), np.float32)
+    codes = np.ascontiguousarray(codes).view()
+    codes.flags.writeable = False  # as Arrow gives them; numba would compile the loop once for each
+    kernel(codes, scales.astype(np.float32), signs(width, facts["seed"]), facts["block"], states)
+    return states
 
 
 def _rescaled(codes: np.ndarray, scales: np.ndarray, facts: Facts) -> np.ndarray:
@@ -171,6 +193,7 @@ CODECS = {
         Codec(
             name="bf16",
             columns=("hidden_hi", "hidden_lo"),
+            compression="zstd",
             lossless=True,
             facts=_bf16_facts,
             encode=_encode_bf16,
@@ -179,6 +202,7 @@ CODECS = {
         Codec(
             name="int8",
             columns=("hidden_q", "hidden_scale"),
+            compression="lz4",
             lossless=False,
             facts=lambda width: _rotated_facts("int8", width),
             encode=_encode_int8,
@@ -187,6 +211,7 @@ CODECS = {
         Codec(
             name="int4",
             columns=("hidden_q", "hidden_scale"),
+            compression="zstd",
             lossless=False,
             facts=lambda width: _rotated_facts("int4", width),
             encode=_encode_int4,

@@ -79,7 +79,7 @@ class Record:
 
 
 def to_arrow(rows: QuestionRows, codec: Codec) -> bytes:
-    """Rows -> the bytes of an Arrow IPC file, buffers zstd-compressed. The same rows give the same bytes."""
+    """Rows -> the bytes of an Arrow IPC file, buffers compressed as the codec says. The same rows give the same bytes."""
     columns: dict[str, pa.Array] = {
         "turn": pa.array(rows.turn, pa.int32()),
         "position": pa.array(rows.position, pa.int32()),
@@ -98,7 +98,7 @@ def to_arrow(rows: QuestionRows, codec: Codec) -> bytes:
         columns["logsumexp"] = pa.array(rows.logsumexp, pa.float32())
     table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(facts, sort_keys=True)})
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=codec.compression)) as writer:
         writer.write_table(table)
     return sink.getvalue().to_pybytes()
 
