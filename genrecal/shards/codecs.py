@@ -72,10 +72,18 @@ def _decode_bf16(columns: Mapping[str, np.ndarray], facts: Facts) -> np.ndarray:
     high, low = columns["hidden_hi"], columns["hidden_lo"]
     _expect(high, facts["hidden_size"], "hidden_hi")
     _expect(low, facts["hidden_size"], "hidden_lo")
-    bits = np.empty(high.shape, np.uint32)
-    np.left_shift(high, np.uint32(24), out=bits, dtype=np.uint32)
-    bits |= low.astype(np.uint32) << np.uint32(16)
-    return bits.view(np.float32)
+    from genrecal.shards import kernels
+
+    states = np.empty(high.shape, np.float32)
+    kernels.join_planes(_flat(high), _flat(low), states.reshape(-1).view(np.uint32))
+    return states
+
+
+def _flat(column: np.ndarray) -> np.ndarray:
+    """A column's values in one row, not to be written to, as Arrow gives them: numba compiles a loop for each kind of array."""
+    flat = np.ascontiguousarray(column).reshape(-1)
+    flat.flags.writeable = False
+    return flat
 
 
 # ----------------------------------------------------------------------------------------------------------- int8 and int4
@@ -173,9 +181,13 @@ def _compiled(kernel: Callable[..., None], codes: np.ndarray, scales: np.ndarray
     width, group = facts["hidden_size"], facts["group"]
     _expect(scales, width // group, "hidden_scale")
     states = np.empty((len(codes), width), np.float32)
-    codes = np.ascontiguousarray(codes).view()
-    codes.flags.writeable = False  # as Arrow gives them; numba would compile the loop once for each
-    kernel(codes, scales.astype(np.float32), signs(width, facts["seed"]), facts["block"], states)
+    kernel(
+        _flat(codes).reshape(codes.shape),
+        scales.astype(np.float32),
+        signs(width, facts["seed"]),
+        facts["block"],
+        states,
+    )
     return states
 
 

@@ -65,6 +65,14 @@ def _neighbours4(x: np.ndarray, y: np.ndarray) -> None:
 
 
 @compiled
+def join_planes(high: np.ndarray, low: np.ndarray, bits: np.ndarray) -> None:
+    """bf16's two byte planes, uint8 `[n]`, -> the bits of float32 values, uint32 `[n]`."""
+    for i in range(len(bits)):
+        k = u(i)
+        bits[k] = (np.uint32(high[k]) << np.uint32(24)) | (np.uint32(low[k]) << np.uint32(16))
+
+
+@compiled
 def decode8(codes: np.ndarray, steps: np.ndarray, signs: np.ndarray, block: int, out: np.ndarray) -> None:
     """int8 codes `[R, D]` times their groups' steps, float32 `[R, D / 128]`, rotated back, into float32 `out` `[R, D]`.
 
