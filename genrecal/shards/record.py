@@ -46,11 +46,6 @@ class SampledTargets:
     counts: np.ndarray
     entropy: np.ndarray
 
-    @property
-    def draws(self) -> int:
-        """K."""
-        return int(self.ids.shape[1])
-
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerRows(QuestionRows):
