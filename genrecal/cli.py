@@ -303,6 +303,9 @@ def train(
     objective: Annotated[str | None, typer.Option(help="genrecal or sft; the same as --set objective=...")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="One setting, such as stage1.lr=2e-4.")] = None,
+    on_damage: Annotated[
+        str | None, typer.Option(help="At a damaged sample: fail or skip; the same as --set data.on_damage=...")
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="live:MODEL runs that teacher beside the student in place of the shards.")
     ] = None,
@@ -312,7 +315,8 @@ def train(
     from genrecal.train.config import load_config
 
     numbers = _stages(stages)
-    settings = load_config(config, [*(set_ or []), *([f"objective={objective}"] if objective else [])])
+    short = {"objective": objective, "data.on_damage": on_damage}
+    settings = load_config(config, [*(set_ or []), *(f"{name}={value}" for name, value in short.items() if value)])
     if teacher is not None and not teacher.startswith("live:"):
         raise UsageError(f"--teacher {teacher!r}: expected live:MODEL")
 

@@ -1,9 +1,11 @@
 """What the documents say: their scripts run, and their options, settings, defaults, names and links exist."""
 
 import importlib
+import io
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 import typer
 from conftest import mixed_samples, write_llava
+from PIL import Image
 
 from genrecal.cache.job import CacheOptions, run_cache_job
 from genrecal.cache.teacher import HFTeacher
@@ -74,11 +77,10 @@ def cache(request, tiny, tmp_path_factory):
     return folder / "cache"
 
 
-def run_alone(name, cache, folder):
-    """Run a script of the format's page where genrecal and the model libraries cannot be imported; its lines."""
+def run_alone(name, cache, folder, *, blocked=("genrecal", "torch", "transformers", "safetensors")):
+    """Run a script of the format's page where genrecal (and the model libraries) cannot be imported; its lines."""
     code = next(block for block in blocks(FORMAT, "python") if block.startswith(f"# {name}\n"))
     (folder / name).write_text(code)
-    blocked = ("genrecal", "torch", "transformers", "safetensors")
     start = (
         f"import runpy, sys; sys.modules.update(dict.fromkeys({blocked})); del sys.argv[0]; "
         "runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -107,18 +109,53 @@ def test_format_script_reads_what_genrecal_reads(cache, tmp_path):
     np.testing.assert_allclose(printed[:, 2], printed[:, 4], atol=moved)  # what the codec took away
 
 
+# A tool's view of a cache does not depend on the codec; one is enough for the slower ones.
+one_cache = pytest.mark.parametrize("cache", CACHES[1:2], indirect=True, ids=["int8"])
+
+
+def expected_lines(cache):
+    """What the scripts print of each sample."""
+    return [
+        f"{r.key} {len(r.sample.messages)} {r.answer.num_rows} {[Image.open(io.BytesIO(i)).size for i in r.images]}"
+        for r in open_cache(cache)
+    ]
+
+
 def test_plain_webdataset_reads_a_cache(cache, tmp_path):
-    pytest.importorskip("webdataset")
-    expected = [f"{r.key} {len(r.sample.messages)} {r.answer.num_rows}" for r in open_cache(cache)]
-    assert run_alone("read_webdataset.py", cache, tmp_path) == expected
+    assert run_alone("read_webdataset.py", cache, tmp_path) == expected_lines(cache)
+
+
+@one_cache
+def test_plain_energon_reads_a_cache(cache, tmp_path):
+    copy = shutil.copytree(cache, tmp_path / "cache")
+    (line,) = [line for line in shell_lines(FORMAT) if line.startswith("energon ")]
+    _, *words = shlex.split(line.replace("demo-out/cache", str(copy)))
+    done = subprocess.run([Path(sys.executable).with_name("energon"), *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = run_alone("read_energon.py", copy, tmp_path, blocked=("genrecal",))
+    assert sorted(line for line in lines if line.startswith("0000")) == expected_lines(cache)
+
+
+@one_cache
+def test_plain_datasets_reads_a_cache(cache, tmp_path):
+    assert run_alone("read_datasets.py", cache, tmp_path, blocked=("genrecal",)) == [*expected_lines(cache), "8 cached"]
+
+
+def test_plain_pyarrow_reads_the_manifests(cache, tmp_path):
+    records = sorted(open_cache(cache), key=lambda r: (r.row["log_prob"], r.key))[:3]
+    assert run_alone("read_pyarrow.py", cache, tmp_path) == [f"{r.key} {r.row['log_prob']}" for r in records]
 
 
 def test_plain_duckdb_reads_the_manifests(cache, tmp_path):
-    pytest.importorskip("duckdb")
-    categories, skipped = run_alone("read_duckdb.py", cache, tmp_path)
-    tokens = sum(r.row["answer_tokens"] for r in open_cache(cache))
+    categories, skipped, members = run_alone("read_duckdb.py", cache, tmp_path)
+    opened = open_cache(cache)
+    tokens = sum(r.row["answer_tokens"] for r in opened)
     assert categories.startswith(f"[('test', 8, {tokens}, ")
     assert "no answer" in skipped or "no assistant turn" in skipped
+    listed = [(m["tier"], m["name"].endswith(".arrow"), m["size"]) for r in opened for m in r.row["members"]]
+    groups = sorted({(tier, arrow) for tier, arrow, _ in listed})
+    sizes = {group: [size for tier, arrow, size in listed if (tier, arrow) == group] for group in groups}
+    assert members == str([(*group, len(sizes[group]), sum(sizes[group])) for group in groups])
 
 
 def test_format_page_names_every_field(cache):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from genrecal.errors import FormatError, SampleError, UsageError
-from genrecal.shards.rotation import block_size, rotate, rotate_back
+from genrecal.shards.rotation import block_size, rotate, rotate_back, signs
 
 GROUP = 128  # channels that share a scale
 SEED = 0  # of the rotation's signs
@@ -25,6 +25,8 @@ class Codec:
     Args:
         name: as cache.json and the Arrow metadata call it.
         columns: the columns that hold a state, in order.
+        compression: of the Arrow files' buffers, zstd or lz4. Codes of 8 bits have nothing that a dictionary finds;
+            zstd's entropy coder takes 5 % of them off and then needs more time than all other decoding (docs/decisions.md).
         lossless: whether bfloat16 states come back bit for bit.
         facts: D -> what the decoder needs.
         encode: float32 `[R, D]`, facts -> columns. Raises SampleError for states that it cannot hold.
@@ -33,6 +35,7 @@ class Codec:
 
     name: str
     columns: tuple[str, ...]
+    compression: str
     lossless: bool
     facts: Callable[[int], dict[str, Any]]
     encode: Callable[[np.ndarray, Facts], dict[str, np.ndarray]]
@@ -69,10 +72,18 @@ def _decode_bf16(columns: Mapping[str, np.ndarray], facts: Facts) -> np.ndarray:
     high, low = columns["hidden_hi"], columns["hidden_lo"]
     _expect(high, facts["hidden_size"], "hidden_hi")
     _expect(low, facts["hidden_size"], "hidden_lo")
-    bits = np.empty(high.shape, np.uint32)
-    np.left_shift(high, np.uint32(24), out=bits, dtype=np.uint32)
-    bits |= low.astype(np.uint32) << np.uint32(16)
-    return bits.view(np.float32)
+    from genrecal.shards import kernels
+
+    states = np.empty(high.shape, np.float32)
+    kernels.join_planes(_flat(high), _flat(low), states.reshape(-1).view(np.uint32))
+    return states
+
+
+def _flat(column: np.ndarray) -> np.ndarray:
+    """A column's values in one row, not to be written to, as Arrow gives them: numba compiles a loop for each kind of array."""
+    flat = np.ascontiguousarray(column).reshape(-1)
+    flat.flags.writeable = False
+    return flat
 
 
 # ----------------------------------------------------------------------------------------------------------- int8 and int4
@@ -129,7 +140,11 @@ def _encode_int8(hidden: np.ndarray, facts: Facts) -> dict[str, np.ndarray]:
 def _decode_int8(columns: Mapping[str, np.ndarray], facts: Facts) -> np.ndarray:
     codes, scales = columns["hidden_q"], columns["hidden_scale"]
     _expect(codes, facts["hidden_size"], "hidden_q")
-    return _rescaled(codes, scales, facts)
+    if facts["block"] < facts["group"]:
+        return _rescaled(codes, scales, facts)
+    from genrecal.shards import kernels
+
+    return _compiled(kernels.decode8, codes, scales, facts)
 
 
 def _encode_int4(hidden: np.ndarray, facts: Facts) -> dict[str, np.ndarray]:
@@ -151,10 +166,29 @@ def _decode_int4(columns: Mapping[str, np.ndarray], facts: Facts) -> np.ndarray:
     packed, scales = columns["hidden_q"], columns["hidden_scale"]
     width = facts["hidden_size"]
     _expect(packed, -(-width // 2), "hidden_q")
+    if facts["block"] >= facts["group"]:
+        from genrecal.shards import kernels
+
+        return _compiled(kernels.decode4, packed, scales, facts)
     codes = np.empty((len(packed), 2 * packed.shape[1]), np.int8)
     codes[:, 0::2] = packed & 15
     codes[:, 1::2] = packed >> 4
     return _rescaled(codes[:, :width] - np.int8(8), scales, facts)
+
+
+def _compiled(kernel: Callable[..., None], codes: np.ndarray, scales: np.ndarray, facts: Facts) -> np.ndarray:
+    """What `_rescaled` gives, by a compiled loop for blocks of whole groups."""
+    width, group = facts["hidden_size"], facts["group"]
+    _expect(scales, width // group, "hidden_scale")
+    states = np.empty((len(codes), width), np.float32)
+    kernel(
+        _flat(codes).reshape(codes.shape),
+        scales.astype(np.float32),
+        signs(width, facts["seed"]),
+        facts["block"],
+        states,
+    )
+    return states
 
 
 def _rescaled(codes: np.ndarray, scales: np.ndarray, facts: Facts) -> np.ndarray:
@@ -171,6 +205,7 @@ CODECS = {
         Codec(
             name="bf16",
             columns=("hidden_hi", "hidden_lo"),
+            compression="zstd",
             lossless=True,
             facts=_bf16_facts,
             encode=_encode_bf16,
@@ -179,6 +214,7 @@ CODECS = {
         Codec(
             name="int8",
             columns=("hidden_q", "hidden_scale"),
+            compression="lz4",
             lossless=False,
             facts=lambda width: _rotated_facts("int8", width),
             encode=_encode_int8,
@@ -187,6 +223,7 @@ CODECS = {
         Codec(
             name="int4",
             columns=("hidden_q", "hidden_scale"),
+            compression="zstd",
             lossless=False,
             facts=lambda width: _rotated_facts("int4", width),
             encode=_encode_int4,

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -171,7 +171,7 @@ class Cache(Sequence["CachedRecord"]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         shard, place = self._index.place(int(self._index.rows[index]))
-        return CachedRecord(self, self._manifest_of(shard)[0].slice(place, 1).to_pylist()[0])
+        return CachedRecord(self, Row(self._manifest_of(shard)[0], place))
 
     def __iter__(self) -> Iterator["CachedRecord"]:
         return (self[i] for i in range(len(self)))
@@ -182,7 +182,7 @@ class Cache(Sequence["CachedRecord"]):
             table = self._manifest_of(shard)[0]
             found = pc.index(table.column("key"), key).as_py()
             if found >= 0:
-                row = table.slice(found, 1).to_pylist()[0]
+                row = Row(table, found)
                 if row["status"] == SKIPPED:
                     raise FormatError(f"{self.path}: sample {key} was skipped: {row['reason']}")
                 return CachedRecord(self, row)
@@ -196,17 +196,37 @@ class Cache(Sequence["CachedRecord"]):
         return [shard for shard in self.shards if shard == int(number) // size]
 
 
+class Row(Mapping[str, Any]):
+    """One row of a manifest as a mapping; a value is taken out of its column when it is asked for."""
+
+    def __init__(self, table: pa.Table, place: int):
+        self._table, self._place = table, place
+
+    def __getitem__(self, name: str) -> Any:
+        return self._table.column(name)[self._place].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table.column_names)
+
+    def __len__(self) -> int:
+        return self._table.num_columns
+
+
 @dataclass(frozen=True)
 class CachedRecord:
     """One sample of a cache; every property reads what it needs from disk, and no more.
 
-    `row` is its manifest row as a dict.
+    `row` is its manifest row.
     """
 
     cache: Cache
-    row: dict[str, Any]
+    row: Mapping[str, Any]
 
-    @property
+    @cached_property
+    def _members(self) -> list[dict[str, Any]]:
+        return list(self.row["members"])
+
+    @cached_property
     def key(self) -> str:
         return str(self.row["key"])
 
@@ -316,7 +336,7 @@ class CachedRecord:
     @property
     def _image_members(self) -> list[dict[str, Any]]:
         others = [self.key + suffix for suffix in (".json", ".answer.arrow", ".question.arrow")]
-        members = [member for member in self.row["members"] if member["name"] not in others]
+        members = [member for member in self._members if member["name"] not in others]
         names = [member["name"] for member in members]
         if len(names) != self.row["images"] or not all(
             name.startswith(f"{self.key}.{number}.") and "/" not in name for number, name in enumerate(names)
@@ -329,7 +349,7 @@ class CachedRecord:
 
     def _member(self, suffix: str) -> dict[str, Any]:
         name = self.key + suffix
-        for member in self.row["members"]:
+        for member in self._members:
             if member["name"] == name:
                 return dict(member)
         raise DamageError(f"{self._manifest}: sample {self.key} has no member {name}")

@@ -3,11 +3,13 @@
 Letters used for shapes: R rows, D hidden size of the teacher, k stored logits a row, K draws a row, V head rows.
 """
 
+import functools
 import json
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from genrecal.errors import DamageError, FormatError
 from genrecal.samples import Sample
@@ -15,6 +17,7 @@ from genrecal.shards.codecs import Codec, checked_facts, codec_named
 
 METADATA_KEY = b"genrecal"
 NO_TARGET = -1  # in memory; null on disk
+READ_OPTIONS = pa.ipc.IpcReadOptions(use_threads=False)  # a loader works in several processes as it is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +104,7 @@ def row_entropy(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def to_arrow(rows: QuestionRows, codec: Codec) -> bytes:
-    """Rows -> the bytes of an Arrow IPC file, buffers zstd-compressed. The same rows give the same bytes."""
+    """Rows -> the bytes of an Arrow IPC file, buffers compressed as the codec says. The same rows give the same bytes."""
     columns: dict[str, pa.Array] = {
         "turn": pa.array(rows.turn, pa.int32()),
         "position": pa.array(rows.position, pa.int32()),
@@ -124,7 +127,7 @@ def to_arrow(rows: QuestionRows, codec: Codec) -> bytes:
             columns["entropy"] = pa.array(rows.sampled.entropy, pa.float32())
     table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(facts, sort_keys=True)})
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=codec.compression)) as writer:
         writer.write_table(table)
     return sink.getvalue().to_pybytes()
 
@@ -139,7 +142,7 @@ def _tensor_column(values: np.ndarray) -> pa.Array:
 def read_table(data: bytes | memoryview, *, where: str) -> pa.Table:
     """The Arrow table of an `.arrow` member, nothing decoded. Raises DamageError if it is not one."""
     try:
-        table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
+        table = pa.ipc.open_file(pa.py_buffer(data), options=READ_OPTIONS).read_all()
         table.validate()
         return table
     except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
@@ -160,14 +163,20 @@ def tensor(table: pa.Table, name: str, *, where: str) -> np.ndarray:
     """A column as numpy: `[R]`, or `[R, n]` for a fixed-shape tensor column."""
     if name not in table.column_names:
         raise FormatError(f"{where}: column {name} is missing")
-    column = table.column(name)
+    column = _whole(table, name)
     if column.null_count:
         raise DamageError(f"{where}: column {name}: expected a value in every row, got {column.null_count} nulls")
     if isinstance(column.type, pa.FixedShapeTensorType):
         if not len(column):
             return np.empty((0, *column.type.shape), column.type.value_type.to_pandas_dtype())
-        return np.asarray(column.combine_chunks().to_numpy_ndarray())
-    return np.asarray(column.to_numpy())
+        return np.asarray(column.to_numpy_ndarray())
+    return np.asarray(column.to_numpy(zero_copy_only=False))
+
+
+def _whole(table: pa.Table, name: str) -> pa.Array:
+    """A column as one array."""
+    column = table.column(name)
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def question_rows(table: pa.Table, *, where: str) -> QuestionRows:
@@ -178,6 +187,16 @@ def question_rows(table: pa.Table, *, where: str) -> QuestionRows:
     )
 
 
+@functools.lru_cache(maxsize=8)
+def _no_target(kind: pa.DataType) -> pa.Scalar:
+    return pa.scalar(NO_TARGET, kind)
+
+
+def _filled(column: pa.Array) -> np.ndarray:
+    """A column's values, NO_TARGET for null."""
+    return np.asarray(pc.call_function("coalesce", [column, _no_target(column.type)]).to_numpy(zero_copy_only=False))
+
+
 def answer_rows(table: pa.Table, *, where: str) -> AnswerRows:
     """Decode an `.answer.arrow` table."""
     plain = ("turn", "position", "token_id", "topk_ids", "topk_logits", "logsumexp")
@@ -185,7 +204,7 @@ def answer_rows(table: pa.Table, *, where: str) -> AnswerRows:
     for name in nullable:
         if name not in table.column_names:
             raise FormatError(f"{where}: column {name} is missing")
-    targets = {name: np.asarray(table.column(name).fill_null(NO_TARGET).to_numpy()) for name in nullable}
+    targets = {name: _filled(_whole(table, name)) for name in nullable}
     sampled = None
     if "sample_ids" in table.column_names:
         sampled = SampledTargets(

@@ -11,8 +11,6 @@ import math
 
 import numpy as np
 
-LARGEST_FACTOR = 128  # H_B is applied as a product of Hadamard matrices of at most this size
-
 
 def block_size(width: int) -> int:
     """The largest power of two that divides `width`: 3584 -> 512, 8192 -> 8192, an odd width -> 1 (no rotation)."""
@@ -38,35 +36,27 @@ def signs(width: int, seed: int) -> np.ndarray:
 
 def rotate(states: np.ndarray, *, block: int, seed: int) -> np.ndarray:
     """`[R, D]` float32 -> the rotated states: signs, then an orthonormal Hadamard transform of each block of channels."""
-    return _hadamard(states * signs(states.shape[1], seed), block)
+    return hadamard(states * signs(states.shape[1], seed), block)
 
 
 def rotate_back(rotated: np.ndarray, *, block: int, seed: int) -> np.ndarray:
     """The inverse of `rotate` (the Hadamard matrix is its own): the transform, then the signs."""
-    return _hadamard(rotated, block) * signs(rotated.shape[1], seed)
+    return hadamard(rotated, block) * signs(rotated.shape[1], seed)
 
 
-def _hadamard(x: np.ndarray, block: int) -> np.ndarray:
-    """H_block / sqrt(block) over each block of the last axis, one Kronecker factor at a time."""
-    if block == 1:
-        return x
-    shape, inner = x.shape, 1
-    remaining = block
-    x = np.ascontiguousarray(x, np.float32)
-    while remaining > 1:
-        factor = min(remaining, LARGEST_FACTOR)
-        x = x.reshape(-1, factor, inner)
-        matrix = hadamard_matrix(factor)
-        x = x[:, :, 0] @ matrix if inner == 1 else np.matmul(matrix, x)
-        inner *= factor
-        remaining //= factor
-    return x.reshape(shape)
+def hadamard(x: np.ndarray, block: int) -> np.ndarray:
+    """H_block / sqrt(block) over each block of the last axis of float32 `[R, D]`."""
+    from genrecal.shards import kernels
+
+    out = np.empty(x.shape, np.float32)
+    kernels.hadamard(np.ascontiguousarray(x, np.float32), block, out)
+    return out
 
 
-@functools.lru_cache(maxsize=16)
-def hadamard_matrix(size: int) -> np.ndarray:
-    """The orthonormal Hadamard matrix of a power of two, float32 `[size, size]` (Sylvester's construction)."""
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix / np.float32(math.sqrt(size))
+def hadamard_reference(x: np.ndarray, block: int) -> np.ndarray:
+    """The same as a product with the whole matrix: slow, and plain to see."""
+    matrix = np.ones((1, 1))
+    while len(matrix) < block:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])  # Sylvester's construction
+    blocks = x.astype(np.float64).reshape(len(x), -1, block)
+    return (blocks @ (matrix / math.sqrt(block))).reshape(x.shape).astype(np.float32)

@@ -156,13 +156,11 @@ class LocalStore(Store):
         return str(self.root.resolve())
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
-        path = self.root / name
-        status = path.stat()
+        path = f"{self.root}/{name}"
+        status = os.stat(path)
         rest = max(0, status.st_size - offset)
         size = rest if size is None else min(size, rest)
-        return (
-            os.pread(_open_file(str(path), status.st_ino, status.st_mtime_ns).fileno(), size, offset) if size else b""
-        )
+        return os.pread(_open_file(path, status.st_ino, status.st_mtime_ns).fileno(), size, offset) if size else b""
 
     def open(self, name: str) -> BinaryIO:
         return (self.root / name).open("rb", buffering=0)

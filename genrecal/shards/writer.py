@@ -76,7 +76,8 @@ class ShardWriter:
         content = json.dumps(sample.to_json(), sort_keys=True, ensure_ascii=False).encode()
         members = [self._member("samples", f"{sample.key}.json", content)]
         for number, (source, data) in enumerate(zip(sample.images, images, strict=True)):
-            members.append(self._member("samples", f"{sample.key}.{number}.{source.suffix}", data))
+            suffix = _picture_suffix(source.suffix, data)
+            members.append(self._member("samples", f"{sample.key}.{number}.{suffix}", data))
         members.append(self._member("samples", f"{sample.key}.answer.arrow", answer_data))
         statistics: dict[str, Any] = _answer_statistics(answer)
         if question_data is not None:
@@ -186,6 +187,24 @@ class _Tar:
     def discard(self) -> None:
         self._file.close()
         self.temporary.unlink(missing_ok=True)
+
+
+def _picture_suffix(suffix: str, data: bytes) -> str:
+    """A name's suffix if it is a picture's; else that of the format that the bytes are in, or `img`.
+
+    WebDataset's readers choose a decoder by it: `0.pkl` they would unpickle, `0.jpgw800` hand on undecoded.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    known = Image.registered_extensions()
+    if f".{suffix}" in known:
+        return suffix
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            found = str(image.format).lower()
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError):
+        return "img"
+    return {"jpeg": "jpg"}.get(found, found) if f".{found}" in known else "img"
 
 
 def _question_tokens(answer: AnswerRows) -> int:

@@ -83,11 +83,17 @@ class MicroBatch:
 # ----------------------------------------------------------------------------------------------------- sources of records
 
 
+Fetched = tuple[Sample, Record | None] | DamageError
+
+
 class RecordSource(Protocol):
     """Where a stage's teacher states come from: the shards, or a live teacher."""
 
-    def fetch(self, indices: Sequence[int], *, teacher: bool, questions: bool) -> list[tuple[Sample, Record | None]]:
-        """Samples of the cache and, where `teacher` states are wanted, their records, with questions or without."""
+    def fetch(self, indices: Sequence[int], *, teacher: bool, questions: bool) -> list[Fetched]:
+        """Samples of the cache and, where `teacher` states are wanted, their records, with questions or without.
+
+        In the place of one whose bytes are damaged stands the error that says so.
+        """
 
 
 class ShardSource:
@@ -96,12 +102,15 @@ class ShardSource:
     def __init__(self, cache: Cache):
         self.cache = cache
 
-    def fetch(self, indices: Sequence[int], *, teacher: bool, questions: bool) -> list[tuple[Sample, Record | None]]:
-        found: list[tuple[Sample, Record | None]] = []
+    def fetch(self, indices: Sequence[int], *, teacher: bool, questions: bool) -> list[Fetched]:
+        found: list[Fetched] = []
         for index in indices:
-            entry = self.cache[index]
-            record = entry.record(question=questions) if teacher else None
-            found.append((record.sample if record else entry.sample, record))
+            try:
+                entry = self.cache[index]
+                record = entry.record(question=questions) if teacher else None
+                found.append((record.sample if record else entry.sample, record))
+            except DamageError as error:
+                found.append(error)
         return found
 
 
@@ -111,7 +120,7 @@ class LiveSource:
     def __init__(self, cache: Cache, live: Any):
         self.cache, self.live = cache, live
 
-    def fetch(self, indices: Sequence[int], *, teacher: bool, questions: bool) -> list[tuple[Sample, Record | None]]:
+    def fetch(self, indices: Sequence[int], *, teacher: bool, questions: bool) -> list[Fetched]:
         entries = [self.cache[index] for index in indices]
         samples = [entry.sample for entry in entries]
         if not teacher:
@@ -137,43 +146,61 @@ class Wanted:
 class Loaded:
     """What became of a micro-batch's samples: `batch` is None if the student could take none of them.
 
-    skipped: "key: reason" of samples that it could not; error: what stopped the loading, in place of a batch (a worker
-    process hands it over as a value: torch would wrap a raised one in its own traceback).
+    skipped: "key: reason" of samples that it could not; damaged: where and how the bytes of others are damaged; error:
+    what stopped the loading, in place of a batch (a worker process hands it over as a value: torch would wrap a raised
+    one in its own traceback).
     """
 
     batch: MicroBatch | None = None
     skipped: tuple[str, ...] = ()
+    damaged: tuple[str, ...] = ()
     error: GenrecalError | None = None
 
 
 class BatchBuilder(Dataset[Loaded]):
     """Indices of samples -> MicroBatch; a Dataset so that torch's DataLoader can do it in worker processes."""
 
-    def __init__(self, source: RecordSource, renderer: Renderer, wanted: Wanted, *, max_tokens: int = 0):
-        self.source, self.renderer, self.wanted, self.max_tokens = source, renderer, wanted, max_tokens
+    def __init__(
+        self,
+        source: RecordSource,
+        renderer: Renderer,
+        wanted: Wanted,
+        *,
+        max_tokens: int = 0,
+        on_damage: str = "fail",
+    ):
+        self.source, self.renderer, self.wanted = source, renderer, wanted
+        self.max_tokens, self.on_damage = max_tokens, on_damage
 
     def __getitem__(self, indices: Sequence[int]) -> Loaded:  # type: ignore[override]
-        """One micro-batch. A sample that the student cannot take is left out, with its reason."""
+        """One micro-batch. A sample that the student cannot take is left out, with its reason; so is a damaged one, or it
+        stops the loading (`data.on_damage`)."""
         try:
             return self._load([int(i) for i in indices])
         except GenrecalError as error:
             return Loaded(error=error)
 
     def _load(self, indices: list[int]) -> Loaded:
-        pairs = self.source.fetch(indices, teacher=self.wanted.teacher, questions=self.wanted.questions)
-        encoded, records, skipped = [], [], []
-        for sample, record in pairs:
+        fetched = self.source.fetch(indices, teacher=self.wanted.teacher, questions=self.wanted.questions)
+        encoded, records, skipped, damaged = [], [], [], []
+        for item in fetched:
+            if isinstance(item, DamageError):
+                if self.on_damage == "fail":
+                    raise item
+                damaged.append(str(item))
+                continue
+            sample, record = item
             try:
                 encoded.append(self.renderer.encode(sample, max_tokens=self.max_tokens or None))
                 records.append(record)
             except SampleError as error:
                 skipped.append(f"{sample.key}: {error}")
         if not encoded:
-            return Loaded(skipped=tuple(skipped))
+            return Loaded(skipped=tuple(skipped), damaged=tuple(damaged))
         batch = _student_part(encoded, self.renderer)
         if self.wanted.teacher:
             _add_teacher_part(batch, encoded, [r for r in records if r is not None], self.wanted)
-        return Loaded(batch=batch, skipped=tuple(skipped))
+        return Loaded(batch=batch, skipped=tuple(skipped), damaged=tuple(damaged))
 
 
 def _student_part(encoded: Sequence[Encoded], renderer: Renderer) -> MicroBatch:
@@ -283,6 +310,15 @@ def _first_of(count: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------- loading
 
 
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """The micro-batches of an optimizer step, and why samples of it were left out."""
+
+    batches: list[MicroBatch]
+    skipped: list[str]
+    damaged: list[str]
+
+
 def micro_batch_stream(
     builder: BatchBuilder,
     *,
@@ -293,7 +329,7 @@ def micro_batch_stream(
     last_sample: int,
     batch_size: int,
     workers: int,
-) -> Iterator[tuple[list[MicroBatch], list[str]]]:
+) -> Iterator["Step"]:
     """The micro-batches of each optimizer step of `steps` and the samples it skips, read ahead in worker processes.
 
     Args:
@@ -325,4 +361,8 @@ def micro_batch_stream(
         for item in loaded:
             if item.error is not None:
                 raise item.error
-        yield [item.batch for item in loaded if item.batch], [text for item in loaded for text in item.skipped]
+        yield Step(
+            batches=[item.batch for item in loaded if item.batch],
+            skipped=[text for item in loaded for text in item.skipped],
+            damaged=[text for item in loaded for text in item.damaged],
+        )

@@ -85,13 +85,20 @@ class DataConfig:
     Args:
         workers: processes that read and render; 0 does it in the training process.
         window: shards among which samples are shuffled.
-        max_skip: share of a stage's samples that the student may be unable to take (too long, or with a text that
-            holds one of its special tokens) before the stage stops.
+        on_damage: "fail" stops at a sample whose bytes in the cache are damaged, and names it; "skip" leaves it out,
+            names it in the metrics and counts it.
+        max_skip: share of a stage's samples that may be left out before the stage stops: those that the student cannot
+            take (too long, or with a text that holds one of its special tokens), and damaged ones.
     """
 
     workers: int = 2
     window: int = 16
+    on_damage: str = "fail"
     max_skip: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.on_damage not in ("fail", "skip"):
+            raise UsageError(f"data.on_damage {self.on_damage!r}: expected fail or skip")
 
 
 @dataclass(frozen=True, kw_only=True)

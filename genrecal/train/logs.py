@@ -52,7 +52,10 @@ class RunLog:
         ]
         write_whole(run / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.stage = stage
-        self.skipped = sum(len(line.get("skipped", ())) for line in kept if line["stage"] == stage)
+        self.left_out = {
+            name: sum(len(line.get(name, ())) for line in kept if line["stage"] == stage)
+            for name in ("skipped", "damaged")
+        }
         self._file = (run / METRICS_FILE).open("a")
         self._board = SummaryWriter(str(run / "tensorboard" / f"stage{stage}"), purge_step=first_step)
 

@@ -1,5 +1,6 @@
 """The training loop, from top to bottom: for each stage, set up, step through the samples, keep the result."""
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -121,6 +122,7 @@ def _train_stage(run: Run, cache: Cache, stage: int, source: RecordSource) -> No
         distiller.student.renderer,
         wanted_by(stage, config),
         max_tokens=config.max_tokens,
+        on_damage=config.data.on_damage,
     )
     stream = micro_batch_stream(
         builder,
@@ -136,18 +138,22 @@ def _train_stage(run: Run, cache: Cache, stage: int, source: RecordSource) -> No
         RunLog(run.path, stage, first_step=first_step) as log,
         Progress(f"stage {stage}", plan.num_steps, "steps", done=first_step) as progress,
     ):
-        skipped = log.skipped
+        skipped, damaged = log.left_out["skipped"], log.left_out["damaged"]
         started = time.perf_counter()
         for step in range(first_step, plan.num_steps):
-            batches, left_out = next(stream)
-            skipped += len(left_out)
-            if skipped > config.data.max_skip * plan.num_samples:
+            loaded = next(stream)
+            batches = loaded.batches
+            left_out = {name: texts for name in ("skipped", "damaged") if (texts := getattr(loaded, name))}
+            skipped += len(loaded.skipped)
+            damaged += len(loaded.damaged)
+            if skipped + damaged > config.data.max_skip * plan.num_samples:
                 raise TrainingError(
-                    f"stage {stage}: the student cannot take {skipped} of {plan.num_samples} samples, over the limit of "
-                    f"{config.data.max_skip:.2%} (data.max_skip): {'; '.join(left_out[:3])}"
+                    f"stage {stage}: the student cannot take {skipped} of {plan.num_samples} samples, and {damaged} are "
+                    f"damaged, over the limit of {config.data.max_skip:.2%} (data.max_skip): "
+                    f"{'; '.join([*loaded.skipped, *loaded.damaged][:3])}"
                 )
             if not batches:
-                log.write(step, {"samples": 0, "skipped": left_out})
+                log.write(step, {"samples": 0, **left_out})
                 continue
             waited = time.perf_counter() - started
             set_learning_rate(optimizer, settings, step, plan.num_steps)
@@ -158,14 +164,18 @@ def _train_stage(run: Run, cache: Cache, stage: int, source: RecordSource) -> No
                 "lr": optimizer.param_groups[0]["lr"], "samples": sum(len(batch.keys) for batch in batches),
                 "student_tokens": tokens, "seconds": seconds, "data_wait": waited / seconds,
             }  # fmt: skip
-            if left_out:
-                values["skipped"] = left_out
+            values |= left_out
             if step % config.log_every == 0 or step == plan.num_steps - 1 or left_out:
                 log.write(step, values)
             if settings.checkpoint_every and (step + 1) % settings.checkpoint_every == 0 and step + 1 < plan.num_steps:
                 save_checkpoint(run.checkpoints, stage, step + 1, parameters, optimizer, config.keep_checkpoints)
             progress.advance(1, f"loss {values['loss']:.3f}, {tokens / seconds:.0f} tokens/s")
             started = time.perf_counter()
+    if damaged:
+        sys.stderr.write(
+            f"genrecal: stage {stage}: {damaged} of {plan.num_samples} samples were skipped since they are damaged; "
+            f"metrics.jsonl names them under damaged, and `genrecal verify {cache.path}` the shards\n"
+        )
     run.save_result(stage, parameters)
 
 

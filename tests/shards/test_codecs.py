@@ -15,7 +15,7 @@ from genrecal.shards.codecs import CODECS, GROUP, round_to_bf16
 from genrecal.shards.fidelity import FidelityMeter, compare
 from genrecal.shards.head import FrozenHead
 from genrecal.shards.record import answer_rows, question_rows, read_table, to_arrow
-from genrecal.shards.rotation import block_size, hadamard_matrix, rotate, rotate_back, signs
+from genrecal.shards.rotation import block_size, hadamard, hadamard_reference, rotate, rotate_back, signs
 
 WIDTHS = [1, 2, 7, 64, 100, 129, 896, 1536, 3584, 4096, 5120, 8192]
 # The largest error of one value after rotation, in steps of its group, and the relative L2 error on Gaussian states.
@@ -146,9 +146,29 @@ def test_rotation_is_orthogonal_and_its_own_way_back(width, block):
     assert set(np.unique(signs(width, 0))) <= {-1.0, 1.0}
 
 
-@pytest.mark.parametrize("size", [1, 2, 16, 128])
-def test_hadamard_matrix_is_orthonormal(size):
-    assert np.allclose(hadamard_matrix(size) @ hadamard_matrix(size).T, np.eye(size), atol=1e-6)
+@pytest.mark.parametrize("block", [2**bits for bits in range(13)])
+def test_fast_transform_is_the_product_with_the_matrix(block):
+    states = gaussian(3, 3 * block)
+    assert np.allclose(hadamard(states, block), hadamard_reference(states, block), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSY)
+@pytest.mark.parametrize("width", [128, 384, 896, 1536, 3072, 3584, 5120, 8192, 16384])
+def test_fast_decoding_is_the_slow_one(name, width):
+    """All codes there are, also -128, which is never written: every block from one group to 128 of them."""
+    rng = np.random.default_rng(width)
+    facts, rows = CODECS[name].facts(width), 5
+    low, high = {"int8": (-128, 128), "int4": (-8, 8)}[name]
+    codes = rng.integers(low, high, (rows, width)).astype(np.int8)
+    codes[0], codes[1], codes[2] = low, high - 1, rng.choice([low, high - 1], width)
+    scales = rng.normal(size=(rows, width // GROUP)).astype(np.float16)
+    scales[3] = 0
+    stored = codes if name == "int8" else ((codes[:, 0::2] + 8) | (codes[:, 1::2] + 8) << 4).astype(np.uint8)
+    fast = CODECS[name].decode({"hidden_q": stored, "hidden_scale": scales}, facts)
+    values = codes * np.repeat(scales.astype(np.float32), GROUP, axis=1)
+    slow = hadamard_reference(values, facts["block"]) * signs(width, facts["seed"])
+    assert np.abs(fast - slow).max() <= 2e-6 * np.linalg.norm(values, axis=1).max()
+    assert not fast[3].any()
 
 
 def test_golden_bytes():

@@ -214,7 +214,7 @@ def test_measurements_that_are_missing_are_damage(path, tmp_path):
 def test_an_image_member_cannot_be_written_elsewhere(cache, tmp_path):
     members = [dict(member) for member in cache[1].row["members"]]
     members[1]["name"] = "../escaped.0.png"
-    hostile = dataclasses.replace(cache[1], row=cache[1].row | {"members": members})
+    hostile = dataclasses.replace(cache[1], row=dict(cache[1].row) | {"members": members})
     with pytest.raises(DamageError, match="expected a name such as KEY.0.jpg"):
         save_images(hostile, tmp_path / "in")
     assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """A written shard read back: by us, by plain tools; whole or not there; damage named."""
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -15,7 +16,7 @@ from shard_records import make_answer, make_question
 import genrecal
 from genrecal.errors import DamageError, FormatError
 from genrecal.files import remove_stale_temporaries
-from genrecal.samples import BadRecord
+from genrecal.samples import BadRecord, ImageSource
 from genrecal.shards.codecs import CODECS
 from genrecal.shards.layout import manifest_name, tar_name, write_cache_json
 from genrecal.shards.record import Record
@@ -117,6 +118,23 @@ def test_the_same_records_give_the_same_bytes(tmp_path):
         write_shard(tmp_path / name, 0, [0, 1])
     for path in ("samples/00000.tar", "questions/00000.tar", "manifest/00000.parquet"):
         assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
+
+
+def test_a_suffix_that_is_no_pictures_is_taken_from_the_bytes(tmp_path):
+    """Readers choose a decoder by it: 0.pkl would be unpickled."""
+    png, other = sample_of(0).images[0].read(), b"no picture"
+    given = [("pkl", png), ("jpgw800", png), ("jpg", png), ("webp", other), ("json", other), ("img", other)]
+    images = tuple(ImageSource(data=data, suffix=suffix) for suffix, data in given)
+    record = Record(sample=dataclasses.replace(sample_of(0), images=images), answer=make_answer(), question=None)
+    with ShardWriter(tmp_path, 0, answer_codec=CODECS["bf16"], question_codec=None) as writer:
+        writer.add(record, [data for _, data in given])
+        writer.commit()
+    with tarfile.open(tmp_path / tar_name("samples", 0)) as tar:
+        pictures = [member for member in tar if member.name.split(".")[1].isdigit()]
+        assert [member.name.split(".", 1)[1] for member in pictures] == [
+            "0.png", "1.png", "2.jpg", "3.webp", "4.img", "5.img"
+        ]  # fmt: skip
+        assert [tar.extractfile(member).read() for member in pictures] == [data for _, data in given]
 
 
 def test_leaving_without_commit_leaves_nothing(tmp_path):

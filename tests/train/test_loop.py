@@ -237,7 +237,7 @@ def test_an_unfinished_cache_is_refused(run_of, cache, tmp_path):
     (copy / "manifest" / "00001.parquet").unlink()
     run = run_of("run")
     with pytest.raises(UsageError, match="2 of 3 shards are finished"):
-        train(Run(path=run.path, config=run.config, student=run.student, cache=copy), stages=(1,))
+        train(Run(path=run.path, config=run.config, student=run.student, cache=str(copy)), stages=(1,))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -266,8 +266,30 @@ def test_a_damaged_shard_is_named_in_one_line_wherever_it_is_read(run_of, cache,
     path.write_bytes(path.read_bytes()[:2000])
     run = run_of("run", f"data.workers={workers}")
     with pytest.raises(DamageError, match=r"questions/00001\.tar: member 000000\d\d") as error:
-        train(Run(path=run.path, config=run.config, student=run.student, cache=copy), stages=(1,))
+        train(Run(path=run.path, config=run.config, student=run.student, cache=str(copy)), stages=(1,))
     assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_samples_are_skipped_and_counted_if_asked_for(run_of, cache, tmp_path, workers, capfd):
+    copy = tmp_path / "copy"
+    shutil.copytree(cache, copy)
+    path = copy / "samples" / "00001.tar"
+    data = bytearray(path.read_bytes())
+    hurt = open_cache(copy).by_key("00000009-s9").row["members"][0]
+    data[hurt["offset"] + 3] ^= 1
+    path.write_bytes(data)
+    settings = ["data.on_damage=skip", "stage1.max_steps=0", "stage1.epochs=1", f"data.workers={workers}"]
+    run = run_of("run", *settings, "data.max_skip=0.05")
+    train(Run(path=run.path, config=run.config, student=run.student, cache=str(copy)), stages=(1,))
+    lines = read_metrics(run.path)
+    (damaged,) = (text for line in lines for text in line.get("damaged", []))
+    assert "samples/00001.tar: member 00000009-s9.json" in damaged
+    assert sum(line["samples"] for line in lines) == 19
+    assert "1 of 20 samples were skipped since they are damaged" in capfd.readouterr().err
+    strict = run_of("strict", *settings)
+    with pytest.raises(TrainingError, match=r"and 1 are damaged.*data\.max_skip.*00000009-s9"):
+        train(Run(path=strict.path, config=strict.config, student=strict.student, cache=str(copy)), stages=(1,))
 
 
 def test_regularisation_without_question_states_is_refused(tiny, run_of, tmp_path):
@@ -298,7 +320,7 @@ def test_another_head_in_the_cache_is_damage(run_of, cache, tiny, tmp_path):
     HFTeacher.load(tiny("qwen2_5_vl"), dtype=torch.float32).head.save(copy / "head.safetensors")
     run = run_of("run")
     with pytest.raises(DamageError, match=r"head\.safetensors: expected sha256"):
-        train(Run(path=run.path, config=run.config, student=run.student, cache=copy), stages=(1,))
+        train(Run(path=run.path, config=run.config, student=run.student, cache=str(copy)), stages=(1,))
 
 
 def test_no_steps_are_refused(cache):
