@@ -89,6 +89,7 @@ def _version(value: bool) -> None:
 
 @app.command()
 def cache(
+    context: typer.Context,
     teacher: Annotated[str, typer.Option(help="Teacher model: a folder or a hub name.")],
     data: Annotated[
         list[Path], typer.Option(help="LLaVA json or chat jsonl, may be .zst; may be given several times.")
@@ -99,6 +100,12 @@ def cache(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Use the first N records only.", min=1)] = None,
     top_k: Annotated[int, typer.Option(help="Logits kept for each answer token.")] = 64,
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            help="topk:K (the same as --top-k K), sample:K (K draws for each answer token too), or both: topk:64,sample:50."
+        ),
+    ] = None,
     answer_codec: Annotated[str, typer.Option(help="How answer states are written: bf16, int8 or int4.")] = "int8",
     question_codec: Annotated[str, typer.Option(help="How question states are written, or none.")] = "int4",
     kl_budget: Annotated[
@@ -120,8 +127,11 @@ def cache(
     from genrecal.shards.manifest import SKIPPED
     from genrecal.shards.reader import open_cache
 
+    source = context.get_parameter_source("top_k")
+    top_k, draws = _targets(targets, top_k, top_k_given=source is not None and source.name == "COMMANDLINE")
     settings = CacheOptions(
         top_k=top_k,
+        draws=draws,
         answer_codec=answer_codec,
         question_codec=question_codec,
         kl_budget=kl_budget,
@@ -143,6 +153,19 @@ def cache(
         f"{out}: {report.cached} samples cached, {report.skipped} skipped; "
         f"{report.shards_done} shards written, {report.shards_found} were there"
     )
+
+
+def _targets(text: str | None, top_k: int, *, top_k_given: bool) -> tuple[int, int]:
+    """`--targets` -> logits and draws kept a row. Raises UsageError for what it cannot be, or another k than `--top-k`."""
+    widths: dict[str, int] = {}
+    for part in text.split(",") if text is not None else []:
+        kind, _, width = part.strip().partition(":")
+        if kind not in ("topk", "sample") or kind in widths or not width.isdecimal() or not int(width):
+            raise UsageError(f"--targets {text!r}: expected topk:K, sample:K or both, such as topk:64,sample:50")
+        widths[kind] = int(width)
+    if top_k_given and widths.get("topk", top_k) != top_k:
+        raise UsageError(f"--targets topk:{widths['topk']} and --top-k {top_k}: expected the same k; leave one out")
+    return widths.get("topk", top_k), widths.get("sample", 0)
 
 
 def _teacher(path: str, dtype: str, device: str, trust_remote_code: bool) -> Any:
@@ -339,7 +362,7 @@ def _live_teacher(path: str, cache: str, device: str, trust_remote_code: bool) -
     teacher = _teacher(path, opened.description["teacher"]["dtype"], device, trust_remote_code)
     if not teacher.head.weight.cpu().equal(opened.head().weight):
         raise UsageError(f"--teacher live:{path}: its head is not the one that the cache {cache} was made with")
-    return LiveTeacher(teacher, top_k=opened.description["top_k"])
+    return LiveTeacher(teacher, top_k=opened.description["top_k"], draws=opened.draws)
 
 
 # ------------------------------------------------------------------------------------------------------- export, evaluate

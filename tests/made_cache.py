@@ -9,15 +9,16 @@ import torch
 import xxhash
 from PIL import Image
 
+from genrecal.cache.draws import count_draws, draw, uniforms
 from genrecal.samples import BadRecord, ImageRef, ImageSource, Message, Sample
 from genrecal.shards.codecs import CODECS, round_to_bf16
 from genrecal.shards.head import HEAD_FILE, FrozenHead
 from genrecal.shards.layout import write_cache_json
-from genrecal.shards.record import NO_TARGET, AnswerRows, QuestionRows, Record
+from genrecal.shards.record import NO_TARGET, AnswerRows, QuestionRows, Record, SampledTargets
 from genrecal.shards.storage import open_store
 from genrecal.shards.writer import ShardWriter
 
-WIDTH, VOCABULARY, TOP_K = 16, 60, 4
+WIDTH, VOCABULARY, TOP_K, DRAWS = 16, 60, 4, 5
 SAMPLES, PER_SHARD, SKIPPED = 11, 4, 5
 FRACTION, SEED = 0.6, 3
 TOTALS = ("turns", "images", "question_tokens", "answer_tokens")
@@ -72,6 +73,8 @@ def make_record(index: int, head: FrozenHead, *, question: bool, hidden=lambda s
     logits = head.logits(torch.from_numpy(states))
     values, ids = logits.topk(TOP_K)
     target = rng.integers(0, VOCABULARY, rows)
+    drawn, entropy = draw(logits, torch.from_numpy(uniforms(sample.key, rows, DRAWS)))
+    distinct, counts = count_draws(drawn.numpy())
     answer = AnswerRows(
         turn=turn,
         position=position,
@@ -84,6 +87,7 @@ def make_record(index: int, head: FrozenHead, *, question: bool, hidden=lambda s
         topk_ids=ids.int().numpy(),
         topk_logits=values.numpy(),
         logsumexp=logits.logsumexp(-1).numpy(),
+        sampled=SampledTargets(ids=distinct, counts=counts, entropy=entropy.float().numpy()),
     )
     if not question:
         return Record(sample=sample, answer=answer, question=None)
@@ -142,7 +146,7 @@ def description(cache: Path, codec: str) -> dict:
             "head_sha256": hashlib.sha256((cache / HEAD_FILE).read_bytes()).hexdigest(),
         },
         "image_backend": "pil", "hidden_size": WIDTH, "head_rows": VOCABULARY, "vocab_size": VOCABULARY - 2,
-        "top_k": TOP_K, "answer_codec": codec, "question_codec": codec,
+        "top_k": TOP_K, "sampled_targets": DRAWS, "answer_codec": codec, "question_codec": codec,
         "question_fraction": FRACTION, "question_seed": SEED,
         "samples_per_shard": PER_SHARD, "batch_tokens": 100, "max_tokens": 0, "num_samples": SAMPLES, "num_shards": 3,
         "data": [{"name": "d.json", "sha256": "00"}],

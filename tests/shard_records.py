@@ -3,11 +3,11 @@
 import numpy as np
 
 from genrecal.shards.codecs import round_to_bf16
-from genrecal.shards.record import NO_TARGET, AnswerRows, QuestionRows
+from genrecal.shards.record import NO_TARGET, AnswerRows, QuestionRows, SampledTargets
 
 
-def make_answer(turn_lengths=(2, 3), width=8, k=4, vocab=200_000, seed=0):
-    """Answer rows of the given turns; ids go past 131,072."""
+def make_answer(turn_lengths=(2, 3), width=8, k=4, vocab=200_000, seed=0, draws=0):
+    """Answer rows of the given turns; ids go past 131,072. With `draws`, sampled targets too."""
     rng = np.random.default_rng(seed)
     rows = sum(n + 1 for n in turn_lengths)
     turn = np.repeat(np.arange(len(turn_lengths)), [n + 1 for n in turn_lengths]).astype(np.int32)
@@ -26,7 +26,17 @@ def make_answer(turn_lengths=(2, 3), width=8, k=4, vocab=200_000, seed=0):
         topk_ids=rng.integers(131_072, vocab, (rows, k)).astype(np.int32),
         topk_logits=np.sort(rng.normal(size=(rows, k)).astype(np.float32))[:, ::-1].copy(),
         logsumexp=(rng.normal(size=rows) + 5).astype(np.float32),
+        sampled=make_sampled(rng, rows, draws, vocab) if draws else None,
     )
+
+
+def make_sampled(rng, rows, draws, vocab):
+    """Two ids a row."""
+    ids, counts = np.zeros((rows, draws), np.int32), np.zeros((rows, draws), np.uint16)
+    ids[:, 0], ids[:, 1] = rng.integers(0, vocab // 2, rows), rng.integers(vocab // 2, vocab, rows)
+    counts[:, 0] = rng.integers(1, draws, rows)
+    counts[:, 1] = draws - counts[:, 0]
+    return SampledTargets(ids=ids, counts=counts, entropy=rng.random(rows).astype(np.float32))
 
 
 def make_question(rows=5, width=8, seed=0):

@@ -175,6 +175,32 @@ def test_a_wrong_dtype_or_device_is_one_line(
 
 
 @pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--targets", "topk"], "expected topk:K, sample:K or both, such as topk:64,sample:50"),
+        (["--targets", "sample:0"], "expected topk:K"),
+        (["--targets", "sample:-3"], "expected topk:K"),
+        (["--targets", "sample:5,sample:6"], "expected topk:K"),
+        (["--targets", ""], "expected topk:K"),
+        (["--targets", "topk:4"], "--targets topk:4 and --top-k 8: expected the same k; leave one out"),
+        (["--targets", "sample:65536"], "expected 1 to 65535 draws"),
+    ],
+)
+def test_wrong_targets_are_one_line(run: Run, data: Path, tmp_path: Path, options: list[str], reason: str) -> None:
+    assert_one_line(run(*cache_args("gone", data, tmp_path / "out", *options)), 2, "--targets", reason)
+
+
+def test_targets_say_what_is_kept(run: Run, tiny: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
+    common = ["cache", "--teacher", tiny("qwen2_vl"), "--data", data, "--limit", "2", "--targets"]
+    assert run(*common, "topk:3,sample:7", "--out", tmp_path / "both").status == 0
+    assert run(*common, "sample:7", "--out", tmp_path / "sample", "--top-k", "3").status == 0
+    assert run(*common, "topk:3", "--out", tmp_path / "topk").status == 0
+    found = [open_cache(tmp_path / name).description for name in ("both", "sample", "topk")]
+    assert [(each["top_k"], each["sampled_targets"]) for each in found] == [(3, 7), (3, 7), (3, 0)]
+    assert "top-3 logits, 7 draws a row" in run("inspect", tmp_path / "both").out
+
+
+@pytest.mark.parametrize(
     ("args", "words"),
     [
         (["train"], ["Missing option"]),

@@ -72,7 +72,7 @@ def cache(request, tiny, tmp_path_factory):
     data.write_text(json.dumps([*records, {"id": "bad", "conversations": [{"from": "human", "value": "q"}]}]))
     dtype, codec, _ = request.param
     teacher = HFTeacher.load(tiny("qwen2_vl"), dtype=getattr(torch, dtype))
-    options = CacheOptions(top_k=5, max_skip=0.2, answer_codec=codec, question_codec=codec)
+    options = CacheOptions(top_k=5, draws=6, max_skip=0.2, answer_codec=codec, question_codec=codec)
     run_cache_job(teacher, open_samples([data]), folder / "cache", options)
     return folder / "cache"
 

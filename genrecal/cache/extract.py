@@ -1,14 +1,16 @@
 """Body outputs -> answer rows and question rows. Both backends and the live teacher end here, so their records agree."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from genrecal.cache.draws import count_draws, draw, uniforms
 from genrecal.errors import SampleError
 from genrecal.shards.codecs import round_to_bf16
 from genrecal.shards.head import FrozenHead
-from genrecal.shards.record import NO_TARGET, AnswerRows, QuestionRows
+from genrecal.shards.record import NO_TARGET, AnswerRows, QuestionRows, SampledTargets
 from genrecal.vlm.rendering import Encoded
 
 LOGIT_BUDGET = 2**25  # float32 logits that exist at once: 128 MiB, 220 rows of Qwen's vocabulary
@@ -31,12 +33,15 @@ def question_positions(encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(positions), np.concatenate(turns)
 
 
-def extract_answer(encoded: Encoded, hidden: torch.Tensor, head: FrozenHead, *, top_k: int) -> AnswerRows:
+def extract_answer(
+    encoded: Encoded, hidden: torch.Tensor, head: FrozenHead, *, top_k: int, draws: int = 0
+) -> AnswerRows:
     """One sample's answer rows.
 
     Args:
         hidden: `[L, D]`, the body's output over the conversation (rows past L are not looked at).
         top_k: logits kept a row; at most V are.
+        draws: K of the sampled targets; 0 for none.
 
     Raises:
         SampleError: a state or a logit is not finite.
@@ -44,19 +49,19 @@ def extract_answer(encoded: Encoded, hidden: torch.Tensor, head: FrozenHead, *, 
     positions, turns = answer_positions(encoded)
     states = hidden[torch.from_numpy(positions).to(hidden.device)]
     targets = _targets(encoded)
-    ids, logits, logsumexp, target_logit = _top_k(states, targets["target_id"], head, top_k)
-    if not (np.isfinite(logits).all() and np.isfinite(logsumexp).all()):
-        raise SampleError("the teacher's logits are not finite")
+    numbers = uniforms(encoded.key, len(positions), draws) if draws else None
+    found = _targets_of_logits(states, targets["target_id"], head, top_k, numbers)
     return AnswerRows(
         turn=turns.astype(np.int32),
         position=positions.astype(np.int32),
         token_id=encoded.input_ids[positions].astype(np.int32),
         hidden=_finite_bf16(states),
         **targets,
-        target_logit=target_logit,
-        topk_ids=ids,
-        topk_logits=logits,
-        logsumexp=logsumexp,
+        target_logit=found.target_logit,
+        topk_ids=found.topk_ids,
+        topk_logits=found.topk_logits,
+        logsumexp=found.logsumexp,
+        sampled=found.sampled,
     )
 
 
@@ -87,21 +92,54 @@ def _targets(encoded: Encoded) -> dict[str, np.ndarray]:
     return {name: np.array(values, np.int32) for name, values in columns.items()}
 
 
-def _top_k(
-    states: torch.Tensor, target_id: np.ndarray, head: FrozenHead, top_k: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """ids int32 `[R, k]`, logits float32 `[R, k]`, logsumexp float32 `[R]`, the target's logit float32 `[R]`."""
+@dataclass(frozen=True, kw_only=True)
+class _LogitTargets:
+    """What is kept of each row's logits; shapes and dtypes as in AnswerRows."""
+
+    topk_ids: np.ndarray
+    topk_logits: np.ndarray
+    logsumexp: np.ndarray
+    target_logit: np.ndarray
+    sampled: SampledTargets | None
+
+
+def _targets_of_logits(
+    states: torch.Tensor, target_id: np.ndarray, head: FrozenHead, top_k: int, numbers: np.ndarray | None
+) -> _LogitTargets:
+    """Run the rows' states through the head, a chunk at a time. Raises SampleError if a logit that is kept is not finite.
+
+    Args:
+        states: `[R, D]`.
+        target_id: int32 `[R]`.
+        numbers: float64 `[R, K]`, what the draws are made with; None for no draws.
+    """
     rows, num_logits = len(states), head.weight.shape[0]
     k = min(top_k, num_logits)
-    targets = torch.from_numpy(np.maximum(target_id, 0).astype(np.int64)).to(head.weight.device)
-    pieces = []
+    device = head.weight.device
+    targets = torch.from_numpy(np.maximum(target_id, 0).astype(np.int64)).to(device)
+    pieces, drawn = [], []
     for chunk in _chunks(rows, max(1, LOGIT_BUDGET // num_logits)):
         logits = head.logits(states[chunk])  # [r, V]
         values, ids = logits.topk(k, dim=-1)
         target = logits.gather(1, targets[chunk, None])[:, 0]
         pieces.append((ids.int().cpu(), values.cpu(), logits.logsumexp(-1).cpu(), target.cpu()))
-    columns = [torch.cat(part).numpy() for part in zip(*pieces, strict=True)]
-    return columns[0], columns[1], columns[2], columns[3]
+        if not (pieces[-1][1].isfinite().all() and pieces[-1][2].isfinite().all()):
+            raise SampleError("the teacher's logits are not finite")
+        if numbers is not None:
+            u = torch.from_numpy(numbers[chunk]).to(device)
+            # They work in float64, on three copies: a few rows at a time, so that the chunk's logits stay the largest.
+            for part in _chunks(len(logits), max(1, len(logits) // 8)):
+                ids, entropy = draw(logits[part], u[part])
+                drawn.append((ids.cpu(), entropy.float().cpu()))
+    topk_ids, topk_logits, logsumexp, target_logit = (torch.cat(part).numpy() for part in zip(*pieces, strict=True))
+    sampled = None
+    if drawn:
+        ids, entropy = (torch.cat(part) for part in zip(*drawn, strict=True))
+        distinct, counts = count_draws(ids.numpy())
+        sampled = SampledTargets(ids=distinct, counts=counts, entropy=entropy.numpy())
+    return _LogitTargets(
+        topk_ids=topk_ids, topk_logits=topk_logits, logsumexp=logsumexp, target_logit=target_logit, sampled=sampled
+    )
 
 
 def _chunks(rows: int, size: int) -> Iterator[slice]:

@@ -15,6 +15,7 @@ from typing import Any
 import xxhash
 
 import genrecal
+from genrecal.cache.draws import MOST_DRAWS
 from genrecal.cache.teacher import States, Teacher
 from genrecal.errors import DamageError, DataError, SampleError, StorageError, UsageError
 from genrecal.progress import Progress
@@ -45,7 +46,8 @@ class CacheOptions:
     """What decides a cache's content, besides the teacher and the samples.
 
     Args:
-        top_k: logits kept for each predicting row.
+        top_k: logits kept for each answer row.
+        draws: draws kept for each answer row as sampled targets (`--targets sample:K`); 0 for none.
         answer_codec, question_codec: names in `genrecal.shards.codecs`; `question_codec` may be "none".
         question_fraction: share of samples whose question states are kept, chosen by key and seed.
         question_seed: see `keeps_question`.
@@ -57,6 +59,7 @@ class CacheOptions:
     """
 
     top_k: int = 64
+    draws: int = 0
     answer_codec: str = "int8"
     question_codec: str = "int4"
     question_fraction: float = 1.0
@@ -74,6 +77,8 @@ class CacheOptions:
         for name, least in (("top_k", 1), ("samples_per_shard", 1), ("batch_tokens", 1), ("max_tokens", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {least}")
+        if not 0 <= self.draws <= MOST_DRAWS:
+            raise UsageError(f"--targets sample:{self.draws}: expected 1 to {MOST_DRAWS} draws, or no sample at all")
         for name in ("question_fraction", "max_skip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected a share from 0 to 1")
@@ -196,7 +201,9 @@ def _run_window(
         report.proved = True
     for batch in batches_by_length({number: len(item) for number, item in encoded.items()}, options.batch_tokens):
         questions = [options.keeps_question(encoded[number].key) for number in batch]
-        states = teacher.states([encoded[number] for number in batch], questions=questions, top_k=options.top_k)
+        states = teacher.states(
+            [encoded[number] for number in batch], questions=questions, top_k=options.top_k, draws=options.draws
+        )
         for number, state in zip(batch, states, strict=True):
             results[number] = state
     return results
@@ -267,6 +274,7 @@ def _description(
         "head_rows": num_rows,
         "vocab_size": teacher.head.vocab_size,
         "top_k": min(options.top_k, num_rows),
+        "sampled_targets": options.draws,
         "answer_codec": options.answer_codec,
         "question_codec": options.question_codec,
         "question_fraction": options.question_fraction,

@@ -36,8 +36,15 @@ class Teacher(Protocol):
     def encode(self, sample: Sample, *, max_tokens: int | None) -> Encoded:
         """Render a sample. Raises SampleError if this teacher cannot take it."""
 
-    def states(self, batch: Sequence[Encoded], *, questions: Sequence[bool], top_k: int) -> list[States | SampleError]:
-        """Run the body over a batch; a sample whose states cannot be used gives its error instead."""
+    def states(
+        self, batch: Sequence[Encoded], *, questions: Sequence[bool], top_k: int, draws: int = 0
+    ) -> list[States | SampleError]:
+        """Run the body over a batch; a sample whose states cannot be used gives its error instead.
+
+        Args:
+            top_k: logits kept a row.
+            draws: K of the sampled targets, 0 for none.
+        """
 
     def prove(self, encoded: Encoded) -> None:
         """Check on a real sample that the states are what they are taken for. Raises ModelError otherwise."""
@@ -60,12 +67,14 @@ class HFTeacher:
         return self.vlm.renderer.encode(sample, max_tokens=max_tokens)
 
     @torch.inference_mode()
-    def states(self, batch: Sequence[Encoded], *, questions: Sequence[bool], top_k: int) -> list[States | SampleError]:
+    def states(
+        self, batch: Sequence[Encoded], *, questions: Sequence[bool], top_k: int, draws: int = 0
+    ) -> list[States | SampleError]:
         hidden = self.vlm.hidden(self.vlm.renderer.collate(batch))
         results: list[States | SampleError] = []
         for encoded, rows, wants_question in zip(batch, hidden, questions, strict=True):
             try:
-                answer = extract_answer(encoded, rows, self.head, top_k=top_k)
+                answer = extract_answer(encoded, rows, self.head, top_k=top_k, draws=draws)
                 question = extract_question(encoded, rows) if wants_question else None
                 results.append(States(answer=answer, question=question))
             except SampleError as error:
@@ -100,18 +109,20 @@ class LiveTeacher:
     """The paper's co-resident setting: the same records as a cache's, made when they are asked for.
 
     Exists for parity and for measuring; `genrecal train --teacher live:MODEL` uses it in place of the shards.
+
+    Args:
+        top_k, draws: of the cache whose records these stand for; `draws` 0 for no sampled targets.
     """
 
-    def __init__(self, teacher: Teacher, *, top_k: int):
-        self.teacher, self.top_k = teacher, top_k
+    def __init__(self, teacher: Teacher, *, top_k: int, draws: int = 0):
+        self.teacher, self.top_k, self.draws = teacher, top_k, draws
 
     def records(self, samples: Sequence[Sample], *, questions: Sequence[bool]) -> list[Record]:
         """Records of samples that the cache holds (so none of them should fail). Raises SampleError if one does."""
         encoded = [self.teacher.encode(sample, max_tokens=None) for sample in samples]
+        found = self.teacher.states(encoded, questions=questions, top_k=self.top_k, draws=self.draws)
         records = []
-        for sample, states in zip(
-            samples, self.teacher.states(encoded, questions=questions, top_k=self.top_k), strict=True
-        ):
+        for sample, states in zip(samples, found, strict=True):
             if isinstance(states, SampleError):
                 raise SampleError(f"{sample.key}: {states}")
             records.append(Record(sample=sample, answer=states.answer, question=states.question))

@@ -84,6 +84,7 @@ class Summary:
     Args:
         fidelity: what the codecs cost, by tier; a tier whose codec is lossless is not there.
         shards: finished, planned.
+        sampled_targets: draws a row, 0 for none.
         skip_reasons: samples by reason; numbers, paths and quoted names in a reason stand as "…", so like ones count
             together. skip_examples: the first of each as the manifest has it, `FILE:LINE: why`.
         columns: bytes by Arrow column, under "answer" and "question", measured on records evenly spread over the cache.
@@ -99,6 +100,7 @@ class Summary:
     hidden_size: int
     head_rows: int
     top_k: int
+    sampled_targets: int
     codecs: dict[str, str]
     fidelity: dict[str, TierFidelity]
     shards: tuple[int, int]
@@ -177,6 +179,7 @@ def summarize(cache: Cache, *, column_records: int = COLUMN_RECORDS) -> Summary:
         hidden_size=description["hidden_size"],
         head_rows=description["head_rows"],
         top_k=description["top_k"],
+        sampled_targets=cache.draws,
         codecs={"answer": description["answer_codec"], "question": description["question_codec"]},
         fidelity=_fidelity(cache),
         shards=(len(cache.shards), cache.num_shards),

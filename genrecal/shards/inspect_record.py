@@ -18,7 +18,7 @@ from PIL import Image
 from genrecal.errors import DamageError, UsageError
 from genrecal.shards.layout import TEACHER_FOLDER
 from genrecal.shards.reader import Cache, CachedRecord
-from genrecal.shards.record import AnswerRows
+from genrecal.shards.record import AnswerRows, row_entropy
 from genrecal.shards.storage import Store
 from genrecal.token_bytes import token_bytes
 
@@ -266,13 +266,6 @@ def _answer_tokens(
             )
         )
     return tuple(tokens)
-
-
-def row_entropy(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Entropy in nats and tail mass, `[R]` each, of top-k log-probabilities `[R, k]`; the tail counts as one token."""
-    probs = np.exp(log_probs)
-    tail = np.clip(1 - probs.sum(1), 0, 1)
-    return -(probs * log_probs).sum(1) - tail * np.log(np.where(tail > 0, tail, 1)), tail
 
 
 # ------------------------------------------------------------------------------------------------------------ vocabulary

@@ -90,7 +90,8 @@ def _summary_lines(summary: Summary) -> list[Line]:
         ("tokens", f"{summary.question_tokens} question, {summary.answer_tokens} answer"),
         *_quantile_lines(summary.token_quantiles),
         ("states", f"answers {summary.codecs['answer']}, questions {summary.codecs['question']} "
-                   f"({summary.with_question} of {summary.cached} samples), top-{summary.top_k} logits"),
+                   f"({summary.with_question} of {summary.cached} samples), top-{summary.top_k} logits"
+                   + (f", {summary.sampled_targets} draws a row" if summary.sampled_targets else "")),
         *((f"  {tier} codec's cost", f"KL mean {cost.kl_mean:.2g}, 99th percentile {cost.kl_p99:.2g} nats, top-1 agreement "
                                      f"{cost.top1_agreement:.1%} ({cost.rows} rows)")
           for tier, cost in summary.fidelity.items()),

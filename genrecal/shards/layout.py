@@ -31,7 +31,10 @@ def write_cache_json(store: Store, content: dict[str, Any]) -> None:
 
 
 def read_cache_json(store: Store) -> dict[str, Any]:
-    """What a cache says of itself. Raises FormatError for no cache, an unknown version or an unknown codec."""
+    """What a cache says of itself. Raises FormatError for no cache, an unknown version or an unknown codec.
+
+    A cache from before there were sampled targets says nothing of them, so it has none.
+    """
     path = store.where(CACHE_FILE)
     try:
         content = json.loads(store.read(CACHE_FILE))
@@ -45,4 +48,4 @@ def read_cache_json(store: Store) -> dict[str, Any]:
     for name in ("answer_codec", "question_codec"):
         if content.get(name) != "none":
             codec_named(content.get(name, ""), where=f"{path}: {name}")
-    return dict(content)
+    return {"sampled_targets": 0} | content

@@ -41,7 +41,7 @@ class Cache(Sequence["CachedRecord"]):
         self.store = open_store(path)
         self.path = self.store.url
         self.description = read_cache_json(self.store)
-        for name in ("num_shards", "hidden_size"):
+        for name in ("num_shards", "hidden_size", "sampled_targets"):
             if type(self.description.get(name)) is not int or self.description[name] < 0:
                 raise FormatError(
                     f"{self.path}: {name} in cache.json: expected a number, got {self.description.get(name)!r}"
@@ -109,6 +109,11 @@ class Cache(Sequence["CachedRecord"]):
     def hidden_size(self) -> int:
         """D of the teacher."""
         return int(self.description["hidden_size"])
+
+    @property
+    def draws(self) -> int:
+        """Draws a row of the sampled targets; 0 if there are none."""
+        return int(self.description["sampled_targets"])
 
     def manifest(self) -> pa.Table:
         """One row per input sample, skipped ones too; see `genrecal.shards.manifest.SCHEMA`. Reads every manifest."""

@@ -1,6 +1,6 @@
 """One sample's teacher states, in memory and as Arrow IPC files.
 
-Letters used for shapes: R rows, D hidden size of the teacher, k stored logits a row, V head rows.
+Letters used for shapes: R rows, D hidden size of the teacher, k stored logits a row, K draws a row, V head rows.
 """
 
 import functools
@@ -37,6 +37,20 @@ class QuestionRows:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampledTargets:
+    """K draws with replacement from the teacher's own distribution at each row, temperature 1, as ids and counts.
+
+    ids: int32 `[R, K]`, the distinct ids drawn, rising, then zeros; counts: uint16 `[R, K]`, how often each was drawn, then
+    zeros, so that each row adds up to K and counts / K is an unbiased estimate of the distribution. entropy: float32 `[R]`,
+    nats, of the whole distribution: exact, not of the draws.
+    """
+
+    ids: np.ndarray
+    counts: np.ndarray
+    entropy: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnswerRows(QuestionRows):
     """The answer rows: of each turn, the last position of its Q segment and every position of its A segment.
 
@@ -47,7 +61,7 @@ class AnswerRows(QuestionRows):
     turn's answer text that the target token covers. target_logit: float32 `[R]`, the target's own logit, which may lie
     outside the top k. (All four are null on a turn's last row, on disk.) topk_ids: int32 `[R, k]`, by falling logit.
     topk_logits: float32 `[R, k]`. logsumexp: float32 `[R]`, over all V logits, so that exp(topk_logits - logsumexp) are
-    exact probabilities.
+    exact probabilities. sampled: None where the cache has no sampled targets.
     """
 
     target_id: np.ndarray
@@ -57,6 +71,7 @@ class AnswerRows(QuestionRows):
     topk_ids: np.ndarray
     topk_logits: np.ndarray
     logsumexp: np.ndarray
+    sampled: SampledTargets | None = None
 
     @property
     def predicts(self) -> np.ndarray:
@@ -76,6 +91,13 @@ class Record:
     sample: Sample
     answer: AnswerRows
     question: QuestionRows | None
+
+
+def row_entropy(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Entropy in nats and tail mass, `[R]` each, of top-k log-probabilities `[R, k]`; the tail counts as one token."""
+    probs = np.exp(log_probs)
+    tail = np.clip(1 - probs.sum(1), 0, 1)
+    return -(probs * log_probs).sum(1) - tail * np.log(np.where(tail > 0, tail, 1)), tail
 
 
 # --------------------------------------------------------------------------------------------------- rows -> Arrow file
@@ -99,6 +121,10 @@ def to_arrow(rows: QuestionRows, codec: Codec) -> bytes:
         columns["topk_ids"] = _tensor_column(rows.topk_ids.astype(np.int32, copy=False))
         columns["topk_logits"] = _tensor_column(rows.topk_logits.astype(np.float32, copy=False))
         columns["logsumexp"] = pa.array(rows.logsumexp, pa.float32())
+        if rows.sampled is not None:
+            columns["sample_ids"] = _tensor_column(rows.sampled.ids.astype(np.int32, copy=False))
+            columns["sample_counts"] = _tensor_column(rows.sampled.counts.astype(np.uint16, copy=False))
+            columns["entropy"] = pa.array(rows.sampled.entropy, pa.float32())
     table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(facts, sort_keys=True)})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=codec.compression)) as writer:
@@ -179,8 +205,16 @@ def answer_rows(table: pa.Table, *, where: str) -> AnswerRows:
         if name not in table.column_names:
             raise FormatError(f"{where}: column {name} is missing")
     targets = {name: _filled(_whole(table, name)) for name in nullable}
+    sampled = None
+    if "sample_ids" in table.column_names:
+        sampled = SampledTargets(
+            ids=tensor(table, "sample_ids", where=where),
+            counts=tensor(table, "sample_counts", where=where),
+            entropy=tensor(table, "entropy", where=where),
+        )
     return AnswerRows(
         **{name: tensor(table, name, where=where) for name in plain},
         **targets,
+        sampled=sampled,
         hidden=decode_hidden(table, where=where),
     )

@@ -38,7 +38,7 @@ from genrecal.shards.layout import (
     tar_name,
 )
 from genrecal.shards.manifest import CACHED, DIGEST, SKIPPED, content_digest, read_manifest
-from genrecal.shards.record import METADATA_KEY, AnswerRows, answer_rows, read_table
+from genrecal.shards.record import METADATA_KEY, AnswerRows, answer_rows, read_table, row_entropy
 from genrecal.shards.storage import Store, files_in, open_store
 
 QUARANTINE = "quarantine"
@@ -58,9 +58,19 @@ MEASURED = (
     "top1_agreement",
     "has_question",
 )
-NUMBERS = ("hidden_size", "head_rows", "vocab_size", "top_k", "samples_per_shard", "num_samples", "num_shards")
+NUMBERS = (
+    "hidden_size",
+    "head_rows",
+    "vocab_size",
+    "top_k",
+    "sampled_targets",
+    "samples_per_shard",
+    "num_samples",
+    "num_shards",
+)
 PLACES = {name: pa.int32() for name in ("turn", "position", "token_id")}
 TARGETS = {"target_id": pa.int32(), "target_start": pa.int32(), "target_end": pa.int32(), "target_logit": pa.float32()}
+ENTROPY_SLACK = 0.01  # nats: what float32's rounding of the stored logits can do to the bounds of an entropy
 # What content that passed its checksum can still raise, if whoever wrote it was wrong.
 CONTENT_ERRORS = (
     GenrecalError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError, MemoryError,
@@ -631,6 +641,12 @@ def _check_conversation(add: Callable[..., None], data: bytes, row: dict[str, An
 def _check_answer(add: Callable[..., None], table: pa.Table, row: dict[str, Any], settings: dict[str, Any]) -> None:
     tensors = {"topk_ids": (pa.int32(), "top_k"), "topk_logits": (pa.float32(), "top_k")}
     plain = PLACES | TARGETS | {"logsumexp": pa.float32()}
+    has_draws = "sample_ids" in table.column_names
+    if not has_draws and settings.get("sampled_targets"):
+        add("column sample_ids: values a row", settings["sampled_targets"], "no such column", setting="sampled_targets")
+    if has_draws:
+        tensors |= {"sample_ids": (pa.int32(), "sampled_targets"), "sample_counts": (pa.uint16(), "sampled_targets")}
+        plain |= {"entropy": pa.float32()}
     if not _check_columns(add, table, plain, tensors, settings, "answer_codec"):
         return
     tokens, turns = row["answer_tokens"], row["turns"]
@@ -656,6 +672,36 @@ def _check_answer(add: Callable[..., None], table: pa.Table, row: dict[str, Any]
         add("stored logits", "finite", "NaN or Inf")
     elif (np.diff(logits, axis=1) > 0).any():
         add("stored logits", "the largest first", "another order")
+    elif has_draws:
+        _check_draws(add, table, settings.get("head_rows"), logits.astype(np.float64) - logsumexp[:, None])
+
+
+def _check_draws(add: Callable[..., None], table: pa.Table, head_rows: int | None, log_probs: np.ndarray) -> None:
+    """The sampled targets of an answer file; `log_probs`: float64 `[R, k]`, of the stored top k."""
+    ids = table.column("sample_ids").combine_chunks().to_numpy_ndarray()
+    counts = table.column("sample_counts").combine_chunks().to_numpy_ndarray()
+    totals = counts.sum(1, dtype=np.int64)
+    if (totals != ids.shape[1]).any():
+        add("sample_counts, their sum in a row", ids.shape[1], totals[totals != ids.shape[1]][0])
+    drawn = counts > 0
+    if (drawn[:, 1:] > drawn[:, :-1]).any() or (ids[~drawn] != 0).any():
+        add("sample_ids", "the drawn ids, then zeros with count 0", "another order")
+    elif (np.diff(ids, axis=1)[drawn[:, 1:]] <= 0).any():
+        add("sample_ids", "each drawn id once, rising", "another order")
+    if head_rows is not None and len(ids) and not 0 <= ids.min() <= ids.max() < head_rows:
+        add("ids of draws", f"0 to {head_rows - 1}", f"{ids.min()} to {ids.max()}", setting="head_rows")
+    entropy = table.column("entropy").to_numpy()
+    if not (np.isfinite(entropy).all() and (entropy >= 0).all()):
+        add("column entropy", "finite, 0 or more", entropy[~(np.isfinite(entropy) & (entropy >= 0))][0])
+        return
+    # The rest of the distribution adds least as one token, and most when spread evenly over all other ids.
+    least, tail = row_entropy(log_probs)
+    others = max(1, (head_rows or MOST_WIDTH) - log_probs.shape[1])
+    most = least + tail * np.log(others)
+    outside = (entropy < least - ENTROPY_SLACK) | (entropy > most + ENTROPY_SLACK)
+    if outside.any():
+        row = int(np.flatnonzero(outside)[0])
+        add(f"entropy of row {row}, by its top k", f"{least[row]:.4g} to {most[row]:.4g}", f"{entropy[row]:.4g}")
 
 
 def _check_positions(add: Callable[..., None], table: pa.Table, row: dict[str, Any]) -> None:
@@ -686,7 +732,7 @@ def _check_columns(
         column = table.column(name) if name in table.column_names else None
         if width is not None and column is not None and isinstance(column.type, pa.FixedShapeTensorType):
             if list(column.type.shape) != [width]:
-                add(f"column {name}: logits a row", width, column.type.shape, setting=setting)
+                add(f"column {name}: values a row", width, column.type.shape, setting=setting)
                 width = column.type.shape[0] if len(column.type.shape) == 1 else width
         if width is not None:
             expected[name] = pa.fixed_shape_tensor(kind, [width])

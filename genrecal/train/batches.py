@@ -39,6 +39,7 @@ class MicroBatch:
         splice: student's questions with the teacher's answers; None where only the student's own loss is wanted.
         target_ids: int64 `[N]`; first: bool `[N]`, the first token of a turn's answer.
         topk_ids, topk_log_probs: `[N, k]`; exact_states: float32 `[N, D_t]`, the teacher's state at each row.
+        sample_ids: int64 `[N, K]`; sample_counts: float32 `[N, K]`; entropy: float32 `[N]`, nats.
         question_states: float32 `[Q, D_t]`, z_q of the samples that have it; None without the regularisation pass.
         reg_splice: the teacher's questions with its own answers; reg_rows: int64, which of the N rows it predicts.
     """
@@ -55,6 +56,9 @@ class MicroBatch:
     topk_ids: torch.Tensor | None = None
     topk_log_probs: torch.Tensor | None = None
     exact_states: torch.Tensor | None = None
+    sample_ids: torch.Tensor | None = None
+    sample_counts: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
     question_states: torch.Tensor | None = None
     reg_splice: Splice | None = None
     reg_rows: torch.Tensor | None = None
@@ -130,11 +134,12 @@ class LiveSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What a stage reads: teacher states at all, and the question tier."""
+    """What a stage reads: teacher states at all, the question tier, and what `exact` or `sampled` targets need."""
 
     teacher: bool
     questions: bool
     exact: bool = False
+    sampled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +199,7 @@ class BatchBuilder(Dataset[Loaded]):
             return Loaded(skipped=tuple(skipped), damaged=tuple(damaged))
         batch = _student_part(encoded, self.renderer)
         if self.wanted.teacher:
-            _add_teacher_part(batch, encoded, [r for r in records if r is not None], exact=self.wanted.exact)
+            _add_teacher_part(batch, encoded, [r for r in records if r is not None], self.wanted)
         return Loaded(batch=batch, skipped=tuple(skipped), damaged=tuple(damaged))
 
 
@@ -217,7 +222,7 @@ def _student_part(encoded: Sequence[Encoded], renderer: Renderer) -> MicroBatch:
     )
 
 
-def _add_teacher_part(batch: MicroBatch, encoded: Sequence[Encoded], records: Sequence[Record], *, exact: bool) -> None:
+def _add_teacher_part(batch: MicroBatch, encoded: Sequence[Encoded], records: Sequence[Record], wanted: Wanted) -> None:
     length = batch.student_inputs["input_ids"].shape[1]
     answers = [record.answer for record in records]
     lengths = [_turn_lengths(record) for record in records]
@@ -240,10 +245,27 @@ def _add_teacher_part(batch: MicroBatch, encoded: Sequence[Encoded], records: Se
     batch.first = torch.from_numpy(np.concatenate([_first_of(n) for turns in lengths for n in turns]))
     batch.topk_ids = over_rows("topk_ids").long()
     batch.topk_log_probs = over_rows("topk_logits") - over_rows("logsumexp")[:, None]
-    if exact:
+    if wanted.exact:
         batch.exact_states = over_rows("hidden")
+    if wanted.sampled:
+        _add_sampled(batch, records)
     if any(record.question is not None for record in records):
         _add_regularisation(batch, records, lengths)
+
+
+def _add_sampled(batch: MicroBatch, records: Sequence[Record]) -> None:
+    drawn = []
+    for record in records:
+        if record.answer.sampled is None:
+            raise DamageError(
+                f"{record.sample.key}: no column sample_ids, in a cache that says it has sampled targets; "
+                "`genrecal verify` says which shards are damaged"
+            )
+        drawn.append((record.answer.sampled, record.answer.predicts))
+    batch.sample_ids = torch.from_numpy(np.concatenate([sampled.ids[rows] for sampled, rows in drawn])).long()
+    counts = np.concatenate([sampled.counts[rows] for sampled, rows in drawn])
+    batch.sample_counts = torch.from_numpy(counts.astype(np.float32))  # torch computes little with uint16
+    batch.entropy = torch.from_numpy(np.concatenate([sampled.entropy[rows] for sampled, rows in drawn]))
 
 
 def _add_regularisation(batch: MicroBatch, records: Sequence[Record], lengths: Sequence[list[int]]) -> None:

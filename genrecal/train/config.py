@@ -59,7 +59,8 @@ class LossConfig:
         ce_weight, kl_weight: of the Recalibrator's cross-entropy and KL, in both passes.
         reg_weight: of the regularisation pass (stage 1).
         sft_weight: of the student's own cross-entropy (stage 2).
-        target: "topk", the stored logits and one bucket for the rest; "exact", recomputed from the cached state.
+        target: "topk", the stored logits and one bucket for the rest; "exact", recomputed from the cached state;
+            "sample", the stored draws, whose KL is unbiased (a cache made with `--targets sample:K`).
         chunk_rows: rows of logits that exist at once.
     """
 
@@ -71,8 +72,8 @@ class LossConfig:
     chunk_rows: int = 256
 
     def __post_init__(self) -> None:
-        if self.target not in ("topk", "exact"):
-            raise UsageError(f"loss.target {self.target!r}: expected topk or exact")
+        if self.target not in ("topk", "exact", "sample"):
+            raise UsageError(f"loss.target {self.target!r}: expected topk, exact or sample")
         if self.chunk_rows < 1:
             raise UsageError(f"loss.chunk_rows {self.chunk_rows}: expected at least 1")
 

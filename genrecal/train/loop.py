@@ -49,6 +49,11 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
             f"--cache {run.cache}: {len(cache.shards)} of {cache.num_shards} shards are finished; "
             "run `genrecal cache` again with the same options to finish it"
         )
+    if not cache.draws and any(wanted_by(stage, run.config).sampled for stage in stages):
+        raise UsageError(
+            f"--cache {run.cache}: loss.target sample needs sampled targets, and this cache has none; "
+            "make one with `genrecal cache --targets sample:50`, or set loss.target to topk or exact"
+        )
     run.begin(cache)
     for stage in sorted(set(stages)):
         if run.config.objective == "sft" and stage == 1:

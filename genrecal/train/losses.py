@@ -3,7 +3,7 @@
 `head_losses` never holds more than `chunk_rows` rows of logits, forward or backward; `head_losses_naive` is the same in
 plain autograd, and the tests hold the two together in value and gradient.
 
-Letters: N rows, D hidden size, V head rows, k stored logits a row.
+Letters: N rows, r rows of a chunk, D hidden size, V head rows, k stored logits a row, K draws a row.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,26 @@ class Exact:
     hidden: torch.Tensor
 
 
-Target = TopK | Exact | None
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """Draws with replacement from the teacher's own distribution at each row, and that distribution's entropy.
+
+    ids: int64 `[N, K]`; weights: float32 `[N, K]`, the share of the row's draws that each id has, adding up to 1 (0 where an
+    id only fills the row up); entropy: float32 `[N]`, nats, exact.
+    """
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+    entropy: torch.Tensor
+
+    @classmethod
+    def of_counts(cls, ids: torch.Tensor, counts: torch.Tensor, entropy: torch.Tensor) -> "Sampled":
+        """From how often each id was drawn, `[N, K]`."""
+        counts = counts.float()
+        return cls(ids=ids, weights=counts / counts.sum(-1, keepdim=True), entropy=entropy)
+
+
+Target = TopK | Exact | Sampled | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +81,12 @@ def head_losses(
         kl = sum_v p_v (log p_v - log softmax(z)_v)
 
     With a TopK target the sum runs over the k ids and one bucket for the rest, which is never above the exact KL and
-    equals it at k = V (paper, Algorithms 1-3; the bucket is ours).
+    equals it at k = V (paper, Algorithms 1-3; the bucket is ours). With a Sampled target kl is an estimate,
+
+        kl = -sum_i weights_i log softmax(z)_i - entropy
+
+    whose expectation over the draws is the exact KL, as that of its gradient is the exact one (arXiv 2503.16870). It may
+    be negative.
 
     Args:
         hidden: `[N, D]`, any float dtype; the gradient comes back in it.
@@ -71,13 +95,8 @@ def head_losses(
     """
     if target is None:
         kl_weight = 0.0
-    teacher: tuple[torch.Tensor | None, ...] = (None, None, None)
-    if isinstance(target, TopK):
-        teacher = (target.ids, target.log_probs, None)
-    elif isinstance(target, Exact):
-        teacher = (None, None, target.hidden)
     with torch.autocast(hidden.device.type, enabled=False):  # logits are float32 whatever the blocks compute in
-        weighted, ce, kl = _FrozenHeadLosses.apply(hidden, head, target_ids, *teacher, ce_weight, kl_weight, chunk_rows)
+        weighted, ce, kl = _FrozenHeadLosses.apply(hidden, head, target_ids, target, ce_weight, kl_weight, chunk_rows)
     return RowLosses(weighted=weighted, ce=ce, kl=kl)
 
 
@@ -90,9 +109,7 @@ class _FrozenHeadLosses(torch.autograd.Function):
         hidden: torch.Tensor,
         head: FrozenHead,
         target_ids: torch.Tensor,
-        topk_ids: torch.Tensor | None,
-        topk_log_probs: torch.Tensor | None,
-        teacher_hidden: torch.Tensor | None,
+        target: Target,
         ce_weight: float,
         kl_weight: float,
         chunk_rows: int,
@@ -109,10 +126,8 @@ class _FrozenHeadLosses(torch.autograd.Function):
             ids = target_ids[rows, None]
             ce[rows] = -log_q.gather(1, ids)[:, 0]
             d_kl: torch.Tensor | None = None
-            if topk_ids is not None and topk_log_probs is not None:
-                kl[rows], d_kl = _topk_kl(log_q, topk_ids[rows], topk_log_probs[rows], gradient is not None)
-            elif teacher_hidden is not None:
-                kl[rows], d_kl = _exact_kl(log_q, head, teacher_hidden[rows], gradient is not None)
+            if target is not None:
+                kl[rows], d_kl = _kl(log_q, head, target, rows, gradient is not None)
             if gradient is None:
                 continue
             d_logits = log_q.exp_()  # softmax(z)
@@ -130,7 +145,18 @@ class _FrozenHeadLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_weighted: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         gradient = ctx.gradient
-        return (gradient * d_weighted[:, None].to(gradient.dtype), *(None,) * 8)
+        return (gradient * d_weighted[:, None].to(gradient.dtype), *(None,) * 6)
+
+
+def _kl(
+    log_q: torch.Tensor, head: FrozenHead, target: TopK | Exact | Sampled, rows: slice, needs_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """KL of some rows of the target, `[r]`, and its gradient in the logits, `[r, V]`."""
+    if isinstance(target, TopK):
+        return _topk_kl(log_q, target.ids[rows], target.log_probs[rows], needs_gradient)
+    if isinstance(target, Exact):
+        return _exact_kl(log_q, head, target.hidden[rows], needs_gradient)
+    return _sampled_kl(log_q, target.ids[rows], target.weights[rows], target.entropy[rows], needs_gradient)
 
 
 def _topk_kl(
@@ -182,6 +208,15 @@ def _exact_kl(
     return kl, log_q.exp().sub_(p) if needs_gradient else None
 
 
+def _sampled_kl(
+    log_q: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, entropy: torch.Tensor, needs_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The estimate of the KL, `[r]`, and its gradient in the logits, `[r, V]`: q - weights, the weights being what p is."""
+    kl = -(weights * log_q.gather(1, ids)).sum(-1) - entropy
+    # An id that only fills a row up is there more than once, with weight 0; scatter_add takes that.
+    return kl, log_q.exp().scatter_add_(1, ids, -weights) if needs_gradient else None
+
+
 def head_losses_naive(
     hidden: torch.Tensor,
     head: FrozenHead,
@@ -207,6 +242,9 @@ def head_losses_naive(
         tail_q = q.scatter(1, target.ids, 0.0).sum(-1)
         kl = (p * (log_p - log_q.gather(1, target.ids))).sum(-1)
         kl = kl + torch.where(tail_p > 0, tail_p * (tail_p.clamp_min(1e-38).log() - tail_q.clamp_min(1e-38).log()), 0.0)
+    elif isinstance(target, Sampled):
+        p = torch.zeros_like(log_q).scatter_add(1, target.ids, target.weights.to(hidden.dtype))
+        kl = -(p * log_q).sum(-1) - target.entropy.to(hidden.dtype)
     return RowLosses(weighted=ce_weight * ce + kl_weight * kl, ce=ce.detach(), kl=kl.detach())
 
 

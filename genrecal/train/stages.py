@@ -10,7 +10,7 @@ from genrecal.errors import ModelError
 from genrecal.shards.head import FrozenHead
 from genrecal.train.batches import MicroBatch, Splice, Wanted
 from genrecal.train.config import LoraConfig, LossConfig, TrainConfig
-from genrecal.train.losses import Exact, RowLosses, Target, TopK, chunked_cross_entropy, head_losses
+from genrecal.train.losses import Exact, RowLosses, Sampled, Target, TopK, chunked_cross_entropy, head_losses
 from genrecal.train.recalibrator import Recalibrator
 from genrecal.vlm.loading import VLM
 
@@ -43,7 +43,8 @@ def wanted_by(stage: int, config: TrainConfig) -> Wanted:
     if config.objective == "sft" or stage == 3:
         return Wanted(teacher=False, questions=False)
     questions = stage == 1 and config.loss.reg_weight > 0
-    return Wanted(teacher=True, questions=questions, exact=config.loss.target == "exact")
+    target = config.loss.target
+    return Wanted(teacher=True, questions=questions, exact=target == "exact", sampled=target == "sample")
 
 
 class Distiller(nn.Module):
@@ -131,6 +132,9 @@ class Distiller(nn.Module):
         target: Target
         if batch.exact_states is not None:
             target = Exact(hidden=batch.exact_states[which])
+        elif batch.sample_ids is not None:
+            assert batch.sample_counts is not None and batch.entropy is not None
+            target = Sampled.of_counts(batch.sample_ids[which], batch.sample_counts[which], batch.entropy[which])
         else:
             assert batch.topk_log_probs is not None
             target = TopK(ids=batch.topk_ids[which], log_probs=batch.topk_log_probs[which])

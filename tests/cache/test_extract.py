@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import conversation, mixed_samples
 
+from genrecal.cache import extract
+from genrecal.cache.draws import uniforms
 from genrecal.cache.extract import extract_answer, extract_question
 from genrecal.cache.teacher import HFTeacher
 from genrecal.errors import SampleError
@@ -73,6 +75,44 @@ def test_head_of_the_hidden_state_gives_the_stored_logits(teacher_of):
         1, torch.from_numpy(answer.topk_ids).long(), torch.from_numpy(answer.topk_logits)
     )
     assert (logits - stored).abs().max() < 0.05  # bfloat16's rounding of the state
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampled_targets_are_drawn_from_each_rows_own_distribution(teacher_of, family):
+    """The rule written out in numpy over the model's own logits, row by row; a shift by one row would not pass."""
+    teacher = teacher_of(family)
+    for encoded in [teacher.encode(sample) for sample in mixed_samples(4)]:
+        answer = teacher.states([encoded], questions=[False], top_k=3, draws=40)[0].answer
+        with torch.no_grad():
+            logits = teacher.vlm.model(**teacher.vlm.renderer.collate([encoded])).logits[0].double().numpy()
+        numbers, same = uniforms(encoded.key, len(answer), 40), 0
+        for row, position in enumerate(answer.position):
+            p = np.exp(logits[position] - logits[position].max())
+            p /= p.sum()
+            ids, counts = np.unique(np.searchsorted(np.cumsum(p), numbers[row], side="right"), return_counts=True)
+            got = answer.sampled.counts[row] > 0
+            assert answer.sampled.counts[row].sum() == 40
+            same += answer.sampled.ids[row][got].tolist() == ids.tolist() and np.array_equal(
+                answer.sampled.counts[row][got], counts
+            )
+            assert answer.sampled.entropy[row] == pytest.approx(-(p * np.log(p)).sum(), abs=1e-4)
+        assert same >= len(answer) - 1  # a logit's last digit may move a draw to the neighbouring id
+
+
+def test_draws_depend_on_no_batch_chunk_or_other_target(teacher_of, monkeypatch):
+    teacher = teacher_of("qwen2_vl")
+    encoded = [teacher.encode(sample) for sample in mixed_samples(4)]
+    together = [s.answer for s in teacher.states(encoded, questions=[False] * 4, top_k=3, draws=50)]
+    without = [s.answer for s in teacher.states(encoded, questions=[False] * 4, top_k=3)]
+    for one, other in zip(together, without, strict=True):
+        assert other.sampled is None
+        assert np.array_equal(one.topk_logits, other.topk_logits)  # the other targets keep their bytes
+    monkeypatch.setattr(extract, "LOGIT_BUDGET", 2 * teacher.head.weight.shape[0])  # two rows a chunk
+    for item, answer in zip(encoded, together, strict=True):
+        alone = teacher.states([item], questions=[False], top_k=3, draws=50)[0].answer
+        same = (alone.sampled.ids == answer.sampled.ids).all(1) & (alone.sampled.counts == answer.sampled.counts).all(1)
+        assert same.sum() >= len(same) - 1  # other widths move float32 sums in their last digits
+        assert np.allclose(alone.sampled.entropy, answer.sampled.entropy, atol=1e-5)
 
 
 def test_byte_ranges_are_in_the_answer(teacher_of):

@@ -15,7 +15,7 @@ import torch
 from conftest import mixed_samples, write_llava
 
 from genrecal.cache.job import CacheOptions, batches_by_length, run_cache_job
-from genrecal.cache.teacher import HFTeacher
+from genrecal.cache.teacher import HFTeacher, LiveTeacher
 from genrecal.errors import DataError, ModelError, UsageError
 from genrecal.samples import open_samples
 from genrecal.shards.inspect import summarize
@@ -103,6 +103,45 @@ def test_only_what_is_missing_is_done_again(teacher, data, tmp_path, lost):
     report = run_cache_job(teacher, open_samples([data]), tmp_path, options)
     assert (report.shards_done, report.shards_found) == (1, 2)
     assert tree(tmp_path) == before
+
+
+def test_sampled_targets_are_written_beside_the_top_k(teacher, data, tmp_path):
+    options = CacheOptions(samples_per_shard=8, top_k=7, draws=20)
+    for name in ("a", "b"):
+        run_cache_job(teacher, open_samples([data]), tmp_path / name, options)
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    run_cache_job(teacher, open_samples([data]), tmp_path / "without", CacheOptions(samples_per_shard=8, top_k=7))
+    cache, without = open_cache(tmp_path / "a"), open_cache(tmp_path / "without")
+    assert (cache.draws, without.draws) == (20, 0)
+    for record, other in zip(cache, without, strict=True):
+        added = set(record.answer.column_names) - set(other.answer.column_names)
+        assert added == {"sample_ids", "sample_counts", "entropy"}
+        assert record.answer.drop_columns(sorted(added)).equals(other.answer)
+    live = LiveTeacher(teacher, top_k=7, draws=20)
+    for record in cache:
+        (made,) = live.records([record.sample], questions=[False])
+        rows, stored = made.answer.sampled, record.answer_rows().sampled
+        same = (rows.ids == stored.ids).all(1) & (rows.counts == stored.counts).all(1)
+        assert same.sum() >= len(same) - 1  # the batch's width moves float32 sums in their last digits
+        assert np.allclose(rows.entropy, stored.entropy, atol=1e-5)
+
+
+def test_a_cache_from_before_there_were_sampled_targets_goes_on(teacher, data, tmp_path):
+    options = CacheOptions(samples_per_shard=8)
+    run_cache_job(teacher, open_samples([data]), tmp_path, options)
+    description = json.loads((tmp_path / "cache.json").read_text())
+    del description["sampled_targets"]
+    (tmp_path / "cache.json").write_text(json.dumps(description))
+    assert open_cache(tmp_path).draws == 0
+    assert run_cache_job(teacher, open_samples([data]), tmp_path, options).shards_done == 0
+    with pytest.raises(UsageError, match="sampled_targets was 0, now 5"):
+        run_cache_job(teacher, open_samples([data]), tmp_path, CacheOptions(samples_per_shard=8, draws=5))
+
+
+@pytest.mark.parametrize("draws", [-1, 2**16])
+def test_more_draws_than_a_count_can_hold_are_refused(draws):
+    with pytest.raises(UsageError, match=rf"--targets sample:{draws}: expected 1 to 65535"):
+        CacheOptions(draws=draws)
 
 
 def test_question_tier_may_be_deleted_after_stage_1(teacher, data, tmp_path):

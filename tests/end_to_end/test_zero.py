@@ -53,7 +53,7 @@ def same_model(tiny, tmp_path_factory):
                 teacher,
                 open_samples([data]),
                 folder / "cache",
-                CacheOptions(samples_per_shard=5, top_k=16, answer_codec="bf16", question_codec="bf16"),
+                CacheOptions(samples_per_shard=5, top_k=16, draws=1000, answer_codec="bf16", question_codec="bf16"),
             )
             made[family] = (load_vlm(tiny(family), dtype=torch.float32), open_cache(folder / "cache"))
         return made[family]
@@ -63,7 +63,7 @@ def same_model(tiny, tmp_path_factory):
 
 def terms(model, cache, *, change=None, target="topk"):
     """Means of the Recalibrator's terms over the whole cache, as stage 1 computes them; `change` spoils the batch."""
-    wanted = Wanted(teacher=True, questions=True, exact=target == "exact")
+    wanted = Wanted(teacher=True, questions=True, exact=target == "exact", sampled=target == "sample")
     batch = BatchBuilder(ShardSource(cache), model.renderer, wanted)[range(len(cache))].batch
     if change is not None:
         batch = change(batch)
@@ -83,6 +83,25 @@ def test_teacher_equal_student_gives_no_kl(same_model, family, target):
     assert means["kl"] < 2e-3 and means["reg_kl"] < 2e-3, means
     if target == "topk":
         assert abs(means["kl_first"]) < 1e-5, means
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_teacher_equal_student_gives_no_kl_but_chance_from_draws(same_model, family):
+    """Within four standard errors of 0; another row's draws are not."""
+    model, cache = same_model(family)
+    means = terms(model, cache, target="sample")
+    variances = []
+    for record in cache:
+        rows = record.answer_rows()
+        log_p = cache.head().logits(torch.from_numpy(rows.hidden[rows.predicts])).double().log_softmax(-1)
+        p = log_p.exp()
+        variances += ((p * log_p**2).sum(-1) - (p * log_p).sum(-1) ** 2).tolist()  # of -log p(id), one draw
+    error = (sum(variances) / 1000) ** 0.5 / len(variances)
+    assert abs(means["kl"]) < 2e-3 + 4 * error, (means, error)
+    shifted_draws = terms(
+        model, cache, target="sample", change=lambda b: dataclasses.replace(b, sample_ids=b.sample_ids.roll(1, 0))
+    )
+    assert shifted_draws["kl"] > 0.3
 
 
 @pytest.mark.parametrize("family", FAMILIES)

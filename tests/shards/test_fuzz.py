@@ -135,7 +135,9 @@ DAMAGES = (flip, flip, flip_a_bit, cut, delete, append, fill_with_zeros, duplica
 def content(record):
     """All that a record says, comparable."""
     rows = record.record()
-    arrays = [vars(rows.answer), vars(rows.question) if rows.question else {}]
+    answer = dict(vars(rows.answer))
+    sampled = answer.pop("sampled")
+    arrays = [answer | vars(sampled), vars(rows.question) if rows.question else {}]
     flat = [(name, value.dtype.str, value.tobytes()) for part in arrays for name, value in part.items()]
     return [record.key, rows.sample, record.images, flat]
 

@@ -74,7 +74,7 @@ def path(teacher, samples, tmp_path_factory):
     data.write_text(json.dumps(records, indent=1))
     options = CacheOptions(
         top_k=TOP_K, samples_per_shard=5, max_skip=0.5, answer_codec="bf16", question_codec="bf16",
-        question_fraction=0.6,
+        question_fraction=0.6, draws=9,
     )  # fmt: skip
     run_cache_job(teacher, open_samples([data]), folder / "cache", options)
     return folder / "cache"

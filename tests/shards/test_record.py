@@ -25,16 +25,21 @@ FLOATS = hnp.arrays(
 def assert_same(got, wanted):
     for name in vars(wanted):
         values = getattr(wanted, name)
-        if name == "target_logit":  # null on a turn's last row, on disk
+        if name == "sampled":
+            assert (getattr(got, name) is None) == (values is None)
+            if values is not None:
+                assert_same(getattr(got, name), values)
+        elif name == "target_logit":  # null on a turn's last row, on disk
             assert np.array_equal(getattr(got, name)[wanted.predicts], values[wanted.predicts])
         else:
             assert np.array_equal(getattr(got, name), values), name
             assert getattr(got, name).dtype == values.dtype, name
 
 
+@pytest.mark.parametrize("draws", [0, 2, 50, 1000])
 @pytest.mark.parametrize("width", [1, 7, 64, 896, 1536, 3584, 8192])
-def test_answer_rows_round_trip(width):
-    rows = make_answer(width=width)
+def test_answer_rows_round_trip(width, draws):
+    rows = make_answer(width=width, draws=draws)
     assert_same(answer_rows(read_table(to_arrow(rows, BF16), where="x"), where="x"), rows)
 
 

@@ -1,5 +1,6 @@
 """`genrecal verify`: what it finds, what it leaves alone, and that a repaired cache is made again byte for byte."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import mixed_samples, write_llava
-from made_cache import PER_SHARD, make_cache, make_head, tree, write_shard
+from made_cache import PER_SHARD, make_cache, make_head, make_record, tree, write_shard
 
 from genrecal.cache.job import CacheOptions, run_cache_job
 from genrecal.cache.teacher import HFTeacher
@@ -134,6 +135,9 @@ def test_missing_files_are_named(cache):
         ({"answer_codec": "int8"}, "answer_codec: 3 of 3 shards disagree"),
         ({"hidden_size": 8}, "hidden_size: not that of head.safetensors: expected 16, got 8"),
         ({"top_k": 5}, "top_k: 3 of 3 shards disagree"),
+        ({"sampled_targets": 4}, "sampled_targets: 3 of 3 shards disagree"),
+        ({"sampled_targets": 0}, "sampled_targets: 3 of 3 shards disagree"),
+        ({"sampled_targets": "all"}, "sampled_targets: expected a whole number, 0 or more, got 'all'"),
         ({"vocab_size": 61}, "vocab_size: expected at most head_rows"),
         ({"num_samples": 12}, "num_samples: 1 of 3 shards disagree"),
         ({"samples_per_shard": 5}, "samples_per_shard: 3 of 3 shards disagree"),
@@ -235,7 +239,7 @@ def test_a_shard_that_was_written_with_other_options_is_named(cache, monkeypatch
     result = verify_cache(cache)
     lines = [str(finding) for finding in result.findings]
     assert result.damaged_shards == [1, 2]
-    assert lines[0] == "samples/00001.tar: sample 00000004-s4: column topk_ids: logits a row: expected 4, got [3]"
+    assert lines[0] == "samples/00001.tar: sample 00000004-s4: column topk_ids: values a row: expected 4, got [3]"
     assert "manifest/00002.parquet: answer_codec: expected bf16, got int8" in lines
     assert any("sample 00000008-s8: codec in the Arrow metadata: expected bf16, got int8" in line for line in lines)
     head = type(wide)(weight=torch.cat([wide.weight, wide.weight], dim=1), vocab_size=wide.vocab_size)
@@ -246,6 +250,66 @@ def test_a_shard_that_was_written_with_other_options_is_named(cache, monkeypatch
     lines = found(cache, deep=True)
     assert lines[0] == "cache.json: hidden_size: not that of head.safetensors: expected 32, got 16"
     assert any("do not fit the head of 60 rows and 32 columns" in line for line in lines)
+
+
+def without_draws(answer):
+    return dataclasses.replace(answer, sampled=None)
+
+
+def with_draws(name, edit):
+    def change_answer(answer):
+        values = getattr(answer.sampled, name).copy()
+        edit(values)
+        return dataclasses.replace(answer, sampled=dataclasses.replace(answer.sampled, **{name: values}))
+
+    return change_answer
+
+
+def swap_first_two(ids):
+    row = int((ids[:, 1] > 0).argmax())
+    ids[row, :2] = ids[row, 1::-1]
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (without_draws, "column sample_ids: values a row: expected 5, got no such column"),
+        (
+            with_draws("counts", lambda counts: counts.__setitem__((0, 0), 9)),
+            "sample_counts, their sum in a row: expected 5",
+        ),
+        (with_draws("ids", lambda ids: ids.__setitem__((0, 0), -1)), "ids of draws: expected 0 to 59, got -1 to"),
+        (with_draws("ids", lambda ids: ids.__setitem__((0, -1), 60)), "ids of draws: expected 0 to 59"),
+        (with_draws("ids", swap_first_two), "sample_ids: expected each drawn id once, rising, got another order"),
+        (
+            with_draws("counts", lambda counts: counts.__setitem__((0, slice(None)), counts[0, ::-1].copy())),
+            "sample_ids: expected the drawn ids, then zeros with count 0, got another order",
+        ),
+        (
+            with_draws("entropy", lambda e: e.__setitem__(0, np.nan)),
+            "column entropy: expected finite, 0 or more, got nan",
+        ),
+        (
+            with_draws("entropy", lambda e: e.__setitem__(0, -0.1)),
+            "column entropy: expected finite, 0 or more, got -0.1",
+        ),
+        (with_draws("entropy", lambda e: e.__setitem__(0, 4.2)), "entropy of row 0, by its top k: expected "),
+        (with_draws("entropy", lambda e: e.__setitem__(0, 0.0)), "entropy of row 0, by its top k: expected "),
+    ],
+)
+def test_sampled_targets_that_cannot_be_are_named(cache, monkeypatch, edit, words):
+    """In one shard, whose checksums are right."""
+
+    def spoilt(index, head, **options):
+        record = make_record(index, head, **options)
+        return dataclasses.replace(record, answer=edit(record.answer))
+
+    monkeypatch.setattr(made_cache, "make_record", spoilt)
+    write_shard(cache, 1, make_head())
+    result = verify_cache(cache)
+    lines = [str(finding) for finding in result.findings]
+    assert any(line.startswith("samples/00001.tar: sample 00000004-s4: ") and words in line for line in lines), lines
+    assert result.damaged_shards == [1]
 
 
 def test_a_manifest_that_was_edited_is_found_by_its_digest(cache):

@@ -117,7 +117,7 @@ def test_a_value_is_read_as_toml_and_takes_the_settings_type(setting: str, name:
         ("keep_checkpoints=0", "at least 1"),
         ("objective=kd", r"objective 'kd': expected one of genrecal, sft"),
         ("precision=fp16", "precision 'fp16': expected one of auto, bf16, fp32"),
-        ("loss.target=sample", r"loss\.target 'sample': expected topk or exact"),
+        ("loss.target=bottomk", r"loss\.target 'bottomk': expected topk, exact or sample"),
         ("loss.target=", r"loss\.target '': expected"),
     ],
 )
@@ -156,7 +156,7 @@ def test_a_file_that_cannot_be_read_is_a_usage_error(tmp_path: Path) -> None:
     lr=st.floats(0, 1),
     steps=st.integers(0, 10**6),
     categories=st.lists(st.text(st.characters(exclude_categories=["Cs"]))),
-    target=st.sampled_from(["topk", "exact"]),
+    target=st.sampled_from(["topk", "exact", "sample"]),
 )
 def test_a_configuration_comes_back_from_a_runs_json(
     seed: int, lr: float, steps: int, categories: list[str], target: str

@@ -36,7 +36,7 @@ def cache(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("loop")
     data = write_llava(folder / "d", mixed_samples(20))
     teacher = HFTeacher.load(tiny("qwen2_vl"), dtype=torch.float32)
-    run_cache_job(teacher, open_samples([data]), folder / "c", CacheOptions(samples_per_shard=8))
+    run_cache_job(teacher, open_samples([data]), folder / "c", CacheOptions(samples_per_shard=8, draws=12))
     return folder / "c"
 
 
@@ -168,7 +168,8 @@ def test_sft_needs_no_recalibrator_and_takes_the_same_samples(run_of):
 
 
 @pytest.mark.parametrize(
-    "setting", ["loss.target=exact", "lora.rank=0", "precision=bf16", "gradient_checkpointing=false"]
+    "setting",
+    ["loss.target=exact", "loss.target=sample", "lora.rank=0", "precision=bf16", "gradient_checkpointing=false"],
 )
 def test_other_settings_train_too(run_of, setting):
     run = run_of("run", setting)
@@ -301,6 +302,16 @@ def test_regularisation_without_question_states_is_refused(tiny, run_of, tmp_pat
     without = run_of("without", "loss.reg_weight=0")
     train(Run(path=without.path, config=without.config, student=without.student, cache=tmp_path / "c"), stages=(1,))
     assert "reg_ce" not in read_metrics(without.path)[0]
+
+
+def test_sampled_targets_that_are_not_there_are_refused_before_anything_is_written(tiny, run_of, tmp_path):
+    data = write_llava(tmp_path / "d", mixed_samples(4))
+    teacher = HFTeacher.load(tiny("qwen2_vl"), dtype=torch.float32)
+    run_cache_job(teacher, open_samples([data]), tmp_path / "c", CacheOptions())
+    run = run_of("run", "loss.target=sample")
+    with pytest.raises(UsageError, match=r"loss\.target sample .* has none; .*--targets sample:50"):
+        train(Run(path=run.path, config=run.config, student=run.student, cache=tmp_path / "c"), stages=(1, 2))
+    assert not run.path.exists()
 
 
 def test_another_head_in_the_cache_is_damage(run_of, cache, tiny, tmp_path):

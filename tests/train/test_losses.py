@@ -1,11 +1,13 @@
 """The chunked losses against plain autograd in float64, value and gradient, in named regimes."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from genrecal.cache.draws import count_draws, draw
 from genrecal.shards.head import FrozenHead, LogitTransform
-from genrecal.train.losses import Exact, TopK, chunked_cross_entropy, head_losses, head_losses_naive
+from genrecal.train.losses import Exact, Sampled, TopK, chunked_cross_entropy, head_losses, head_losses_naive
 
 D = 16
 TRANSFORMS = {
@@ -53,6 +55,14 @@ def topk_of(head, teacher, k):
     return TopK(ids=ids, log_probs=values - logits.logsumexp(-1, keepdim=True))
 
 
+def sampled_of(logits, draws, *, seed=0):
+    """Sampled targets of float32 logits `[N, V]`, through the cache job's own functions."""
+    numbers = torch.from_numpy(np.random.default_rng(seed).random((len(logits), draws)))
+    ids, entropy = draw(logits, numbers)
+    distinct, counts = (torch.from_numpy(part) for part in count_draws(ids.numpy()))
+    return Sampled.of_counts(distinct.long(), counts, entropy.float())
+
+
 def both(head, hidden, ids, target, *, chunk_rows, **weights):
     """(losses, gradient) of the chunked function in float32 and of the naive one in float64."""
     upstream = torch.linspace(0.5, 1.5, len(ids))
@@ -77,13 +87,16 @@ def assert_close(got, wanted, *, rtol=2e-5, atol=2e-5):
     assert (got.double() - wanted).abs().max() <= atol * scale + rtol * wanted.abs().max(), (got, wanted)
 
 
-@pytest.mark.parametrize("kind", ["topk", "exact", "none"])
+@pytest.mark.parametrize("kind", ["topk", "exact", "sampled", "none"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("regime", REGIMES)
 def test_value_and_gradient_equal_the_naive_ones(regime, transform, kind):
     rows, vocab, spread, k, chunk_rows = REGIMES[regime]
     head, hidden, teacher, ids = problem(rows, vocab, spread, bias=True, transform=TRANSFORMS[transform])
-    target = {"topk": topk_of(head, teacher, k), "exact": Exact(hidden=teacher), "none": None}[kind]
+    target = {
+        "topk": topk_of(head, teacher, k), "exact": Exact(hidden=teacher), "none": None,
+        "sampled": sampled_of(head.logits(teacher), 2 * k),
+    }[kind]  # fmt: skip
     fast, gradient, slow, slow_gradient = both(
         head, hidden, ids, target, chunk_rows=chunk_rows, ce_weight=0.7, kl_weight=1.3
     )
@@ -120,6 +133,97 @@ def test_bucketed_kl_is_never_above_the_exact_one_and_equals_it_at_all_logits():
         assert (bucketed >= previous - 1e-4).all()  # splitting a bucket only adds
         previous = bucketed
     assert torch.allclose(head_losses(hidden, head, ids, topk_of(head, teacher, 200)).kl, exact, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ sampled targets
+
+
+def dense_kl(hidden, head, p):
+    """float64: KL(p || softmax(head(hidden))) `[N]` and its gradient in `hidden` `[N, D]`, written out."""
+    leaf = hidden.double().requires_grad_()
+    log_q = (leaf @ head.weight.double().T).log_softmax(-1)
+    kl = (torch.special.xlogy(p, p) - p * log_q).sum(-1)
+    kl.sum().backward()
+    return kl.detach(), leaf.grad
+
+
+def estimates(hidden, head, proposal, entropy, *, draws, trials, seed=0):
+    """`trials` estimates from draws of `proposal` `[N, V]` (logits): values `[T, N]` and gradients `[T, N, D]`, float64."""
+    rows = len(hidden)
+    target = sampled_of(proposal.repeat(trials, 1), draws, seed=seed)
+    target = Sampled(ids=target.ids, weights=target.weights, entropy=entropy.float().repeat(trials))
+    leaf = hidden.repeat(trials, 1).requires_grad_()
+    ids = torch.zeros(len(leaf), dtype=torch.int64)
+    losses = head_losses(leaf, head, ids, target, ce_weight=0.0)
+    losses.weighted.sum().backward()
+    return losses.kl.double().view(trials, rows), leaf.grad.double().view(trials, rows, -1)
+
+
+def off_by(samples, exact):
+    """How many standard errors the means over trials are off, at most."""
+    error = samples.std(0) / len(samples) ** 0.5
+    return ((samples.mean(0) - exact).abs() / error).max().item()
+
+
+@pytest.mark.parametrize(("draws", "spread"), [(1, 3.0), (8, 3.0), (50, 3.0), (8, 0.5), (8, 8.0)])
+def test_sampled_kl_is_unbiased_in_value_and_gradient(draws, spread):
+    """Mean over 4000 independent sets of draws, against the dense float64 formula; a renormalised top k fails the same."""
+    head, hidden, teacher, _ = problem(6, 97, spread)
+    logits = head.logits(teacher)
+    p = logits.double().softmax(-1)
+    entropy = -torch.special.xlogy(p, p).sum(-1)
+    exact, exact_gradient = dense_kl(hidden, head, p)
+    kl, gradient = estimates(hidden, head, logits, entropy, draws=draws, trials=4000)
+    assert off_by(kl, exact) < 4
+    assert off_by(gradient, exact_gradient) < 4.5  # the largest of 96
+    top = logits.topk(8, -1).indices
+    renormalised = torch.full_like(logits, float("-inf")).scatter(1, top, logits.gather(1, top))
+    kl, gradient = estimates(hidden, head, renormalised, entropy, draws=draws, trials=4000)
+    if spread < 8:  # else the top 8 are all there is
+        assert off_by(kl, exact) > 8 and off_by(gradient, exact_gradient) > 8
+
+
+def test_many_draws_come_to_the_exact_kl():
+    head, hidden, teacher, ids = problem(6, 97, 3.0)
+    exact = head_losses(hidden, head, ids, Exact(hidden=teacher)).kl
+    errors = [
+        (head_losses(hidden, head, ids, sampled_of(head.logits(teacher), draws)).kl - exact).abs().mean().item()
+        for draws in (50, 2_000, 65_535)
+    ]
+    assert errors[2] < 2e-2 and errors[2] < errors[1] < errors[0]
+    whole = Sampled(
+        ids=torch.arange(97).expand(6, 97),
+        weights=head.logits(teacher).softmax(-1),
+        entropy=sampled_of(head.logits(teacher), 1).entropy,
+    )
+    assert torch.allclose(head_losses(hidden, head, ids, whole).kl, exact, atol=1e-5)
+
+
+def test_sampled_kl_of_teacher_equal_student_is_zero_in_expectation_and_not_by_itself():
+    head, hidden, _, ids = problem(6, 97, 3.0)
+    logits = head.logits(hidden)
+    p = logits.double().softmax(-1)
+    kl, gradient = estimates(hidden, head, logits, -torch.special.xlogy(p, p).sum(-1), draws=8, trials=4000)
+    assert off_by(kl, 0.0) < 4 and off_by(gradient, 0.0) < 4.5
+    assert (kl < 0).any() and (kl > 0).any() and kl.std() > 0.1
+    certain = head_losses(hidden, FrozenHead(weight=1e3 * head.weight, vocab_size=97), ids, sampled_of(1e3 * logits, 8))
+    assert certain.kl.abs().max() < 1e-6  # nothing is left to chance
+
+
+def test_ids_that_fill_a_row_up_add_nothing():
+    head, hidden, teacher, ids = problem(6, 97, 3.0)
+    target = sampled_of(head.logits(teacher), 8)
+    assert (target.weights == 0).any()
+    elsewhere = Sampled(
+        ids=torch.where(target.weights > 0, target.ids, 5), weights=target.weights, entropy=target.entropy
+    )
+    results = []
+    for each in (target, elsewhere):
+        leaf = hidden.clone().requires_grad_()
+        losses = head_losses(leaf, head, ids, each)
+        losses.weighted.sum().backward()
+        results.append((losses.kl, leaf.grad))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
 def test_teacher_equal_student_gives_zero():
