@@ -65,6 +65,11 @@ class Index:
         shard = int(self.shard[row])
         return shard, row - int(self._starts[np.searchsorted(self._numbers, shard)])
 
+    def count(self, shard: int) -> int:
+        """Records of a shard."""
+        start, end = np.searchsorted(self.shard, [shard, shard + 1])
+        return int(end - start)
+
 
 Scan = Sequence[tuple[pa.Table, dict[str, Any]]]  # of each shard, the index's columns and the facts of its manifest
 
@@ -74,7 +79,7 @@ def scan(store: Store, shards: Sequence[int]) -> Scan:
 
     def read(shard: int) -> tuple[pa.Table, dict[str, Any]]:
         table, facts = read_shard_manifest(store, shard)
-        return _columns(table), facts
+        return index_columns(table), facts
 
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(read, shards))
@@ -102,7 +107,7 @@ def totals_of(scanned: Scan) -> dict[str, int]:
     return totals | {name: int(pc.sum(table.column(name)).as_py() or 0) for name in COUNTS}
 
 
-def _columns(manifest: pa.Table) -> pa.Table:
+def index_columns(manifest: pa.Table) -> pa.Table:
     """The index's columns of one manifest."""
     cached = pc.equal(manifest.column("status"), CACHED)
     names = [name for name in SCHEMA.names if name != "cached"]
@@ -130,6 +135,43 @@ def read_index(store: Store, *, num_shards: int, num_samples: int | None) -> Ind
         raise DamageError(
             f"{store.where(INDEX_FILE)}: not this cache's index: {error}; delete it and run `genrecal cache` again"
         ) from None
+
+
+def index_difference(store: Store, scanned: Scan | None) -> str:
+    """What the index file says otherwise than the manifests; empty if nothing. Of unreadable ones: why.
+
+    Args:
+        scanned: every manifest; None if some cannot be read: then the file must be readable, and no more is asked.
+    """
+    try:
+        with _open(store) as file:
+            facts = json.loads((file.metadata.metadata or {})[METADATA_KEY])
+            table = file.read(SCHEMA.names).cast(SCHEMA)
+        if scanned is None:
+            return ""
+        digests = [facts_of_shard.get(DIGEST) for _, facts_of_shard in scanned]
+        if facts != {"format_version": FORMAT_VERSION, "manifests": digests}:
+            return "its metadata is not the manifests'"
+        expected = _joined(scanned)
+        texts = {name: pa.string() for name in ("category", "source")}  # whatever their dictionaries' order
+        for name in SCHEMA.names:
+            ours, its = expected.column(name), table.column(name)
+            if name in texts:
+                ours, its = ours.cast(pa.string()), its.cast(pa.string())
+            if not ours.equals(its) and not _same_with_nan(ours, its):
+                return f"column {name} is not the manifests'"
+        return ""
+    except READ_ERRORS as error:
+        return f"not a readable index: {error}"
+
+
+def _same_with_nan(a: pa.ChunkedArray, b: pa.ChunkedArray) -> bool:
+    """Whether floats are the same, NaN being equal to NaN."""
+    return (
+        pa.types.is_floating(a.type)
+        and len(a) == len(b)
+        and bool(np.array_equal(a.to_numpy(), b.to_numpy(), equal_nan=True))
+    )
 
 
 def _open(store: Store) -> pq.ParquetFile:

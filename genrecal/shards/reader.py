@@ -94,6 +94,11 @@ class Cache(Sequence["CachedRecord"]):
                 f"{self.store.where(manifest_name(shard))}: expected {DIGEST} {self._index.digests[shard]} by "
                 f"{INDEX_FILE}, got {facts.get(DIGEST)}; `genrecal verify` says which is wrong"
             )
+        if len(table) != self._index.count(shard):
+            raise DamageError(
+                f"{self.store.where(manifest_name(shard))}: expected {self._index.count(shard)} rows by {INDEX_FILE}, "
+                f"got {len(table)}; `genrecal verify` says which is wrong"
+            )
         return table, facts
 
     @property

@@ -7,19 +7,19 @@ name. An object store shows an upload when it is complete and never before, so a
 import abc
 import contextlib
 import functools
+import io
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from genrecal.errors import StorageError, UsageError
 from genrecal.files import process_runs, put_in_place, remove_stale_temporaries, temporary_path, write_whole
 
 ATTEMPTS = 4  # of one remote operation, on top of what the file system itself retries
 LONGEST_PAUSE = 8.0  # seconds between two of them
-STREAM_BLOCK = 2**23  # bytes read ahead when a remote file is read from begin to end
 FINAL = (
     FileNotFoundError,
     PermissionError,
@@ -58,8 +58,8 @@ class Store(abc.ABC):
         """Bytes [offset, offset + size) of a file, fewer where it ends before; all that follow if `size` is None."""
 
     @abc.abstractmethod
-    def open(self, name: str) -> BinaryIO:
-        """A file to read, seekable."""
+    def open(self, name: str, *, ahead: int = 0) -> BinaryIO:
+        """A file to read, seekable. A remote one is read in pieces of `ahead` bytes, or of just what is asked for if 0."""
 
     @abc.abstractmethod
     def size(self, name: str) -> int:
@@ -162,7 +162,7 @@ class LocalStore(Store):
         size = rest if size is None else min(size, rest)
         return os.pread(_open_file(path, status.st_ino, status.st_mtime_ns).fileno(), size, offset) if size else b""
 
-    def open(self, name: str) -> BinaryIO:
+    def open(self, name: str, *, ahead: int = 0) -> BinaryIO:
         return (self.root / name).open("rb", buffering=0)
 
     def size(self, name: str) -> int:
@@ -253,8 +253,9 @@ class RemoteStore(Store):
         end = None if size is None else offset + size
         return self._retry("read", name, lambda: _range(self._fs, self._path(name), offset, end))
 
-    def open(self, name: str) -> BinaryIO:
-        return self._retry("open", name, lambda: self._fs.open(self._path(name), "rb", block_size=STREAM_BLOCK))
+    def open(self, name: str, *, ahead: int = 0) -> BinaryIO:
+        file = _RangeFile(self, name)
+        return cast(BinaryIO, io.BufferedReader(file, ahead) if ahead else file)
 
     def size(self, name: str) -> int:
         return int(self._retry("look up", name, lambda: self._fs.info(self._path(name)))["size"])
@@ -338,6 +339,35 @@ class RemoteStore(Store):
             raise StorageError(
                 f"{self.where(name)}: cannot {doing} it, after {ATTEMPTS} attempts: {type(error).__name__}: {error}"
             ) from error
+
+
+class _RangeFile(io.RawIOBase):
+    """A remote file whose every read is a byte range of its own, tried again if it fails."""
+
+    def __init__(self, store: RemoteStore, name: str):
+        self._store, self._name = store, name
+        self._size, self._place = store.size(name), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        self._place = max(0, start + offset)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(0, min(len(buffer), self._size - self._place))
+        data = self._store.read(self._name, self._place, wanted)
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
 
 
 @functools.lru_cache(maxsize=16)

@@ -27,6 +27,7 @@ from genrecal.progress import Progress
 from genrecal.samples import ImageRef, Sample
 from genrecal.shards.codecs import codec_named
 from genrecal.shards.head import HEAD_FILE, FrozenHead
+from genrecal.shards.index import INDEX_FILE, Scan, index_columns, index_difference
 from genrecal.shards.layout import (
     CACHE_FILE,
     FORMAT_VERSION,
@@ -46,6 +47,7 @@ MAX_KL = 0.1  # nats, mean over a shard
 LOGIT_BUDGET = 2**25  # float32 logits that exist at once
 MOST_SHARDS = 10**7
 MOST_WIDTH = 2**20  # channels of a state
+AHEAD = 2**23  # bytes of a remote file that one request brings
 BUFFER = 2**20  # bytes of a tar read at a time
 TOTALS = ("cached", "skipped", "turns", "images", "question_tokens", "answer_tokens")
 MEASURED = (
@@ -192,6 +194,8 @@ def verify_cache(
         notes.append(f"every shard is there, but {CACHE_FILE} has no totals yet; run `genrecal cache` again")
     findings += _merge(results, notes)
     findings += _over_limit(results, max_kl)
+    if complete:
+        findings += _check_index(store, results, notes)
     if complete and all(result.sums is not None for result in results):
         findings += _check_totals(description["totals"], results, settings.get("num_samples"))
     return Verification(
@@ -338,10 +342,22 @@ def _check_teacher(store: Store, description: dict[str, Any]) -> Iterator[Findin
 def _sha256(store: Store, name: str) -> str:
     """A file's sha256, or why there is none."""
     try:
-        with store.open(name) as file:
+        with store.open(name, ahead=AHEAD) as file:
             return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
     except OSError as error:
         return error.strerror or str(error)
+
+
+def _check_index(store: Store, results: "list[ShardResult]", notes: list[str]) -> Iterator[Finding]:
+    """The index against the manifests, if all of them can be read."""
+    if not store.exists(INDEX_FILE):
+        notes.append(f"no {INDEX_FILE}: opening reads every manifest; `genrecal cache` again writes it")
+        return
+    scanned: Scan = [result.scanned for result in results if result.scanned is not None and result.sums is not None]
+    difference = index_difference(store, scanned if len(scanned) == len(results) else None)
+    if difference:
+        what = f"{difference}; delete it and run `genrecal cache` again: finished shards are kept"
+        yield Finding(shard=None, file=INDEX_FILE, what=what)
 
 
 def _check_totals(totals: Any, results: "list[ShardResult]", num_samples: Any) -> Iterator[Finding]:
@@ -374,6 +390,7 @@ class ShardResult:
     findings: list[Finding] = field(default_factory=list)
     disagreements: dict[str, list[Finding]] = field(default_factory=lambda: defaultdict(list))
     sums: dict[str, int] | None = None  # of a manifest that is whole
+    scanned: tuple[pa.Table, dict[str, Any]] | None = None  # what the index takes of it
     bytes: int = 0
     tiers: dict[str, bool] = field(
         default_factory=dict
@@ -422,6 +439,7 @@ def check_shard(store: Store, shard: int, settings: dict[str, Any], head: Frozen
     if facts["shard"] != shard:
         result.add(file, "it is another shard's", shard, facts["shard"])
         return result
+    result.scanned = (index_columns(table), facts)
     digest = content_digest(table, facts)
     if facts.get(DIGEST) != digest:
         result.add(file, f"{DIGEST} of its rows and facts", facts.get(DIGEST), digest)
@@ -539,7 +557,7 @@ def _check_tar(
     if tier not in facts["sha256"] and not listed:
         return
     try:
-        opened, size = store.open(file), store.size(file)
+        opened, size = store.open(file, ahead=AHEAD), store.size(file)
     except OSError as error:
         result.tiers[tier] = False
         if tier == "samples" or not isinstance(error, FileNotFoundError):
