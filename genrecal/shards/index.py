@@ -17,11 +17,22 @@ import pyarrow.parquet as pq
 
 from genrecal.errors import DamageError
 from genrecal.shards.layout import FORMAT_VERSION, manifest_name
-from genrecal.shards.manifest import CACHED, DIGEST, METADATA_KEY, READ_ERRORS, SKIPPED, read_manifest
+from genrecal.shards.manifest import (
+    CACHED,
+    DIGEST,
+    METADATA_KEY,
+    MOST_FILE_BYTES,
+    READ_ERRORS,
+    SKIPPED,
+    read_manifest,
+)
+from genrecal.shards.parquet_file import open_parquet, read_columns
 from genrecal.shards.storage import Store
+from genrecal.shards.strict_json import strict_json
 
 INDEX_FILE = "index.parquet"
 ROW_GROUP = 2**20
+MOST_FOOTER_BYTES = 2**26  # it holds a digest of each manifest, twice
 READERS = 16  # manifests read at once; a remote store answers them side by side
 COUNTS = ("turns", "images", "question_tokens", "answer_tokens")
 TEXT = pa.dictionary(pa.int32(), pa.string())
@@ -117,13 +128,13 @@ def _joined(scanned: Scan) -> pa.Table:
 def read_index(store: Store, *, num_shards: int, num_samples: int | None) -> Index:
     """The index file; columns are read when they are asked for. Raises DamageError if it is not this cache's."""
     try:
-        with _open(store) as file:
-            facts = json.loads((file.metadata.metadata or {})[METADATA_KEY])
+        with store.open(INDEX_FILE) as file, open_parquet(file, MOST_FOOTER_BYTES) as opened:
+            facts = strict_json((opened.metadata.metadata or {})[METADATA_KEY], MOST_FOOTER_BYTES)
             digests = facts["manifests"]
-            if len(digests) != num_shards or (num_samples is not None and file.metadata.num_rows != num_samples):
+            if len(digests) != num_shards or (num_samples is not None and opened.metadata.num_rows != num_samples):
                 raise ValueError(
                     f"expected {num_samples} records in {num_shards} shards, "
-                    f"got {file.metadata.num_rows} in {len(digests)}"
+                    f"got {opened.metadata.num_rows} in {len(digests)}"
                 )
         return Index(lambda name: _read_column(store, name), {i: str(digest) for i, digest in enumerate(digests)})
     except READ_ERRORS as error:
@@ -132,16 +143,11 @@ def read_index(store: Store, *, num_shards: int, num_samples: int | None) -> Ind
         ) from None
 
 
-def _open(store: Store) -> pq.ParquetFile:
-    return pq.ParquetFile(
-        store.open(INDEX_FILE), page_checksum_verification=True, read_dictionary=["category", "source"]
-    )
-
-
 def _read_column(store: Store, name: str) -> pa.ChunkedArray:
+    options = {"read_dictionary": [name]} if SCHEMA.field(name).type == TEXT else {}
     try:
-        with _open(store) as file:
-            return file.read([name]).column(name).cast(SCHEMA.field(name).type)
+        with store.open(INDEX_FILE) as file, open_parquet(file, MOST_FOOTER_BYTES, **options) as opened:
+            return read_columns(opened, file, [name]).column(name).cast(SCHEMA.field(name).type)
     except READ_ERRORS as error:
         raise DamageError(
             f"{store.where(INDEX_FILE)}: column {name} cannot be read: {error}; delete it and run `genrecal cache` again"
@@ -152,7 +158,7 @@ def read_shard_manifest(store: Store, shard: int) -> tuple[pa.Table, dict[str, A
     """A shard's manifest. Raises DamageError if it is missing, unreadable or another shard's."""
     name = manifest_name(shard)
     try:
-        data = store.read(name)
+        data = store.read(name, 0, MOST_FILE_BYTES + 1)
     except OSError as error:
         raise DamageError(f"{store.where(name)}: {error.strerror or error}; run `genrecal cache` again") from None
     table, facts = read_manifest(data, where=store.where(name))

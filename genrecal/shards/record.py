@@ -9,12 +9,29 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from genrecal.errors import DamageError, FormatError
+from genrecal.errors import DamageError, FormatError, SampleError
 from genrecal.samples import Sample
+from genrecal.shards.arrow_file import (
+    METADATA_KEY,
+    MOST_SCHEMA_BYTES,
+    READ_ERRORS,
+    allowed_bytes,
+    expanded_bytes,
+    read_arrow,
+)
 from genrecal.shards.codecs import Codec, checked_facts, codec_named
+from genrecal.shards.strict_json import strict_json
 
-METADATA_KEY = b"genrecal"
+__all__ = ["METADATA_KEY", "AnswerRows", "QuestionRows", "Record", "answer_rows", "question_rows", "to_arrow"]
 NO_TARGET = -1  # in memory; null on disk
+TYPES = {
+    **dict.fromkeys(("turn", "position", "token_id", "target_id", "target_start", "target_end"), pa.int32()),
+    **dict.fromkeys(("target_logit", "logsumexp", "topk_logits"), pa.float32()),
+    "topk_ids": pa.int32(),
+    **dict.fromkeys(("hidden_hi", "hidden_lo"), pa.uint8()),
+    "hidden_scale": pa.float16(),
+}  # of a column's values; the codes' depend on the codec
+CODES = {"int8": pa.int8(), "int4": pa.uint8()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +96,10 @@ class Record:
 
 
 def to_arrow(rows: QuestionRows, codec: Codec) -> bytes:
-    """Rows -> the bytes of an Arrow IPC file, buffers zstd-compressed. The same rows give the same bytes."""
+    """Rows -> the bytes of an Arrow IPC file, buffers zstd-compressed. The same rows give the same bytes.
+
+    Raises SampleError for states that a codec cannot hold, or that compress so well that a reader would refuse them.
+    """
     columns: dict[str, pa.Array] = {
         "turn": pa.array(rows.turn, pa.int32()),
         "position": pa.array(rows.position, pa.int32()),
@@ -100,7 +120,10 @@ def to_arrow(rows: QuestionRows, codec: Codec) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
         writer.write_table(table)
-    return sink.getvalue().to_pybytes()
+    data: bytes = sink.getvalue().to_pybytes()
+    if (size := len(rows) * expanded_bytes(table.schema)) > allowed_bytes(len(data)):
+        raise SampleError(f"{len(rows)} rows, nearly all the same: {size} bytes in a file of {len(data)}")
+    return data
 
 
 def _tensor_column(values: np.ndarray) -> pa.Array:
@@ -113,55 +136,77 @@ def _tensor_column(values: np.ndarray) -> pa.Array:
 def read_table(data: bytes | memoryview, *, where: str) -> pa.Table:
     """The Arrow table of an `.arrow` member, nothing decoded. Raises DamageError if it is not one."""
     try:
-        table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
-        table.validate()
-        return table
-    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        return read_arrow(data)
+    except READ_ERRORS as error:
         raise DamageError(f"{where}: not a readable Arrow file: {error}") from None
 
 
 def decode_hidden(table: pa.Table, *, where: str) -> np.ndarray:
     """float32 `[R, D]` of a table, through the codec that its metadata names."""
     try:
-        facts = json.loads((table.schema.metadata or {})[METADATA_KEY])
+        facts = strict_json((table.schema.metadata or {})[METADATA_KEY], MOST_SCHEMA_BYTES)
     except (KeyError, ValueError) as error:
         raise FormatError(f"{where}: the Arrow metadata does not say codec and hidden size ({error!r})") from None
     codec = codec_named(checked_facts(facts, where=where)["codec"], where=where)
-    return codec.decode({name: tensor(table, name, where=where) for name in codec.columns}, facts)
+    types = TYPES | {"hidden_q": CODES.get(codec.name)}
+    columns = {name: tensor(table, name, types[name], where=where, width=True) for name in codec.columns}
+    return codec.decode(columns, facts)
 
 
-def tensor(table: pa.Table, name: str, *, where: str) -> np.ndarray:
-    """A column as numpy: `[R]`, or `[R, n]` for a fixed-shape tensor column."""
-    if name not in table.column_names:
-        raise FormatError(f"{where}: column {name} is missing")
-    column = table.column(name)
+def tensor(table: pa.Table, name: str, kind: pa.DataType, *, where: str, width: bool = False) -> np.ndarray:
+    """A column without nulls as numpy: `[R]`, or with `width` the `[R, n]` of a fixed-shape tensor column.
+
+    Raises FormatError if it is missing or its values are not of that kind.
+    """
+    column = _column(table, name, kind, where=where, width=width)
     if column.null_count:
         raise DamageError(f"{where}: column {name}: expected a value in every row, got {column.null_count} nulls")
-    if isinstance(column.type, pa.FixedShapeTensorType):
-        if not len(column):
-            return np.empty((0, *column.type.shape), column.type.value_type.to_pandas_dtype())
-        return np.asarray(column.combine_chunks().to_numpy_ndarray())
-    return np.asarray(column.to_numpy())
+    if not width:
+        return np.asarray(column.to_numpy())
+    if not len(column):
+        return np.empty((0, *column.type.shape), column.type.value_type.to_pandas_dtype())
+    return np.asarray(column.combine_chunks().to_numpy_ndarray())
+
+
+def _column(table: pa.Table, name: str, kind: pa.DataType, *, where: str, width: bool = False) -> pa.ChunkedArray:
+    if table.column_names.count(name) != 1:
+        times = table.column_names.count(name)
+        raise FormatError(f"{where}: column {name} is {f'there {times} times' if times else 'missing'}")
+    column = table.column(name)
+    got = column.type
+    if width and isinstance(got, pa.FixedShapeTensorType) and len(got.shape) == 1:
+        got = got.value_type if got == pa.fixed_shape_tensor(got.value_type, got.shape) else got
+    elif width:
+        kind = f"tensors of one dimension of {kind}"
+    if got != kind:
+        raise FormatError(f"{where}: column {name}: expected {kind}, got {got}")
+    return column
 
 
 def question_rows(table: pa.Table, *, where: str) -> QuestionRows:
     """Decode a `.question.arrow` table."""
     names = ("turn", "position", "token_id")
     return QuestionRows(
-        **{name: tensor(table, name, where=where) for name in names}, hidden=decode_hidden(table, where=where)
+        **{name: tensor(table, name, TYPES[name], where=where) for name in names},
+        hidden=decode_hidden(table, where=where),
     )
 
 
 def answer_rows(table: pa.Table, *, where: str) -> AnswerRows:
     """Decode an `.answer.arrow` table."""
-    plain = ("turn", "position", "token_id", "topk_ids", "topk_logits", "logsumexp")
+    plain, stored = ("turn", "position", "token_id", "logsumexp"), ("topk_ids", "topk_logits")
     nullable = ("target_id", "target_start", "target_end", "target_logit")
-    for name in nullable:
-        if name not in table.column_names:
-            raise FormatError(f"{where}: column {name} is missing")
-    targets = {name: np.asarray(table.column(name).fill_null(NO_TARGET).to_numpy()) for name in nullable}
+    targets = {
+        name: np.asarray(_column(table, name, TYPES[name], where=where).fill_null(NO_TARGET).to_numpy())
+        for name in nullable
+    }
+    top = {name: tensor(table, name, TYPES[name], where=where, width=True) for name in stored}
+    if top["topk_ids"].shape != top["topk_logits"].shape:
+        shapes = [list(top[name].shape) for name in stored]
+        raise FormatError(f"{where}: topk_ids of {shapes[0]}, topk_logits of {shapes[1]}: expected the same")
     return AnswerRows(
-        **{name: tensor(table, name, where=where) for name in plain},
+        **{name: tensor(table, name, TYPES[name], where=where) for name in plain},
+        **top,
         **targets,
         hidden=decode_hidden(table, where=where),
     )
