@@ -29,6 +29,14 @@ __all__ = [
 COLUMN_RECORDS = 64  # records that the bytes by column are measured on
 BINS = 10  # of a histogram
 QUANTILES = {"min": 0.0, "p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99, "max": 1.0}
+SQL_SETTINGS = {
+    "memory_limit": "'4GiB'",  # beside the manifests, which DuckDB reads where they are
+    "temp_directory": "''",  # or what is over it would go into the working directory
+    "autoinstall_known_extensions": "false",
+    "autoload_known_extensions": "false",
+    "python_enable_replacements": "false",
+    "enable_external_access": "false",
+}
 NEAR_CHANCE = 0.01  # a top-1 agreement below this, or below ten times that of a blind guess, is near chance
 NOT_COLUMNS = "(schema, footer, padding)"
 
@@ -395,6 +403,8 @@ class SqlResult:
 def run_sql(cache: Cache, query: str) -> SqlResult:
     """Run a DuckDB query over the manifest, all input records, as the table `manifest`; nothing else can be reached.
 
+    It cannot read or write files, load extensions, change these settings or take more than 4 GiB.
+
     Raises UsageError if DuckDB is not installed, or with DuckDB's message if it cannot run the query.
     """
     try:
@@ -405,8 +415,8 @@ def run_sql(cache: Cache, query: str) -> SqlResult:
         ) from None
     with duckdb.connect(":memory:") as connection:
         connection.register("manifest", cache.manifest())
-        for setting in ("python_enable_replacements", "enable_external_access"):
-            connection.execute(f"SET {setting} = false")
+        for setting, value in SQL_SETTINGS.items():
+            connection.execute(f"SET {setting} = {value}")
         connection.execute("SET lock_configuration = true")
         try:
             result = connection.execute(query)

@@ -26,7 +26,7 @@ ALTERNATIVES = 5
 NEAREST_KEYS = 3  # suggested for one that does not exist
 COMPARED_KEYS = 20_000  # that a wrong key is compared with, letter by letter
 TOKENIZER_FILE = "tokenizer.json"
-MOST_TOKENIZER_BYTES = 2**27  # those of today's models have 2 to 35 MB
+MOST_TOKENIZER_BYTES = 2**26  # those of today's models have 2 to 35 MB
 MEASURED = (  # manifest columns that every cached sample has a value in
     "category", "source", "turns", "images", "question_tokens", "answer_tokens", "entropy", "log_prob",
     "top1_agreement", "has_question",

@@ -62,7 +62,11 @@ class Cache(Sequence["CachedRecord"]):
                 f"{self.store.where(manifest_name(first))}: missing, of a cache that says it is complete "
                 f"({missing} of {self.num_shards} manifests); run `genrecal cache` again, it redoes those shards"
             )
-        self._index = self._from_index() if complete and self.store.exists(INDEX_FILE) else self._from_manifests()
+        try:
+            has_index = complete and self.store.exists(INDEX_FILE)
+        except OSError as error:
+            raise DamageError(f"{self.store.where(INDEX_FILE)}: {error.strerror or error}; delete it") from None
+        self._index = self._from_index() if has_index else self._from_manifests()
         self._manifest_of = lru_cache(maxsize=MANIFESTS_HELD)(self._read_manifest)
 
     def _from_index(self) -> Index:

@@ -196,11 +196,16 @@ class LocalStore(Store):
         return path
 
     def sizes(self, folder: str) -> dict[str, int]:
+        found = {}
         try:
             with os.scandir(self.root / folder) as entries:
-                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+                for entry in entries:
+                    with contextlib.suppress(OSError):  # a link that leads round in a circle is no file
+                        if entry.is_file():
+                            found[entry.name] = entry.stat().st_size
         except (FileNotFoundError, NotADirectoryError):
-            return {}
+            pass
+        return found
 
     def write(self, name: str, data: bytes) -> None:
         write_whole(self._to_write(name), data)
