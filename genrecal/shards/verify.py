@@ -27,6 +27,8 @@ from genrecal.samples import Sample
 from genrecal.shards.arrow_file import MOST_SCHEMA_BYTES, MOST_WIDTH
 from genrecal.shards.codecs import codec_named
 from genrecal.shards.head import HEAD_FILE, FrozenHead, check_header, head_facts
+from genrecal.shards.index import INDEX_FILE, read_index
+from genrecal.shards.index import SCHEMA as INDEX_SCHEMA
 from genrecal.shards.layout import (
     CACHE_FILE,
     FORMAT_VERSION,
@@ -165,6 +167,8 @@ def verify_cache(
     # What cache.json does not say rightly cannot be held against the shards.
     settings = {name: value for name, value in description.items() if name not in wrong_settings(description)}
     head = _deep_head(store, device) if deep and not any(f.file == HEAD_FILE for f in outside) else None
+    if "totals" in description and store.present(INDEX_FILE):
+        outside += _check_index(store, settings)
     planned = settings.get("num_shards", 0)
     numbers = sorted(shard for shard, _ in files_in(store, "manifest", ".parquet"))
     complete = "totals" in description
@@ -293,6 +297,18 @@ def _check_teacher(store: Store, description: dict[str, Any]) -> Iterator[Findin
     for name in (name for name in there if name not in listed and not name.startswith(".")):
         what = f"not listed in {CACHE_FILE}, but a processor may read it; move it elsewhere"
         yield Finding(shard=None, file=f"{TEACHER_FOLDER}/{name}", what=what)
+
+
+def _check_index(store: Store, settings: dict[str, Any]) -> Iterator[Finding]:
+    """Whether `index.parquet` can be read, every column; it is made from the manifests, which are checked by themselves."""
+    if not {"num_shards", "num_samples"} <= settings.keys():
+        return
+    try:
+        index = read_index(store, num_shards=settings["num_shards"], num_samples=settings["num_samples"])
+        for name in INDEX_SCHEMA.names:
+            index.column(name)
+    except (DamageError, OSError) as error:
+        yield Finding(shard=None, file=INDEX_FILE, what=_unplaced(error, store.where(INDEX_FILE)))
 
 
 def _sha256(store: Store, name: str) -> str:
