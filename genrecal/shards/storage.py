@@ -10,6 +10,7 @@ import functools
 import io
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -156,38 +157,70 @@ class LocalStore(Store):
         return str(self.root.resolve())
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
-        path = f"{self.root}/{name}"
-        status = os.stat(path)
+        path, status = self._file(name)
         rest = max(0, status.st_size - offset)
         size = rest if size is None else min(size, rest)
-        return os.pread(_open_file(path, status.st_ino, status.st_mtime_ns).fileno(), size, offset) if size else b""
+        if not size:
+            return b""
+        descriptor = _open_file(str(path), status.st_ino, status.st_mtime_ns).fileno()
+        data = os.pread(descriptor, size, offset)
+        while 0 < len(data) < size:  # Linux gives at most 2 GiB at once
+            more = os.pread(descriptor, size - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        return data
 
     def open(self, name: str, *, ahead: int = 0) -> BinaryIO:
-        return (self.root / name).open("rb", buffering=0)
+        return self._file(name)[0].open("rb", buffering=0)
 
     def size(self, name: str) -> int:
-        return (self.root / name).stat().st_size
+        return self._file(name)[1].st_size
+
+    def _file(self, name: str) -> tuple[Path, os.stat_result]:
+        """A file to read. Links are followed, but only to files: a pipe or a device would never end."""
+        path = self.root / name
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"expected a file, got {stat.filemode(status.st_mode)}")
+        return path, status
+
+    def _to_write(self, name: str) -> Path:
+        """A place to write at. Raises UsageError where a link in the cache leads out of it."""
+        path = self.root / name
+        folder = Path(os.path.realpath(path.parent))
+        if not folder.is_relative_to(os.path.realpath(self.root)):
+            raise UsageError(
+                f"{path}: a link leads from the cache to {folder}, where nothing is written; put a folder in its place"
+            )
+        return path
 
     def sizes(self, folder: str) -> dict[str, int]:
+        found = {}
         try:
             with os.scandir(self.root / folder) as entries:
-                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+                for entry in entries:
+                    with contextlib.suppress(OSError):  # a link that leads round in a circle is no file
+                        if entry.is_file():
+                            found[entry.name] = entry.stat().st_size
         except (FileNotFoundError, NotADirectoryError):
-            return {}
+            pass
+        return found
 
     def write(self, name: str, data: bytes) -> None:
-        write_whole(self.root / name, data)
+        write_whole(self._to_write(name), data)
 
     def temporary(self, name: str) -> Path:
-        path = temporary_path(self.root / name)
+        path = temporary_path(self._to_write(name))
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # a link that someone put there is not followed
         return path
 
     def place(self, temporary: Path, name: str) -> None:
-        put_in_place(temporary, self.root / name)
+        put_in_place(temporary, self._to_write(name))
 
     def move(self, name: str, new_name: str) -> None:
-        old, new = self.root / name, self.root / new_name
+        old, new = self._to_write(name), self._to_write(new_name)
         new.parent.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(new):
             raise FileExistsError(str(new))
@@ -199,7 +232,7 @@ class LocalStore(Store):
         return os.path.lexists(self.root / name)
 
     def local_copy(self, name: str) -> Path:
-        return self.root / name
+        return self._file(name)[0]
 
     def prepare(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
