@@ -25,8 +25,8 @@ class Codec:
     Args:
         name: as cache.json and the Arrow metadata call it.
         columns: the columns that hold a state, in order.
-        compression: of the Arrow files' buffers, zstd or lz4. Codes of 8 bits have nothing that a dictionary finds;
-            zstd's entropy coder takes 5 % of them off and then needs more time than all other decoding (docs/decisions.md).
+        compression: of the Arrow files' buffers, or None. 8-bit codes have nothing that a dictionary finds; an entropy coder
+            takes at most 5 % off and then needs more time than all other decoding (docs/decisions.md).
         lossless: whether bfloat16 states come back bit for bit.
         facts: D -> what the decoder needs.
         encode: float32 `[R, D]`, facts -> columns. Raises SampleError for states that it cannot hold.
@@ -35,7 +35,7 @@ class Codec:
 
     name: str
     columns: tuple[str, ...]
-    compression: str
+    compression: str | None
     lossless: bool
     facts: Callable[[int], dict[str, Any]]
     encode: Callable[[np.ndarray, Facts], dict[str, np.ndarray]]
@@ -214,7 +214,7 @@ CODECS = {
         Codec(
             name="int8",
             columns=("hidden_q", "hidden_scale"),
-            compression="lz4",
+            compression=None,
             lossless=False,
             facts=lambda width: _rotated_facts("int8", width),
             encode=_encode_int8,

@@ -9,14 +9,16 @@ import numba
 import numpy as np
 
 GROUP = 128  # codes that share a step; the seven lowest bits of a channel's number
-BIAS = np.int16(512)  # 4 x 128: four codes added cannot go below zero
-BIASES = np.uint64(0x0200_0200_0200_0200)
-FIRST, SECOND = 2 * BIASES, 4 * BIASES  # of a difference of two biased sums, and of two of those
-AFTER = np.uint16(4 * 512)  # the bias of sums of sixteen codes
+PIECE, PITCH = 1024, 1040  # channels; pieces that stood 4096 bytes apart would push each other out of the nearest cache
+BIAS = np.int16(128)  # a code and this is not below zero; nor is a sum of n codes and n times this
+EVEN, DOUBLE_EVEN = np.uint64(0x0000_FFFF_0000_FFFF), np.uint64(0x0000_0100_0000_0100)
+LOWER, FOURFOLD_LOWER = np.uint64(0x0000_0000_FFFF_FFFF), np.uint64(0x0000_0000_0200_0200)
+EIGHTFOLD, SIXTEENFOLD = np.uint64(0x0400_0400_0400_0400), np.uint64(0x0800_0800_0800_0800)
+AFTER = np.uint16(16 * 128)
 
 # Without reassociation: the same sums in the same order on every machine. Contraction would join no sums here.
 compiled = numba.njit(boundscheck=False, nogil=True, cache=True)
-i16, u16, f32, u = np.int16, np.uint16, np.float32, np.uintp
+i16, u16, u64, f32, u = np.int16, np.uint16, np.uint64, np.float32, np.uintp
 
 
 @compiled
@@ -80,50 +82,98 @@ def decode8(codes: np.ndarray, steps: np.ndarray, signs: np.ndarray, block: int,
         signs: float32 `[D]`, those of the rotation.
         block: of the rotation, at least 128.
     """
-    sums = np.empty(codes.shape[1], np.uint16)
-    x, y = np.empty(block, np.float32), np.empty(block, np.float32)
+    biased, a, b = _rooms(block)
     for row in range(codes.shape[0]):
-        _sums_of_4_from_8(codes[row], sums)
-        _rotate_sums_back(sums, steps[row], signs, block, x, y, out[row])
+        for start in range(0, codes.shape[1], block):
+            end = start + block
+            for i in range(block):
+                k = u(i)
+                biased[k] = u16(i16(codes[row, u(start) + k]) + BIAS)
+            _rotate_back(biased, steps[row, start // GROUP : end // GROUP], signs[start:end], a, b, out[row, start:end])
 
 
 @compiled
 def decode4(packed: np.ndarray, steps: np.ndarray, signs: np.ndarray, block: int, out: np.ndarray) -> None:
     """`decode8` for int4 codes, two in a byte: uint8 `[R, D / 2]`, the lower channel in the low bits, 8 more than they are."""
-    sums = np.empty(2 * packed.shape[1], np.uint16)
-    x, y = np.empty(block, np.float32), np.empty(block, np.float32)
+    biased, a, b = _rooms(block)
     for row in range(packed.shape[0]):
-        _sums_of_4_from_4(packed[row], sums)
-        _rotate_sums_back(sums, steps[row], signs, block, x, y, out[row])
+        for start in range(0, 2 * packed.shape[1], block):
+            end = start + block
+            for i in range(block // 2):
+                k = u(i)
+                byte = packed[row, u(start // 2) + k]
+                biased[u(2) * k] = u16(byte & 15) + u16(BIAS - 8)
+                biased[u(2) * k + u(1)] = u16(byte >> 4) + u16(BIAS - 8)
+            _rotate_back(biased, steps[row, start // GROUP : end // GROUP], signs[start:end], a, b, out[row, start:end])
 
 
 @compiled
-def _rotate_sums_back(
-    sums: np.ndarray, steps: np.ndarray, signs: np.ndarray, block: int, x: np.ndarray, y: np.ndarray, out: np.ndarray
+def _rooms(block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For a block's codes, and twice for its values, whose pieces stand a little apart."""
+    room = -(-block // PIECE) * PITCH
+    return np.empty(block, np.uint16), np.empty(room, np.float32), np.empty(room, np.float32)
+
+
+@compiled
+def _rotate_back(
+    biased: np.ndarray, steps: np.ndarray, signs: np.ndarray, a: np.ndarray, b: np.ndarray, out: np.ndarray
 ) -> None:
-    """The other bits of a row: in whole numbers within groups, which have one step, and then in float32."""
-    _sums_of_16(sums.view(np.uint64))
+    """One block: in whole numbers within groups, which have one step, and then in float32.
+
+    A piece of 1024 channels stays in the nearest cache until its own bits are done.
+    """
+    block = len(out)
     norm = f32(1 / np.sqrt(block))
-    groups = block // GROUP
-    for start in range(0, len(out), block):
-        first = start // GROUP
-        _sums_of_128(sums[start : start + block], steps[first : first + groups], norm, x)
-        height = GROUP
-        while height < block:
-            left = block // height
-            if left % 8 == 0:
-                _butterflies8(x, y, height)
-                height *= 8
-            elif left % 4 == 0:
-                _butterflies4(x, y, height)
-                height *= 4
+    piece = min(block, PIECE)
+    for number in range(block // piece):
+        start, at = number * piece, number * PITCH
+        _sums_of_16(biased[start : start + piece].view(np.uint64))
+        _sums_of_128(biased[start : start + piece], steps[start // GROUP : (start + piece) // GROUP], norm, a[at:])
+        if piece == 8 * GROUP:
+            _butterflies8(a[at : at + piece], b[at : at + piece], GROUP)
+        elif piece == 4 * GROUP:
+            _butterflies4(a[at : at + piece], b[at : at + piece], GROUP)
+        elif piece == 2 * GROUP:
+            _butterflies2(a[at : at + piece], b[at : at + piece], GROUP)
+        else:
+            b[at : at + piece] = a[at : at + piece]
+    together = block // piece
+    while together > 8:
+        _butterflies2(b, a, together // 2 * PITCH)
+        a, b = b, a
+        together //= 2
+    for first in range(0, block // piece, together):
+        _between_pieces(b[first * PITCH :], together, piece, signs[first * piece :], out[first * piece :])
+
+
+@compiled
+def _between_pieces(x: np.ndarray, together: int, piece: int, signs: np.ndarray, out: np.ndarray) -> None:
+    """The last bits, between 1, 2, 4 or 8 pieces, and the signs; a strip of each piece at a time."""
+    strip = np.empty(8 * GROUP, np.float32)
+    p = u(PITCH)
+    for start in range(0, piece, GROUP):
+        for j in range(GROUP):
+            k, i = u(start + j), u(j)
+            if together == 8:
+                a0, a1, a2, a3 = x[k], x[k + p], x[k + u(2) * p], x[k + u(3) * p]
+                a4, a5, a6, a7 = x[k + u(4) * p], x[k + u(5) * p], x[k + u(6) * p], x[k + u(7) * p]
+                b0, b1, b2, b3, b4, b5, b6, b7 = a0 + a4, a1 + a5, a2 + a6, a3 + a7, a0 - a4, a1 - a5, a2 - a6, a3 - a7
+                a0, a1, a2, a3, a4, a5, a6, a7 = b0 + b2, b1 + b3, b0 - b2, b1 - b3, b4 + b6, b5 + b7, b4 - b6, b5 - b7
+                strip[i], strip[i + u(128)], strip[i + u(256)], strip[i + u(384)] = a0 + a1, a0 - a1, a2 + a3, a2 - a3
+                strip[i + u(512)], strip[i + u(640)] = a4 + a5, a4 - a5
+                strip[i + u(768)], strip[i + u(896)] = a6 + a7, a6 - a7
+            elif together == 4:
+                e, f = x[k] + x[k + p], x[k] - x[k + p]
+                g, h = x[k + u(2) * p] + x[k + u(3) * p], x[k + u(2) * p] - x[k + u(3) * p]
+                strip[i], strip[i + u(128)], strip[i + u(256)], strip[i + u(384)] = e + g, f + h, e - g, f - h
+            elif together == 2:
+                strip[i], strip[i + u(128)] = x[k] + x[k + p], x[k] - x[k + p]
             else:
-                _butterflies2(x, y, height)
-                height *= 2
-            x, y = y, x
-        for i in range(block):
-            k = u(i)
-            out[u(start) + k] = x[k] * signs[u(start) + k]
+                strip[i] = x[k]
+        for number in range(together):
+            at, of = u(number * piece + start), u(number * GROUP)
+            for j in range(GROUP):
+                out[at + u(j)] = strip[of + u(j)] * signs[at + u(j)]
 
 
 # Sums of up to 128 codes fit into 16 bits. A bias keeps them from going below zero, so that four of them can be added in
@@ -131,39 +181,25 @@ def _rotate_sums_back(
 
 
 @compiled
-def _sums_of_4_from_8(codes: np.ndarray, sums: np.ndarray) -> None:
-    """Bits 0 and 1 of the channel's number."""
-    for i in range(len(sums) // 4):
-        k = u(4 * i)
-        a, b, c, d = i16(codes[k]), i16(codes[k + u(1)]), i16(codes[k + u(2)]), i16(codes[k + u(3)])
-        e, f, g, h = i16(a + b), i16(a - b), i16(c + d), i16(c - d)
-        sums[k] = u16(i16(e + g) + BIAS)
-        sums[k + u(1)] = u16(i16(f + h) + BIAS)
-        sums[k + u(2)] = u16(i16(e - g) + BIAS)
-        sums[k + u(3)] = u16(i16(f - h) + BIAS)
-
-
-@compiled
-def _sums_of_4_from_4(packed: np.ndarray, sums: np.ndarray) -> None:
-    for i in range(len(sums) // 4):
-        k, j = u(4 * i), u(2 * i)
-        a, b = i16(i16(packed[j] & 15) - 8), i16(i16(packed[j] >> 4) - 8)
-        c, d = i16(i16(packed[j + u(1)] & 15) - 8), i16(i16(packed[j + u(1)] >> 4) - 8)
-        e, f, g, h = i16(a + b), i16(a - b), i16(c + d), i16(c - d)
-        sums[k] = u16(i16(e + g) + BIAS)
-        sums[k + u(1)] = u16(i16(f + h) + BIAS)
-        sums[k + u(2)] = u16(i16(e - g) + BIAS)
-        sums[k + u(3)] = u16(i16(f - h) + BIAS)
-
-
-@compiled
 def _sums_of_16(words: np.ndarray) -> None:
-    """Bits 2 and 3, four sums in a word."""
+    """Bits 0 to 3 of the channel's number, four codes in a word: first within each word, then between four of them."""
+    for i in range(len(words)):
+        k = u(i)
+        w = words[k]
+        low, high = w & EVEN, (w >> u64(16)) & EVEN
+        w = (low + high) | ((low + DOUBLE_EVEN - high) << u64(16))
+        low, high = w & LOWER, w >> u64(32)
+        words[k] = (low + high) | ((low + FOURFOLD_LOWER - high) << u64(32))
     for i in range(len(words) // 4):
         k = u(4 * i)
         a, b, c, d = words[k], words[k + u(1)], words[k + u(2)], words[k + u(3)]
-        e, f, g, h = a + b, a + FIRST - b, c + d, c + FIRST - d
-        words[k], words[k + u(1)], words[k + u(2)], words[k + u(3)] = e + g, f + h, e + SECOND - g, f + SECOND - h
+        e, f, g, h = a + b, a + EIGHTFOLD - b, c + d, c + EIGHTFOLD - d
+        words[k], words[k + u(1)], words[k + u(2)], words[k + u(3)] = (
+            e + g,
+            f + h,
+            e + SIXTEENFOLD - g,
+            f + SIXTEENFOLD - h,
+        )
 
 
 @compiled
