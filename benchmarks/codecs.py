@@ -7,8 +7,8 @@ Two kinds of states, all methods on the same rows in one run:
 - made states with the outlier channels of large models (D = 4096): Gaussian channels whose scales are log-normal, four
   channels 30 to 300 times the rest and always of one sign, through a random head with logits of a standard deviation 4.
 
-Prints a Markdown table of bytes a value (after zstd, as an Arrow file has them), relative L2, cosine, KL through the head
-(mean, 99th percentile), and top-1 agreement. With --out it also draws the curve.
+Prints a Markdown table of bytes a value (as an Arrow file has them: zstd, but for int8), relative L2, cosine, KL through
+the head (mean, 99th percentile), and top-1 agreement. With --out it also draws the curve.
 """
 
 import argparse
@@ -31,15 +31,15 @@ from genrecal.shards.head import FrozenHead
 Columns = dict[str, np.ndarray]
 
 
-def zstd_bytes(columns: Columns) -> int:
-    """Bytes of the columns in an Arrow file with zstd buffers, less what an empty one takes."""
+def file_bytes(columns: Columns, compression: str | None) -> int:
+    """Bytes of the columns in an Arrow file with buffers compressed like that, less what an empty one takes."""
 
     def size(arrays: Columns) -> int:
         table = pa.table(
             {n: pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(a)) for n, a in arrays.items()}
         )
         sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
             writer.write_table(table)
         return sink.getvalue().size
 
@@ -103,7 +103,10 @@ def measure(head: FrozenHead, states: np.ndarray) -> list[tuple[str, float, dict
     results = []
     for name, method in METHODS.items():
         columns, decoded = method(states)
-        results.append((name, zstd_bytes(columns) / states[1:].size, compare(head, states, decoded).to_json()))
+        compression = CODECS["int8"].compression if name.startswith("int8") else "zstd"
+        results.append(
+            (name, file_bytes(columns, compression) / states[1:].size, compare(head, states, decoded).to_json())
+        )
     return results
 
 
