@@ -51,6 +51,8 @@ TEXT = dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=4096,
 )  # fmt: skip
+# vLLM's attention on CPUs takes heads of 32 and more; two kv heads can be spread over two workers.
+WIDE_TEXT = TEXT | dict(hidden_size=64, num_attention_heads=2)
 VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
 
 
@@ -105,9 +107,9 @@ def fast(
     return tokenizer
 
 
-def _text(tokenizer: PreTrainedTokenizerFast, **kwargs: Any) -> dict[str, Any]:
+def _text(tokenizer: PreTrainedTokenizerFast, *, wide: bool = False, **kwargs: Any) -> dict[str, Any]:
     return dict(
-        TEXT,
+        WIDE_TEXT if wide else TEXT,
         vocab_size=kwargs.pop("rows", len(tokenizer)),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -125,7 +127,7 @@ def _video_processor(name: str, **kwargs: Any) -> Any:
     return getattr(transformers, name)(**kwargs) if transformers.utils.is_torchvision_available() else None
 
 
-def qwen_vl(version: str, *, head_rows_past_tokenizer: int = 0) -> tuple[Any, Any]:
+def qwen_vl(version: str, *, head_rows_past_tokenizer: int = 0, wide: bool = False) -> tuple[Any, Any]:
     specials = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     template = CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
     tokenizer = fast(byte_bpe(["<|endoftext|>", "<|im_end|>", *specials]), template, specials=specials)
@@ -133,17 +135,18 @@ def qwen_vl(version: str, *, head_rows_past_tokenizer: int = 0) -> tuple[Any, An
         f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
         for name, token in zip(("vision_start", "vision_end", "image", "video"), specials[1:], strict=True)
     }
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
-    text = _text(tokenizer, rope_parameters=rope, rows=len(tokenizer) + head_rows_past_tokenizer)
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6] if wide else [1, 1, 2]}
+    text = _text(tokenizer, wide=wide, rope_parameters=rope, rows=len(tokenizer) + head_rows_past_tokenizer)
+    out = text["hidden_size"]
     patch = 14
     if version == "2":
-        vision = dict(depth=1, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=patch)
+        vision = dict(depth=1, embed_dim=32, hidden_size=out, num_heads=2, mlp_ratio=2, patch_size=patch)
         config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
         model: Any = transformers.Qwen2VLForConditionalGeneration(config)
         processor_class: Any = transformers.Qwen2VLProcessor
     elif version == "2.5":
         vision = dict(
-            depth=2, hidden_size=32, intermediate_size=64, out_hidden_size=32, num_heads=2, patch_size=patch,
+            depth=2, hidden_size=32, intermediate_size=64, out_hidden_size=out, num_heads=2, patch_size=patch,
             window_size=56, fullatt_block_indexes=[1],
         )  # fmt: skip
         config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
@@ -169,7 +172,7 @@ def qwen_vl(version: str, *, head_rows_past_tokenizer: int = 0) -> tuple[Any, An
     return model, processor
 
 
-def internvl(text_model: str) -> tuple[Any, Any]:
+def internvl(text_model: str, *, wide: bool = False) -> tuple[Any, Any]:
     """InternVL with Qwen2 text and byte-level BPE, or Llama text and a sentencepiece-like BPE (as InternLM2 has)."""
     template = CHATML.replace("IMAGE", "<IMG_CONTEXT>")
     base = ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
@@ -180,7 +183,7 @@ def internvl(text_model: str) -> tuple[Any, Any]:
     }  # fmt: skip
     tokenizer = fast(backend, template, specials=["<|im_start|>"], extra_special_tokens=extra)
     config = transformers.InternVLConfig(
-        text_config=_text(tokenizer, model_type=text_model),
+        text_config=_text(tokenizer, wide=wide, model_type=text_model),
         vision_config=dict(VISION, image_size=[56, 56], patch_size=[14, 14]),
         image_token_id=tokenizer.context_image_token_id,
         image_seq_length=4,
@@ -288,6 +291,9 @@ def gemma3() -> tuple[Any, Any]:
 FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_vl": functools.partial(qwen_vl, "2"),
     "qwen2_vl_padded_head": functools.partial(qwen_vl, "2", head_rows_past_tokenizer=24),
+    "qwen2_vl_wide": functools.partial(qwen_vl, "2", head_rows_past_tokenizer=24, wide=True),
+    "qwen2_5_vl_wide": functools.partial(qwen_vl, "2.5", wide=True),
+    "internvl_wide": functools.partial(internvl, "qwen2", wide=True),
     "qwen2_5_vl": functools.partial(qwen_vl, "2.5"),
     "qwen3_vl": functools.partial(qwen_vl, "3"),
     "internvl_qwen2": functools.partial(internvl, "qwen2"),
@@ -304,15 +310,17 @@ def make(family: str, folder: Path, seed: int = 0) -> Path:
         torch.manual_seed(seed)
         with without_video_processors():
             model, processor = FAMILIES[family]()
-            _spread_weights(model)
+            _spread_weights(model, norms=family.endswith("_wide"))
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
     return folder
 
 
 @torch.no_grad()
-def _spread_weights(model: torch.nn.Module) -> None:
+def _spread_weights(model: torch.nn.Module, *, norms: bool) -> None:
     """Larger weights than the default 0.02, so that logits are peaked and a misplaced position shows at once."""
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
             parameter.normal_(0, 0.5 if "embed" in name else 2.0 / parameter[0].numel() ** 0.5)
+        elif norms and "norm" in name and name.endswith("weight"):
+            parameter.uniform_(0.5, 1.5)  # so that leaving out a norm shows too
