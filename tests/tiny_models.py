@@ -203,6 +203,87 @@ def internvl(text_model: str, *, wide: bool = False) -> tuple[Any, Any]:
     return transformers.InternVLForConditionalGeneration(config), processor
 
 
+INTERNVL_CHAT_CONFIG = """
+from transformers import AutoConfig, PretrainedConfig, Qwen2Config
+
+
+class InternVisionConfig(PretrainedConfig):
+    model_type = "intern_vit_6b"
+
+
+class InternVLChatConfig(PretrainedConfig):
+    model_type = "internvl_chat"
+
+    def __init__(self, vision_config=None, llm_config=None, **kwargs):
+        self.vision_config = InternVisionConfig(**(vision_config or {}))
+        self.llm_config = Qwen2Config(**(llm_config or {}))
+        super().__init__(**kwargs)
+"""
+
+
+def make_internvl_chat(native: Path, folder: Path) -> Path:
+    """The model of `internvl("qwen2")` in InternVL's original layout: the same weights by other names, with code of its own."""
+    import json
+    import re
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    if (folder / "config.json").exists():
+        return folder
+    folder.mkdir(parents=True)
+    names = [
+        (r"^vision_tower.embeddings.cls_token", "vision_model.embeddings.class_embedding"),
+        (r"^vision_tower.embeddings.patch_embeddings.projection", "vision_model.embeddings.patch_embedding"),
+        (r"^vision_tower.embeddings.position_embeddings", "vision_model.embeddings.position_embedding"),
+        (r"^vision_tower.encoder.layer.", "vision_model.encoder.layers."),
+        (r"attention.projection_layer", "attn.proj"),
+        (r"layernorm_before", "norm1"),
+        (r"layernorm_after", "norm2"),
+        (r"lambda_", "ls"),
+        (r"^multi_modal_projector.layer_norm", "mlp1.0"),
+        (r"^multi_modal_projector.linear_1", "mlp1.1"),
+        (r"^multi_modal_projector.linear_2", "mlp1.3"),
+    ]
+    tensors, parts = {}, {}
+    for name, tensor in load_file(native / "model.safetensors").items():
+        for old, new in names:
+            name = re.sub(old, new, name)
+        if match := re.fullmatch(r"(.*)\.attention\.([qkv])_proj\.weight", name):
+            parts.setdefault(match[1], {})[match[2]] = tensor
+        else:
+            tensors[name] = tensor
+    for stem, qkv in parts.items():
+        tensors[f"{stem}.attn.qkv.weight"] = torch.cat([qkv[letter] for letter in "qkv"])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((native / "config.json").read_text())
+    vision = config["vision_config"]
+    (folder / "configuration_internvl_chat.py").write_text(INTERNVL_CHAT_CONFIG)
+    written = dict(
+        architectures=["InternVLChatModel"], model_type="internvl_chat", dtype="float32", tie_word_embeddings=False,
+        auto_map={"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
+        llm_config=config["text_config"] | {"architectures": ["Qwen2ForCausalLM"]},
+        vision_config=dict(
+            architectures=["InternVisionModel"], model_type="intern_vit_6b", hidden_size=vision["hidden_size"],
+            intermediate_size=vision["intermediate_size"], num_hidden_layers=vision["num_hidden_layers"],
+            num_attention_heads=vision["num_attention_heads"], image_size=56, patch_size=14, num_channels=3,
+            qkv_bias=False, qk_normalization=False, norm_type="layer_norm", layer_norm_eps=vision["layer_norm_eps"],
+            hidden_act="gelu", initializer_factor=0.1, use_flash_attn=False,
+        ),
+        downsample_ratio=0.5, dynamic_image_size=True, force_image_size=56, max_dynamic_patch=4, min_dynamic_patch=1,
+        use_thumbnail=True, ps_version="v2", select_layer=-1, template="internvl2_5",
+    )  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(written, indent=2))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(native / name, folder / name)
+    tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer_config.pop("processor_class", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
+    template = CHATML.replace("{%- if m['content'] is string -%}", "{%- if true -%}")  # strings alone, as the original's
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
 def llava_onevision() -> tuple[Any, Any]:
     specials = ["<|im_start|>", "<image>", "<video>"]
     backend = byte_bpe(["<|endoftext|>", "<|im_end|>", *specials])

@@ -17,6 +17,7 @@ from torch import nn
 from genrecal.errors import ModelError, UsageError
 from genrecal.samples import ImageRef, Message
 from genrecal.shards.head import FrozenHead, LogitTransform
+from genrecal.vlm.internvl_chat import MODEL_TYPE, is_internvl_chat, load_internvl_chat_processor
 from genrecal.vlm.rendering import Renderer
 
 # What families call the numbers that follow their head, by what is done with them.
@@ -67,6 +68,8 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
     try:
         with without_video_processors(), _quiet():
+            if is_internvl_chat(path):
+                return load_internvl_chat_processor(path, trust_remote_code=trust_remote_code)
             processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ModelError(f"{path}: its processor cannot be loaded: {first_line(error)}") from None
@@ -174,6 +177,11 @@ def load_vlm(
 
     if Path(path).expanduser().exists() and not (Path(path) / "config.json").exists():
         raise ModelError(f"{path}: expected a model folder, found no config.json in it")
+    if is_internvl_chat(path):
+        raise ModelError(
+            f"{path}: transformers has no class for the original InternVL layout ({MODEL_TYPE}); use a conversion to its own "
+            "layout (the hub names end with -HF), or --backend vllm to cache a teacher"
+        )
     try:
         with _quiet():
             model = AutoModelForImageTextToText.from_pretrained(
