@@ -174,7 +174,8 @@ def qwen_vl(version: str, *, head_rows_past_tokenizer: int = 0, wide: bool = Fal
 
 def internvl(text_model: str, *, wide: bool = False) -> tuple[Any, Any]:
     """InternVL with Qwen2 text and byte-level BPE, or Llama text and a sentencepiece-like BPE (as InternLM2 has)."""
-    template = CHATML.replace("IMAGE", "<IMG_CONTEXT>")
+    # The released templates break the line after a picture.
+    template = CHATML.replace("'IMAGE'", r"'<IMG_CONTEXT>\n'" if wide else "'<IMG_CONTEXT>'")
     base = ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
     backend = sentencepiece_bpe(base) if text_model == "llama" else byte_bpe(base, vocab_size=360)
     extra = {
@@ -191,9 +192,10 @@ def internvl(text_model: str, *, wide: bool = False) -> tuple[Any, Any]:
         tie_word_embeddings=False,
     )
     size = {"height": 56, "width": 56}
+    imagenet = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]) if wide else {}
     processor = transformers.InternVLProcessor(
         image_processor=_image_processor(
-            "GotOcr2ImageProcessor", size=size, crop_to_patches=True, min_patches=1, max_patches=4
+            "GotOcr2ImageProcessor", size=size, crop_to_patches=True, min_patches=1, max_patches=4, **imagenet
         ),
         tokenizer=tokenizer,
         video_processor=_video_processor("InternVLVideoProcessor", size=size),

@@ -45,18 +45,20 @@ class Proof:
         """Check the teacher on one of these conversations, if it has to be. Raises ModelError with the reason."""
         with_pictures = [item for item in items if item[1].num_images]
         if with_pictures and not self.pictures:
-            prove(teacher, *min(with_pictures, key=lambda item: len(item[1])))
-            self.text = self.pictures = True
+            self.text = self.pictures = prove(teacher, *min(with_pictures, key=lambda item: len(item[1])))
         elif items and not self.text:
-            prove(teacher, *min(items, key=lambda item: len(item[1])))
-            self.text = True
+            self.text = prove(teacher, *min(items, key=lambda item: len(item[1])))
 
 
-def prove(teacher: Teacher, sample: Sample, encoded: Encoded) -> None:
-    """Check one conversation. Raises ModelError that says what is wrong with this teacher."""
+def prove(teacher: Teacher, sample: Sample, encoded: Encoded) -> bool:
+    """Check one conversation. Raises ModelError that says what is wrong with this teacher.
+
+    Returns:
+        False if this conversation's states cannot be used: the job skips it, and another one will prove the teacher.
+    """
     (states,) = teacher.states([encoded], questions=[True], top_k=TOP_K)
     if isinstance(states, SampleError):
-        return  # the job skips it with this reason; another conversation will prove the teacher
+        return False
     try:
         _check_spans(teacher, sample, encoded, states)
         evidence = teacher.evidence(encoded)
@@ -69,6 +71,7 @@ def prove(teacher: Teacher, sample: Sample, encoded: Encoded) -> None:
         raise ModelError(
             f"{teacher.path} ({teacher.backend} backend): on sample {encoded.key} {error}; nothing was cached"
         ) from None
+    return True
 
 
 class _WrongError(Exception):
@@ -78,7 +81,7 @@ class _WrongError(Exception):
 def _check_spans(teacher: Teacher, sample: Sample, encoded: Encoded, states: States) -> None:
     """The tokens after the answer rows' positions spell the answers."""
     rows = states.answer
-    following = encoded.input_ids[rows.position[rows.predicts] + 1]
+    following = encoded.input_ids[np.minimum(rows.position[rows.predicts] + 1, len(encoded) - 1)]
     if not np.array_equal(following, rows.target_id[rows.predicts]):
         place = int(np.flatnonzero(following != rows.target_id[rows.predicts])[0])
         raise _WrongError(
@@ -173,6 +176,7 @@ def _check_pictures(
         sample, images=tuple(_png(ImageOps.invert(decode_image(image.read()))) for image in sample.images)
     )
     (others,) = teacher.states([teacher.encode(negative, max_tokens=None)], questions=[False], top_k=TOP_K)
+    # Both run alone, so that equal inputs give equal bits.
     if isinstance(others, States) and np.array_equal(others.answer.hidden, rows.hidden):
         raise _WrongError("the negatives of its pictures give the very same answer states: pictures do not reach the model")
 

@@ -125,6 +125,14 @@ class VLLMTeacher:
         self.head = self._read_head(vocab_size)
         self._image_token = self._find_image_token()
 
+    def close(self) -> None:
+        """Stop the engine and its workers."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        cleanup_dist_env_and_memory()
+
     def _check_layers(self) -> None:
         found = sum(facts["num_layers"] for facts in self.workers if facts["tp_rank"] == 0)
         wanted = self.checkpoint.text_config.get("num_hidden_layers")
