@@ -128,7 +128,10 @@ def cache(
         typer.Option(help="vllm: one of its engine arguments, such as gpu_memory_utilization=0.85; may be repeated."),
     ] = None,
     blank_check: Annotated[
-        int, typer.Option(help="Run N samples with grey pictures too; say how far the answers' log-probability falls.", min=0)
+        int,
+        typer.Option(
+            help="Run N samples with grey pictures too; say how far the answers' log-probability falls.", min=0
+        ),
     ] = 0,
     compare_hf: Annotated[
         int, typer.Option(help="vllm: run N samples through hf on the CPU too; refuse if their rows differ.", min=0)
@@ -217,8 +220,8 @@ def _vllm_teacher(
 ) -> Any:
     from genrecal.cache.vllm_teacher import VLLMTeacher, engine_arguments
 
-    if device != "auto":
-        raise UsageError(f"--device {device}: expected none with --backend vllm, which takes --tensor-parallel GPUs")
+    if device == "split":
+        raise UsageError("--device split: expected --tensor-parallel or --pipeline-parallel with --backend vllm")
     return VLLMTeacher(
         path,
         dtype=_dtype(dtype),
@@ -226,6 +229,8 @@ def _vllm_teacher(
         pipeline_parallel=pipeline_parallel,
         engine_args=engine_arguments(engine_arg or []),
         trust_remote_code=trust_remote_code,
+        # The engine takes the GPUs; this process needs a device for the head alone.
+        head_device="cpu" if device == "auto" else _device(device),
     )
 
 

@@ -281,7 +281,7 @@ def make_internvl_chat(native: Path, folder: Path) -> Path:
     tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
     tokenizer_config.pop("processor_class", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
-    template = CHATML.replace("{%- if m['content'] is string -%}", "{%- if true -%}")  # strings alone, as the original's
+    template = CHATML.replace("{%- if m['content'] is string -%}", "{%- if true -%}")  # as the original's
     (folder / "chat_template.jinja").write_text(template)
     return folder
 

@@ -197,7 +197,8 @@ def _run_window(
             encoded[number] = teacher.encode(sample, max_tokens=options.max_tokens or None)
         except SampleError as error:
             results[number] = error
-    report.proof.check(teacher, [(sample, encoded[n]) for n, sample in enumerate(window) if n in encoded])
+    usable = [(sample, encoded[n]) for n, sample in enumerate(window) if isinstance(sample, Sample) and n in encoded]
+    report.proof.check(teacher, usable)
     for batch in batches_by_length({number: len(item) for number, item in encoded.items()}, options.batch_tokens):
         questions = [options.keeps_question(encoded[number].key) for number in batch]
         states = teacher.states(

@@ -160,12 +160,12 @@ def _check_logits(rows: AnswerRows, evidence: Evidence, dtype: torch.dtype) -> N
         )
 
 
-def _check_pictures(
-    teacher: Teacher, sample: Sample, encoded: Encoded, rows: AnswerRows, evidence: Evidence
-) -> None:
+def _check_pictures(teacher: Teacher, sample: Sample, encoded: Encoded, rows: AnswerRows, evidence: Evidence) -> None:
     """The pictures have places in the prompt, fill them, and matter."""
     if evidence.image_tokens == 0:
-        raise _WrongError(f"no image token is in the prompt of {encoded.num_images} pictures: the template drops pictures")
+        raise _WrongError(
+            f"no image token is in the prompt of {encoded.num_images} pictures: the template drops pictures"
+        )
     if None not in (evidence.image_tokens, evidence.visual_embeddings):
         if evidence.image_tokens != evidence.visual_embeddings:
             raise _WrongError(
@@ -178,7 +178,9 @@ def _check_pictures(
     (others,) = teacher.states([teacher.encode(negative, max_tokens=None)], questions=[False], top_k=TOP_K)
     # Both run alone, so that equal inputs give equal bits.
     if isinstance(others, States) and np.array_equal(others.answer.hidden, rows.hidden):
-        raise _WrongError("the negatives of its pictures give the very same answer states: pictures do not reach the model")
+        raise _WrongError(
+            "the negatives of its pictures give the very same answer states: pictures do not reach the model"
+        )
 
 
 def _png(picture: Image.Image) -> ImageSource:
@@ -220,7 +222,9 @@ def blank_check(teacher: Teacher, samples: Iterable[Sample | BadRecord], count: 
 
     Raises ModelError if not one answer state changes: the teacher does not see its pictures.
     """
-    seen, blank, changed = [], [], False
+    seen: list[float] = []
+    blank: list[float] = []
+    changed = False
     for sample in samples:
         if len(seen) == count:
             break
@@ -246,7 +250,9 @@ def blank_check(teacher: Teacher, samples: Iterable[Sample | BadRecord], count: 
         )
     falls = np.subtract(seen, blank)
     error = float(falls.std(ddof=1) / math.sqrt(len(falls))) if len(falls) > 1 else math.nan
-    return BlankCheck(samples=len(seen), log_prob=float(np.mean(seen)), blank_log_prob=float(np.mean(blank)), error=error)
+    return BlankCheck(
+        samples=len(seen), log_prob=float(np.mean(seen)), blank_log_prob=float(np.mean(blank)), error=error
+    )
 
 
 def _mean_log_prob(rows: AnswerRows) -> float:
@@ -312,7 +318,11 @@ def compare_backends(
         raise ModelError(f"{teacher.path}: no sample can be compared")
     distances, same = np.concatenate(hidden), np.concatenate(top1)
     found = BackendDifference(
-        samples=compared, rows=len(distances), hidden=float(distances.mean()), log_prob=max(log_prob), top1=float(same.mean())
+        samples=compared,
+        rows=len(distances),
+        hidden=float(distances.mean()),
+        log_prob=max(log_prob),
+        top1=float(same.mean()),
     )
     if found.hidden > BACKENDS_AGREE[teacher.head.weight.dtype]:
         raise ModelError(

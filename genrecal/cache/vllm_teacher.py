@@ -73,6 +73,7 @@ class VLLMTeacher:
         pipeline_parallel: int = 1,
         engine_args: dict[str, Any] | None = None,
         trust_remote_code: bool = False,
+        head_device: torch.device | str = "cpu",
     ):
         """Start the engine.
 
@@ -82,6 +83,7 @@ class VLLMTeacher:
             tensor_parallel, pipeline_parallel: GPUs a layer is spread over, and stages of layers.
             engine_args: more of vLLM's engine arguments, by their names there.
             trust_remote_code: run Python that comes with the checkpoint; never done without being asked for.
+            head_device: where this process keeps its own copy of the head, with which codecs are measured.
 
         Raises:
             UsageError: vLLM is not installed, or an argument that is this backend's own.
@@ -89,7 +91,9 @@ class VLLMTeacher:
         """
         self.path = str(path)
         if taken := sorted(set(engine_args or {}) & set(OURS)):
-            raise UsageError(f"--engine-arg {taken[0]}: is set by genrecal; expected another of vLLM's engine arguments")
+            raise UsageError(
+                f"--engine-arg {taken[0]}: is set by genrecal; expected another of vLLM's engine arguments"
+            )
         vllm = _import_vllm()
         self.checkpoint = Checkpoint(path)
         self.dtype = self.checkpoint.dtype() if isinstance(dtype, str) else dtype
@@ -122,7 +126,7 @@ class VLLMTeacher:
         vocab_size = len(self.renderer.tokenizer)
         self.workers = self.llm.collective_rpc("genrecal_install", args=(self.path, vocab_size))
         self._check_layers()
-        self.head = self._read_head(vocab_size)
+        self.head = self._read_head(vocab_size).to(head_device)
         self._image_token = self._find_image_token()
 
     def close(self) -> None:
@@ -164,7 +168,9 @@ class VLLMTeacher:
         """Render a sample. Raises SampleError if it cannot be, or the engine does not take so many tokens or pictures."""
         images = [decode_image(image.read()) for image in sample.images]
         if len(images) > self.max_images:
-            raise SampleError(f"{len(images)} pictures, over the engine's limit of {self.max_images} (limit_mm_per_prompt)")
+            raise SampleError(
+                f"{len(images)} pictures, over the engine's limit of {self.max_images} (limit_mm_per_prompt)"
+            )
         limit = min(max_tokens or self.max_tokens, self.max_tokens)
         encoded = self.renderer.encode_messages(sample.messages, images, key=sample.key, max_tokens=limit)
         order = [part.index for message in sample.messages for part in message.parts if isinstance(part, ImageRef)]
@@ -183,7 +189,9 @@ class VLLMTeacher:
                 key=encoded.key,
                 answer_positions=answer_positions(encoded)[0].tolist(),
                 target_id=answer_targets(encoded)["target_id"].tolist(),
-                question_spans=[(start, end) for start, end, is_answer in encoded.segments() if wanted and not is_answer],
+                question_spans=[
+                    (start, end) for start, end, is_answer in encoded.segments() if wanted and not is_answer
+                ],
                 top_k=top_k,
                 draws=draws,
             )
@@ -245,7 +253,7 @@ class VLLMTeacher:
         hidden = rows.question
         own = self.llm.collective_rpc("genrecal_own_logits", args=(pack_states(hidden[positions]), self.path))
         logits = unpack_states(next(data for data in own if data is not None))
-        ours = self.head.logits(hidden[positions])
+        ours = self.head.logits(hidden[positions]).cpu()
         if ours.shape != logits.shape or not logits_agree(ours, logits, self.dtype):
             raise ModelError(
                 f"{self.path}: on sample {encoded.key} its head's output {tuple(ours.shape)} is not what vLLM's own logits "
@@ -263,7 +271,9 @@ class VLLMTeacher:
     def _checked(self, encoded: Encoded, output: Any) -> Rows | SampleError:
         ours, theirs = encoded.input_ids, np.array(output.prompt_token_ids)
         if not np.array_equal(ours, theirs):
-            place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+            place = next(
+                (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+            )
             raise ModelError(
                 f"{self.path}: sample {encoded.key}: vLLM's prompt has {len(theirs)} tokens, genrecal's {len(ours)}; they "
                 f"differ from token {place} on, so no state would belong to its token. Use --backend hf for this model"

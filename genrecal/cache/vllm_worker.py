@@ -95,9 +95,7 @@ def unpack_rows(packed: torch.Tensor) -> Rows:
     arrays = {name: tensor.numpy() for name, tensor in tensors.items() if name not in ("answer", "question")}
     sampled = None
     if "entropy" in arrays:
-        sampled = SampledTargets(
-            ids=arrays["sample_ids"], counts=arrays["sample_counts"], entropy=arrays["entropy"]
-        )
+        sampled = SampledTargets(ids=arrays["sample_ids"], counts=arrays["sample_counts"], entropy=arrays["entropy"])
     return Rows(
         answer=tensors["answer"],
         question=tensors["question"],
@@ -153,7 +151,11 @@ class TeacherWorker:
             runner.intermediate_tensors = model.make_empty_intermediate_tensors(
                 batch_size=runner.max_num_tokens, dtype=runner.dtype, device=runner.device
             )
-        facts = {"num_layers": _count_layers(model), "tp_rank": get_tp_group().rank_in_group, "last": stage.is_last_rank}
+        facts = {
+            "num_layers": _count_layers(model),
+            "tp_rank": get_tp_group().rank_in_group,
+            "last": stage.is_last_rank,
+        }
         if not stage.is_last_rank:
             return facts
         transform = _logit_transform(model)
@@ -161,15 +163,10 @@ class TeacherWorker:
         pooler = model.pooler.poolers_by_task[TASK]
         head = None
         if facts["tp_rank"] == 0:
-            head = Checkpoint(path).head(
+            whole = Checkpoint(path).head(
                 dtype=runner.dtype, vocab_size=vocab_size, transform=transform or LogitTransform()
             )
-            head = FrozenHead(
-                weight=head.weight.to(self.device),
-                bias=None if head.bias is None else head.bias.to(self.device),
-                transform=head.transform,
-                vocab_size=head.vocab_size,
-            )
+            head = whole.to(self.device)
         pooler.head = RowsHead(head)
         return facts
 
@@ -208,7 +205,8 @@ class TeacherWorker:
         owner = _logits_owner(model)
         kept = dict(owner._modules)
         try:
-            owner._modules["logits_processor"] = kept["logits_processor"].__dict__.get("module", kept["logits_processor"])
+            processor: Any = kept["logits_processor"]
+            owner._modules["logits_processor"] = processor.__dict__.get("module", processor)
             if "module" in kept["lm_head"].__dict__:  # a placeholder: this model's head is not its embedding
                 owner._modules["lm_head"] = _loaded_head(kept["lm_head"].__dict__["module"], path, hidden)
             with torch.inference_mode():

@@ -98,9 +98,7 @@ class Checkpoint:
         bias_name = candidates[0].removesuffix("weight") + "bias"
         bias = self.tensor(bias_name).to(dtype) if heads and bias_name in self._file_of else None
         weight = weight.to(dtype)
-        return FrozenHead(
-            weight=weight, bias=bias, transform=transform, vocab_size=min(vocab_size, weight.shape[0])
-        )
+        return FrozenHead(weight=weight, bias=bias, transform=transform, vocab_size=min(vocab_size, weight.shape[0]))
 
     def final_norm(self) -> FinalNorm | None:
         """The text model's final norm: it stands beside the input embedding. None if it is called otherwise."""

@@ -108,7 +108,9 @@ def load_internvl_chat_processor(path: str | Path, *, trust_remote_code: bool) -
     """The processor of a checkpoint of this layout."""
     from transformers import AutoTokenizer
 
-    return InternVLChatProcessor(AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code), _config(path))
+    return InternVLChatProcessor(
+        AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code), _config(path)
+    )
 
 
 def _config(path: str | Path) -> dict[str, Any]:

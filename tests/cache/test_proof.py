@@ -109,13 +109,17 @@ def test_states_that_skip_a_norm_are_found_without_logits(teacher, monkeypatch):
 def test_dropped_pictures_are_refused(teacher, monkeypatch):
     collate = teacher.renderer.collate
     text = teacher.renderer.text_keys
-    monkeypatch.setattr(teacher.renderer, "collate", lambda batch: {k: v for k, v in collate(batch).items() if k in text})
+    monkeypatch.setattr(
+        teacher.renderer, "collate", lambda batch: {k: v for k, v in collate(batch).items() if k in text}
+    )
     sample = mixed_samples(1)[0]
     with pytest.raises(ModelError, match="placeholder tokens but 0 visual embeddings"):
         prove(teacher, sample, teacher.encode(sample))
     whole = teacher.evidence
     monkeypatch.setattr(  # were the embeddings made, but not used
-        teacher, "evidence", lambda encoded: type(e := whole(encoded))(**vars(e) | {"visual_embeddings": e.image_tokens})
+        teacher,
+        "evidence",
+        lambda encoded: type(e := whole(encoded))(**vars(e) | {"visual_embeddings": e.image_tokens}),
     )
     with pytest.raises(ModelError, match="negatives of its pictures give the very same answer states"):
         prove(teacher, sample, teacher.encode(sample))
@@ -125,9 +129,7 @@ def test_dropped_pictures_are_refused(teacher, monkeypatch):
 
 def test_a_template_without_pictures_is_refused(teacher, monkeypatch):
     whole = teacher.evidence
-    monkeypatch.setattr(
-        teacher, "evidence", lambda encoded: type(e := whole(encoded))(**vars(e) | {"image_tokens": 0})
-    )
+    monkeypatch.setattr(teacher, "evidence", lambda encoded: type(e := whole(encoded))(**vars(e) | {"image_tokens": 0}))
     sample = mixed_samples(1)[0]
     with pytest.raises(ModelError, match="no image token is in the prompt of 1 pictures"):
         prove(teacher, sample, teacher.encode(sample))
