@@ -261,7 +261,8 @@ def _description(
     return {
         "format_version": FORMAT_VERSION,
         "software": {
-            "genrecal": genrecal.__version__, "torch": torch.__version__, "transformers": transformers.__version__
+            "genrecal": genrecal.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+            **teacher.versions,
         },
         "teacher": {
             "name": folder.resolve().name if folder.is_dir() else teacher.path,

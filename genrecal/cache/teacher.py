@@ -50,6 +50,7 @@ class Teacher(Protocol):
 
     path: str
     backend: str
+    versions: dict[str, str]  # of what runs it, besides torch and transformers
     renderer: Renderer
 
     @property
@@ -85,6 +86,7 @@ class HFTeacher:
         self.vlm = vlm
         self.path = vlm.path
         self.renderer = vlm.renderer
+        self.versions: dict[str, str] = {}
         self.head = vlm.frozen_head()
 
     @classmethod

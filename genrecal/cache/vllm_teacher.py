@@ -95,6 +95,7 @@ class VLLMTeacher:
                 f"--engine-arg {taken[0]}: is set by genrecal; expected another of vLLM's engine arguments"
             )
         vllm = _import_vllm()
+        self.versions = {"vllm": str(vllm.__version__)}
         self.checkpoint = Checkpoint(path)
         self.dtype = self.checkpoint.dtype() if isinstance(dtype, str) else dtype
         self.renderer = Renderer(load_processor(path, trust_remote_code=trust_remote_code))

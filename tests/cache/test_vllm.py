@@ -38,7 +38,7 @@ pytestmark = pytest.mark.vllm
 SMALL = {"max_model_len": 1024, "max_num_seqs": 8, "enforce_eager": True}
 # Prompts of 30 to 80 tokens come in several pieces, and share their beginnings with prompts before.
 PIECES = {"enable_chunked_prefill": True, "max_num_batched_tokens": 32, "enable_prefix_caching": True}
-LOGIT = 1e-3  # largest difference of a float32 logit; logits reach 40
+LOGIT = 2e-4  # largest difference of a float32 logit; 5e-5 was measured, and logits reach 15
 # Pictures that InternVL's two layouts do not resize: they do it with different libraries.
 WHOLE_TILE = (56, 56)
 
@@ -201,6 +201,7 @@ def test_caches_agree(pair, tmp_path):
         run_cache_job(teacher, open_samples([data]), tmp_path / name, options)
     hf, vllm = (open_cache(tmp_path / name) for name in ("hf", "vllm"))
     assert (hf.description["backend"], vllm.description["backend"]) == ("hf", "vllm")
+    assert "vllm" in vllm.description["software"] and "vllm" not in hf.description["software"]
     same = ("teacher", "head_rows", "vocab_size", "top_k", "data", "totals")
     assert {name: hf.description[name] for name in same} == {name: vllm.description[name] for name in same}
     for want, got in zip(hf, vllm, strict=True):
