@@ -328,7 +328,7 @@ def _import_vllm() -> Any:
     try:
         import vllm
         import vllm.config
-    except ImportError as error:
+    except Exception as error:  # a torchvision built for another torch, say, is no ImportError
         raise UsageError(
             f"--backend vllm: vLLM cannot be imported ({first_line(error)}); pip install 'genrecal[vllm]' in an environment "
             "of its own, or use --backend hf"

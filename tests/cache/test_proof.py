@@ -189,6 +189,16 @@ def test_blank_check_measures_what_pictures_give(load):
     assert blank_check(teacher, [conversation(("q", "a"))], 4) is None
 
 
+def test_blank_check_of_a_teacher_that_was_trained(tmp_path):
+    pytest.importorskip("matplotlib")
+    from genrecal.demo.data import write_dataset
+    from genrecal.demo.pipeline import ASSETS
+
+    samples = open_samples([write_dataset(tmp_path / "data", num_samples=24, split="test", seed=0)])
+    found = blank_check(HFTeacher.load(ASSETS / "teacher"), [samples[i] for i in range(len(samples))], 24)
+    assert found.samples >= 20 and found.log_prob > -0.3 and found.fall > 1.0  # 2.5 nats over 200 conversations
+
+
 def test_blank_check_on_the_command_line(tiny, tmp_path, capsys):
     data = write_llava(tmp_path / "data", mixed_samples(4))
     command = ["cache", "--teacher", str(tiny("gemma3")), "--data", str(data), "--blank-check", "2"]
