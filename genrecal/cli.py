@@ -64,7 +64,12 @@ def main(args: Sequence[str] | None = None) -> None:
 def _print_error(message: str, *, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    sys.stderr.write(f"genrecal: error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"genrecal: error: {_printable(' '.join(message.split()))}\n")
+
+
+def _printable(text: str) -> str:
+    """Text of a cache's, in which nothing can move the cursor or hide, on one line."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 @app.callback()
@@ -349,14 +354,14 @@ def verify(
         typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
         raise typer.Exit(0 if found.whole else 1)
     for finding in found.findings:
-        typer.echo(str(finding))
+        typer.echo(_printable(str(finding)))
     if found.deep:
         typer.echo("shard  target rows  mean KL, nats  max KL, nats  top-1 agreement")
     for row in found.deep:
         figures = f"{row.kl_mean:>13.3g}  {row.kl_max:>12.3g}  {row.top1_agreement:>15.2%}"
         typer.echo(f"{row.shard:05d}  {row.rows:>11}  {figures}")
     for note in found.notes:
-        typer.echo(f"note: {note}")
+        typer.echo(f"note: {_printable(note)}")
     for folder in moved:
         typer.echo(f"set aside: {folder}")
     typer.echo(f"{cache}: {found.summary}")

@@ -26,7 +26,9 @@ def write_whole(path: Path, data: bytes) -> None:
     """Write a small file so that it is either the old one or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
-    temporary.write_bytes(data)
+    temporary.unlink(missing_ok=True)  # a link that someone put there is not followed
+    with temporary.open("xb") as file:
+        file.write(data)
     put_in_place(temporary, path)
 
 
@@ -45,6 +47,8 @@ def remove_stale_temporaries(cache: Path) -> list[Path]:
     """Delete what processes of this machine that no longer run left behind; other machines clean up after themselves."""
     removed = []
     for path in [*cache.glob(f".*.{socket.gethostname()}.*.tmp"), *cache.glob(f"*/.*.{socket.gethostname()}.*.tmp")]:
+        if path.parent != cache and path.parent.is_symlink():
+            continue  # not ours, wherever it leads
         pid = path.name.split(".")[-2]
         if not pid.isdigit() or int(pid) == os.getpid() or not process_runs(int(pid)):
             path.unlink(missing_ok=True)

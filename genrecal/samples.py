@@ -6,6 +6,7 @@ conversations keeps their offsets, not their objects.
 """
 
 import base64
+import functools
 import io
 import json
 import re
@@ -22,6 +23,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from genrecal.errors import DataError, SampleError
 
 IMAGE_TAG = "<image>"
+# What is decoded, by Pillow's names: other formats come with programs (EPS runs Ghostscript), or hold many pictures.
+IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 LONGEST_PATH = 4096  # characters; a longer one is a picture pasted in without its data: prefix
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -85,6 +88,11 @@ class Sample:
         """The assistant's texts, turn by turn."""
         return tuple(message.text for message in self.messages if message.role == "assistant")
 
+    @property
+    def image_indices(self) -> list[int]:
+        """The images in reading order."""
+        return [part.index for message in self.messages for part in message.parts if isinstance(part, ImageRef)]
+
     def to_json(self) -> dict[str, Any]:
         """The sample without its image bytes, as `KEY.json` holds it."""
         return {
@@ -107,23 +115,25 @@ class Sample:
 
     @classmethod
     def from_json(cls, key: str, content: dict[str, Any], images: Sequence[ImageSource]) -> "Sample":
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`. Raises ValueError, KeyError or TypeError for content that `to_json` would not give."""
         messages = tuple(
-            Message(
-                role=message["role"],
-                parts=tuple(p["text"] if p["type"] == "text" else ImageRef(p["index"]) for p in message["content"]),
-            )
+            Message(role=message["role"], parts=tuple(_stored_part(part) for part in message["content"]))
             for message in content["messages"]
         )
-        return cls(
-            key=key,
-            sample_id=content["sample_id"],
-            messages=messages,
-            images=tuple(images),
-            category=content["category"],
-            source=content["source"],
-            location=key,
-        )
+        names = {name: content[name] for name in ("sample_id", "category", "source")}
+        for name, value in (*names.items(), *(("role", message.role) for message in messages)):
+            if not isinstance(value, str) or (name == "role" and value not in ROLES.values()):
+                raise ValueError(f"{name} {value!r}")
+        return cls(key=key, messages=messages, images=tuple(images), location=key, **names)
+
+
+def _stored_part(part: dict[str, Any]) -> str | ImageRef:
+    """A part of a message as `KEY.json` has it."""
+    if part["type"] == "text" and isinstance(part["text"], str):
+        return part["text"]
+    if part["type"] == "image" and type(part["index"]) is int and part["index"] >= 0:
+        return ImageRef(part["index"])
+    raise ValueError(f"a part of type {part['type']!r} that is none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +148,25 @@ class BadRecord:
     source: str = ""
 
 
+def open_image(data: bytes) -> Image.Image:
+    """A picture whose pixels are not decoded yet. Raises one of Pillow's many errors."""
+    return Image.open(io.BytesIO(data), formats=_known_formats())
+
+
+@functools.lru_cache(maxsize=1)
+def _known_formats() -> tuple[str, ...]:
+    Image.init()  # not every Pillow has AVIF
+    return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
+
+
 def decode_image(data: bytes, max_pixels: int = 178_956_970) -> Image.Image:
     """Encoded bytes -> RGB picture, turned as its EXIF orientation says (both sides must see the same picture).
 
-    Raises SampleError for bytes that are no image, or one of more than `max_pixels` (Pillow's own bomb limit).
+    Of an animation, the first picture. Raises SampleError for bytes that are no image of IMAGE_FORMATS, or one of more
+    than `max_pixels` (Pillow's own bomb limit).
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = open_image(data)
         if image.width * image.height > max_pixels:
             raise SampleError(
                 f"image of {image.width} x {image.height} pixels is over the limit of {max_pixels} pixels"
@@ -156,7 +178,8 @@ def decode_image(data: bytes, max_pixels: int = 178_956_970) -> Image.Image:
     except SampleError:
         raise
     except UnidentifiedImageError:  # its own words hold a memory address, and a reason must be the same in every run
-        raise SampleError("image cannot be decoded: of no format that Pillow knows") from None
+        formats = ", ".join(IMAGE_FORMATS)
+        raise SampleError(f"image cannot be decoded: of no format that is read here ({formats})") from None
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise SampleError(f"image cannot be decoded: {error}") from None
 

@@ -13,6 +13,7 @@ from genrecal.cache.draws import count_draws, draw, uniforms
 from genrecal.samples import BadRecord, ImageRef, ImageSource, Message, Sample
 from genrecal.shards.codecs import CODECS, round_to_bf16
 from genrecal.shards.head import HEAD_FILE, FrozenHead
+from genrecal.shards.index import INDEX_FILE, index_bytes, scan
 from genrecal.shards.layout import write_cache_json
 from genrecal.shards.record import NO_TARGET, AnswerRows, QuestionRows, Record, SampledTargets
 from genrecal.shards.storage import open_store
@@ -133,7 +134,13 @@ def make_cache(cache: Path, *, codec: str = "bf16", hidden=lambda states: states
     totals = {name: sum(getattr(row, name) or 0 for row in rows) for name in TOTALS}
     totals |= {"cached": SAMPLES - 1, "skipped": 1}
     write_cache_json(open_store(cache), description(cache, codec) | {"totals": totals})
+    write_index(cache)
     return cache
+
+
+def write_index(cache: Path) -> None:
+    store = open_store(cache)
+    store.write(INDEX_FILE, index_bytes(scan(store, range(3))))
 
 
 def description(cache: Path, codec: str) -> dict:

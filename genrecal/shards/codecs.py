@@ -244,7 +244,7 @@ def codec_named(name: str, *, where: str = "") -> Codec:
 
 def checked_facts(facts: Any, *, where: str) -> dict[str, Any]:
     """Facts as an Arrow file's metadata gives them. Raises FormatError unless its codec would have written just these."""
-    if not isinstance(facts, dict) or not isinstance(facts.get("hidden_size"), int) or facts["hidden_size"] < 1:
+    if not isinstance(facts, dict) or type(facts.get("hidden_size")) is not int or facts["hidden_size"] < 1:
         raise FormatError(f"{where}: the Arrow metadata does not say codec and hidden size, got {facts!r}")
     for name, value in codec_named(str(facts.get("codec")), where=where).facts(facts["hidden_size"]).items():
         got = facts.get(name)

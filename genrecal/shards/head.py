@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genrecal.errors import FormatError
+from genrecal.shards.strict_json import strict_json
 
 if TYPE_CHECKING:
     import torch
 
 HEAD_FILE = "head.safetensors"
+MOST_HEADER_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +93,12 @@ class FrozenHead:
         from safetensors import SafetensorError, safe_open
 
         try:
+            check_header(path)
             with safe_open(path, framework="pt", device=device) as file:
-                facts = json.loads((file.metadata() or {})["genrecal"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError, KeyError) as error:
+                facts = head_facts(file)
+                names = [name for name in ("weight", "bias") if name in file.keys()]
+                tensors = {name: file.get_tensor(name) for name in names}
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise FormatError(f"{path}: expected a head written by genrecal, got {error!r}") from None
         vocab_size = facts.pop("vocab_size")
         return cls(
@@ -103,6 +107,35 @@ class FrozenHead:
             transform=LogitTransform(**facts),
             vocab_size=vocab_size,
         )
+
+
+def check_header(path: Path) -> None:
+    """Raises ValueError for a safetensors file whose header, which is parsed whole, is longer than a head's can be."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > MOST_HEADER_BYTES:
+        raise ValueError(f"a header of {length} bytes; the limit is {MOST_HEADER_BYTES}")
+
+
+def head_facts(file: Any) -> dict[str, Any]:
+    """The metadata of an open head, checked against its tensors' shapes; none of them is read.
+
+    Raises KeyError, TypeError or ValueError for what no head has.
+    """
+    facts = strict_json((file.metadata() or {})["genrecal"], MOST_HEADER_BYTES)
+    shapes = {name: file.get_slice(name).get_shape() for name in ("weight", "bias") if name in file.keys()}
+    dtypes = {file.get_slice(name).get_dtype() for name in shapes}
+    rows, width = shapes["weight"]
+    if not dtypes <= {"F32", "BF16", "F16"} or shapes.get("bias", [rows]) != [rows] or not rows or not width:
+        raise ValueError(f"tensors of {shapes}, {', '.join(sorted(dtypes))}")
+    if set(facts) != {"scale", "divisor", "softcap", "vocab_size"}:
+        raise ValueError(f"metadata of {sorted(facts)}")
+    if type(facts["vocab_size"]) is not int or not 0 <= facts["vocab_size"] <= rows:
+        raise ValueError(f"vocab_size {facts['vocab_size']!r} of a head of {rows} rows")
+    for name in ("scale", "divisor", *(["softcap"] if facts["softcap"] is not None else [])):
+        if type(facts[name]) not in (int, float) or not 0 < facts[name] < 1e30:
+            raise ValueError(f"{name} {facts[name]!r}: not a number from 0 to 1e30")
+    return dict(facts)
 
 
 def linear_float32(x: "torch.Tensor", weight: "torch.Tensor") -> "torch.Tensor":

@@ -17,11 +17,23 @@ import pyarrow.parquet as pq
 
 from genrecal.errors import DamageError
 from genrecal.shards.layout import FORMAT_VERSION, manifest_name
-from genrecal.shards.manifest import CACHED, DIGEST, METADATA_KEY, READ_ERRORS, SKIPPED, read_manifest
+from genrecal.shards.manifest import (
+    CACHED,
+    DIGEST,
+    METADATA_KEY,
+    MOST_FILE_BYTES,
+    READ_ERRORS,
+    SKIPPED,
+    read_manifest,
+)
+from genrecal.shards.parquet_file import open_parquet, read_columns
 from genrecal.shards.storage import Store
+from genrecal.shards.strict_json import strict_json
 
 INDEX_FILE = "index.parquet"
 ROW_GROUP = 2**20
+MOST_FOOTER_BYTES = 2**26  # it holds a digest of each manifest, twice
+AGAIN = "delete it and run `genrecal cache` again: finished shards are kept"
 READERS = 16  # manifests read at once; a remote store answers them side by side
 COUNTS = ("turns", "images", "question_tokens", "answer_tokens")
 TEXT = pa.dictionary(pa.int32(), pa.string())
@@ -65,6 +77,11 @@ class Index:
         shard = int(self.shard[row])
         return shard, row - int(self._starts[np.searchsorted(self._numbers, shard)])
 
+    def count(self, shard: int) -> int:
+        """Records of a shard."""
+        start, end = np.searchsorted(self.shard, [shard, shard + 1])
+        return int(end - start)
+
 
 Scan = Sequence[tuple[pa.Table, dict[str, Any]]]  # of each shard, the index's columns and the facts of its manifest
 
@@ -74,7 +91,7 @@ def scan(store: Store, shards: Sequence[int]) -> Scan:
 
     def read(shard: int) -> tuple[pa.Table, dict[str, Any]]:
         table, facts = read_shard_manifest(store, shard)
-        return _columns(table), facts
+        return index_columns(table), facts
 
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(read, shards))
@@ -102,7 +119,7 @@ def totals_of(scanned: Scan) -> dict[str, int]:
     return totals | {name: int(pc.sum(table.column(name)).as_py() or 0) for name in COUNTS}
 
 
-def _columns(manifest: pa.Table) -> pa.Table:
+def index_columns(manifest: pa.Table) -> pa.Table:
     """The index's columns of one manifest."""
     cached = pc.equal(manifest.column("status"), CACHED)
     names = [name for name in SCHEMA.names if name != "cached"]
@@ -116,43 +133,75 @@ def _joined(scanned: Scan) -> pa.Table:
 
 def read_index(store: Store, *, num_shards: int, num_samples: int | None) -> Index:
     """The index file; columns are read when they are asked for. Raises DamageError if it is not this cache's."""
+    facts = _facts(store)
     try:
-        with _open(store) as file:
-            facts = json.loads((file.metadata.metadata or {})[METADATA_KEY])
-            digests = facts["manifests"]
-            if len(digests) != num_shards or (num_samples is not None and file.metadata.num_rows != num_samples):
-                raise ValueError(
-                    f"expected {num_samples} records in {num_shards} shards, "
-                    f"got {file.metadata.num_rows} in {len(digests)}"
-                )
-        return Index(lambda name: _read_column(store, name), {i: str(digest) for i, digest in enumerate(digests)})
+        digests = [str(digest) for digest in facts["manifests"]]
+        index = Index(lambda name: _read_column(store, name), dict(enumerate(digests)))
+        num_rows = len(index.shard)
+        if len(digests) != num_shards or (num_samples is not None and num_rows != num_samples):
+            raise ValueError(f"expected {num_samples} records in {num_shards} shards, got {num_rows} in {len(digests)}")
+        return index
     except READ_ERRORS as error:
-        raise DamageError(
-            f"{store.where(INDEX_FILE)}: not this cache's index: {error}; delete it and run `genrecal cache` again"
-        ) from None
+        raise DamageError(f"{store.where(INDEX_FILE)}: not this cache's index: {error}; {AGAIN}") from None
 
 
-def _open(store: Store) -> pq.ParquetFile:
-    return pq.ParquetFile(
-        store.open(INDEX_FILE), page_checksum_verification=True, read_dictionary=["category", "source"]
+def _facts(store: Store) -> dict[str, Any]:
+    try:
+        with store.open(INDEX_FILE) as file, open_parquet(file, MOST_FOOTER_BYTES) as opened:
+            return dict(strict_json((opened.metadata.metadata or {})[METADATA_KEY], MOST_FOOTER_BYTES))
+    except READ_ERRORS as error:
+        raise DamageError(f"{store.where(INDEX_FILE)}: not this cache's index: {error}; {AGAIN}") from None
+
+
+def index_difference(store: Store, scanned: Scan | None) -> str:
+    """What the index file says otherwise than the manifests; empty if nothing. Of unreadable ones: why.
+
+    Args:
+        scanned: every manifest; None if some cannot be read: then the file must be readable, and no more is asked.
+    """
+    try:
+        facts = _facts(store)
+        columns = {name: _read_column(store, name) for name in SCHEMA.names}
+    except DamageError as error:
+        return str(error).removeprefix(f"{store.where(INDEX_FILE)}: ").removesuffix(f"; {AGAIN}")
+    if scanned is None:
+        return ""
+    digests = [facts_of_shard.get(DIGEST) for _, facts_of_shard in scanned]
+    if facts != {"format_version": FORMAT_VERSION, "manifests": digests}:
+        return "its metadata is not the manifests'"
+    expected = _joined(scanned)
+    for name, its in columns.items():
+        ours = expected.column(name)
+        if SCHEMA.field(name).type == TEXT:  # whatever their dictionaries' order
+            ours, its = ours.cast(pa.string()), its.cast(pa.string())
+        if not ours.equals(its) and not _same_with_nan(ours, its):
+            return f"column {name} is not the manifests'"
+    return ""
+
+
+def _same_with_nan(a: pa.ChunkedArray, b: pa.ChunkedArray) -> bool:
+    """Whether floats are the same, NaN being equal to NaN."""
+    return (
+        pa.types.is_floating(a.type)
+        and len(a) == len(b)
+        and bool(np.array_equal(a.to_numpy(), b.to_numpy(), equal_nan=True))
     )
 
 
 def _read_column(store: Store, name: str) -> pa.ChunkedArray:
+    options = {"read_dictionary": [name]} if SCHEMA.field(name).type == TEXT else {}
     try:
-        with _open(store) as file:
-            return file.read([name]).column(name).cast(SCHEMA.field(name).type)
+        with store.open(INDEX_FILE) as file, open_parquet(file, MOST_FOOTER_BYTES, **options) as opened:
+            return read_columns(opened, file, [name]).column(name).cast(SCHEMA.field(name).type)
     except READ_ERRORS as error:
-        raise DamageError(
-            f"{store.where(INDEX_FILE)}: column {name} cannot be read: {error}; delete it and run `genrecal cache` again"
-        ) from None
+        raise DamageError(f"{store.where(INDEX_FILE)}: column {name} cannot be read: {error}; {AGAIN}") from None
 
 
 def read_shard_manifest(store: Store, shard: int) -> tuple[pa.Table, dict[str, Any]]:
     """A shard's manifest. Raises DamageError if it is missing, unreadable or another shard's."""
     name = manifest_name(shard)
     try:
-        data = store.read(name)
+        data = store.read(name, 0, MOST_FILE_BYTES + 1)
     except OSError as error:
         raise DamageError(f"{store.where(name)}: {error.strerror or error}; run `genrecal cache` again") from None
     table, facts = read_manifest(data, where=store.where(name))

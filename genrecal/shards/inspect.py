@@ -5,7 +5,6 @@
 
 import math
 import re
-import struct
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from genrecal.errors import DamageError, UsageError
+from genrecal.shards.arrow_file import READ_ERRORS, batch_sizes, schema_and_batches
 from genrecal.shards.inspect_record import MEASURED, RecordDescription, describe_record, find_record, save_images
 from genrecal.shards.layout import TIERS, shard_name
 from genrecal.shards.manifest import SKIPPED
@@ -29,6 +29,14 @@ __all__ = [
 COLUMN_RECORDS = 64  # records that the bytes by column are measured on
 BINS = 10  # of a histogram
 QUANTILES = {"min": 0.0, "p5": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "p99": 0.99, "max": 1.0}
+SQL_SETTINGS = {
+    "memory_limit": "'4GiB'",  # beside the manifests, which DuckDB reads where they are
+    "temp_directory": "''",  # or what is over it would go into the working directory
+    "autoinstall_known_extensions": "false",
+    "autoload_known_extensions": "false",
+    "python_enable_replacements": "false",
+    "enable_external_access": "false",
+}
 NEAR_CHANCE = 0.01  # a top-1 agreement below this, or below ten times that of a blind guess, is near chance
 NOT_COLUMNS = "(schema, footer, padding)"
 
@@ -349,76 +357,34 @@ def _record_columns(record: CachedRecord, kind: str) -> tuple[list[ColumnBytes],
         raise DamageError(f"sample {record.key} has no member {name} in its manifest")
     try:
         return arrow_column_bytes(record.read(member))
-    except (pa.ArrowException, struct.error, ValueError, OSError) as error:
+    except READ_ERRORS as error:
         if isinstance(error, DamageError):
             raise
         raise DamageError(f"sample {record.key}: member {name}: not a readable Arrow file: {error}") from None
 
 
 def arrow_column_bytes(data: bytes) -> tuple[list[ColumnBytes], int]:
-    """Bytes by column of an Arrow IPC file, from the places of its buffers that its messages list, and its rows.
+    """Bytes by column of an Arrow IPC file, from the sizes of its buffers in its messages, and its rows.
 
-    Nothing is decompressed: a compressed buffer begins with its length when decompressed (int64; -1: it is not).
-    Reference: https://arrow.apache.org/docs/format/Columnar.html#serialization-and-interprocess-communication-ipc
+    Nothing is decompressed.
     """
-    source = pa.BufferReader(data)
-    source.seek(8)  # "ARROW1" and padding; then messages as in a stream, up to an end mark
-    schema = pa.ipc.read_schema(pa.ipc.read_message(source))
+    schema, batches = schema_and_batches(data)
     # Arrow writes a column's buffers one after another, nested ones behind their parent's, as Array.buffers() has them.
     owners = [name for name, kind in zip(schema.names, schema.types, strict=True) for _ in pa.nulls(0, kind).buffers()]
-    sizes = {name: [0, 0] for name in schema.names}
+    sums = {name: [0, 0] for name in schema.names}
     num_rows = counted = 0
-    while (message := _next_message(source)) is not None:
-        if message.type != "record batch":
-            continue
-        length, buffers, compressed = _record_batch(memoryview(message.metadata))
-        if len(buffers) != len(owners):
-            raise ValueError(f"{len(buffers)} buffers for columns that have {len(owners)}")
+    for message in batches:
+        length, sizes = batch_sizes(message)
+        if len(sizes) != len(owners):
+            raise ValueError(f"{len(sizes)} buffers for columns that have {len(owners)}")
         num_rows += length
-        body = memoryview(message.body)
-        for owner, (start, size) in zip(owners, buffers, strict=True):
-            raw = struct.unpack_from("<q", body, start)[0] if compressed and size else size
-            sizes[owner][0] += size
-            sizes[owner][1] += size - 8 if raw < 0 else raw
+        for owner, (size, raw) in zip(owners, sizes, strict=True):
+            sums[owner][0] += size
+            sums[owner][1] += raw
             counted += size
-    columns = [ColumnBytes(name=name, bytes=size, raw_bytes=raw) for name, (size, raw) in sizes.items()]
+    columns = [ColumnBytes(name=name, bytes=size, raw_bytes=raw) for name, (size, raw) in sums.items()]
     rest = len(data) - counted
     return [*columns, ColumnBytes(name=NOT_COLUMNS, bytes=rest, raw_bytes=rest)], num_rows
-
-
-def _next_message(source: pa.BufferReader) -> Any:
-    try:
-        return pa.ipc.read_message(source)
-    except EOFError:
-        return None
-
-
-def _record_batch(message: memoryview) -> tuple[int, list[tuple[int, int]], bool]:
-    """A record batch message's rows, the start and size of each buffer in its body, and whether they are compressed.
-
-    Reads the three fields that it needs of the flatbuffer: Message.header -> RecordBatch.length, .buffers, .compression.
-    """
-
-    def number(code: str, at: int) -> int:
-        if at < 0:
-            raise ValueError(f"offset {at} in a message")
-        return int(struct.unpack_from(code, message, at)[0])
-
-    def field_at(table: int, index: int) -> int:
-        """Where a table's field stands; 0 if it is absent."""
-        vtable = table - number("<i", table)
-        entry = 4 + 2 * index
-        offset = number("<H", vtable + entry) if entry < number("<H", vtable) else 0
-        return table + offset if offset else 0
-
-    def follow(at: int) -> int:
-        return at + number("<I", at)
-
-    batch = follow(field_at(number("<I", 0), 2))
-    length = field_at(batch, 0)
-    vector = follow(field_at(batch, 2))
-    pairs = np.frombuffer(message, "<i8", 2 * number("<I", vector), vector + 4).reshape(-1, 2)
-    return number("<q", length) if length else 0, [(int(a), int(b)) for a, b in pairs], bool(field_at(batch, 3))
 
 
 # ------------------------------------------------------------------------------------------------------------------- SQL
@@ -440,6 +406,8 @@ class SqlResult:
 def run_sql(cache: Cache, query: str) -> SqlResult:
     """Run a DuckDB query over the manifest, all input records, as the table `manifest`; nothing else can be reached.
 
+    It cannot read or write files, load extensions, change these settings or take more than 4 GiB.
+
     Raises UsageError if DuckDB is not installed, or with DuckDB's message if it cannot run the query.
     """
     try:
@@ -450,8 +418,8 @@ def run_sql(cache: Cache, query: str) -> SqlResult:
         ) from None
     with duckdb.connect(":memory:") as connection:
         connection.register("manifest", cache.manifest())
-        for setting in ("python_enable_replacements", "enable_external_access"):
-            connection.execute(f"SET {setting} = false")
+        for setting, value in SQL_SETTINGS.items():
+            connection.execute(f"SET {setting} = {value}")
         connection.execute("SET lock_configuration = true")
         try:
             result = connection.execute(query)

@@ -2,7 +2,6 @@
 
 import difflib
 import functools
-import io
 import json
 import re
 import warnings
@@ -13,19 +12,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
 
 from genrecal.errors import DamageError, UsageError
+from genrecal.samples import open_image
 from genrecal.shards.layout import TEACHER_FOLDER
 from genrecal.shards.reader import Cache, CachedRecord
 from genrecal.shards.record import AnswerRows, row_entropy
 from genrecal.shards.storage import Store
+from genrecal.shards.strict_json import strict_json
 from genrecal.token_bytes import token_bytes
 
 ALTERNATIVES = 5
 NEAREST_KEYS = 3  # suggested for one that does not exist
 COMPARED_KEYS = 20_000  # that a wrong key is compared with, letter by letter
 TOKENIZER_FILE = "tokenizer.json"
+MOST_TOKENIZER_BYTES = 2**26  # those of today's models have 2 to 35 MB
 MEASURED = (  # manifest columns that every cached sample has a value in
     "category", "source", "turns", "images", "question_tokens", "answer_tokens", "entropy", "log_prob",
     "top1_agreement", "has_question",
@@ -190,7 +191,7 @@ def save_images(record: CachedRecord, folder: Path) -> tuple[Path, ...]:
     paths = []
     for member in image_members(record):
         name = member["name"]
-        if not re.fullmatch(r"[A-Za-z0-9_-]+\.\d+\.[A-Za-z0-9]+", name):
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,128}\.[0-9]{1,6}\.[A-Za-z0-9]{1,16}", name):
             raise DamageError(f"sample {record.key}: image member {name!r}: expected a name such as KEY.0.jpg")
         path, data = folder / name, record.read(member)
         try:
@@ -213,7 +214,7 @@ def _describe_image(record: CachedRecord, index: int) -> ImageDescription:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pictures with many pixels: they are not decoded here
-            image = Image.open(io.BytesIO(data))
+            image = open_image(data)
         facts = {"format": image.format, "width": image.width, "height": image.height}
     except Exception as error:  # Pillow raises many kinds for damaged files
         facts = {"problem": re.sub(r" <_io\.BytesIO object at \w+>", "", str(error))}
@@ -297,20 +298,20 @@ def load_vocabulary(store: Store, folder: str = f"{TEACHER_FOLDER}/") -> tuple[V
     name = folder + TOKENIZER_FILE
     path = store.where(name)
     try:
-        return _read_vocabulary(store.read(name)), ""
+        return _read_vocabulary(store.read(name, 0, MOST_TOKENIZER_BYTES + 1)), ""
     except OSError as error:
         return None, f"{path}: {error.strerror or error}: tokens are shown by their ids"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return None, f"{path}: not a readable tokenizer ({error!r}): tokens are shown by their ids"
 
 
 @functools.lru_cache(maxsize=4)
 def _read_vocabulary(tokenizer: bytes) -> Vocabulary:
-    content = json.loads(tokenizer)
+    content = strict_json(tokenizer, MOST_TOKENIZER_BYTES)
     vocab = content["model"]["vocab"]
     # BPE and WordLevel map tokens to ids; Unigram lists tokens with their scores.
-    tokens = {int(i): token for token, i in vocab.items()} if isinstance(vocab, dict) else {
-        i: entry[0] for i, entry in enumerate(vocab)
+    tokens = {int(i): str(token) for token, i in vocab.items()} if isinstance(vocab, dict) else {
+        i: str(entry[0]) for i, entry in enumerate(vocab)
     }  # fmt: skip
     added = {int(token["id"]): str(token["content"]) for token in content.get("added_tokens") or []}
     return Vocabulary(tokens, added, "ByteLevel" in json.dumps(content.get("decoder")))

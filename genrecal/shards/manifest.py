@@ -1,6 +1,7 @@
 """The manifest: one Parquet file a shard, one row an input sample. Its existence is the commit mark of the shard."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,13 +12,17 @@ import xxhash
 
 from genrecal.errors import DamageError
 from genrecal.shards.layout import FORMAT_VERSION, TIERS
+from genrecal.shards.parquet_file import open_parquet, read_columns
+from genrecal.shards.strict_json import strict_json
 
 CACHED, SKIPPED = "cached", "skipped"
 METADATA_KEY = b"genrecal"
 DIGEST = "content_xxh3"  # the fact that covers all others, and the rows
-MOST_ROWS, MOST_BYTES = 2**22, 2**30  # of one manifest, decoded; what claims more is not ours
+MOST_ROWS = 2**22
+MOST_FILE_BYTES, MOST_FOOTER_BYTES = 2**28, 2**20
 READ_ERRORS = (
-    OSError, KeyError, ValueError, TypeError, OverflowError, MemoryError, RecursionError, pa.ArrowException
+    OSError, LookupError, ValueError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError,
+    pa.ArrowException,
 )  # fmt: skip
 
 MEMBER = pa.struct(
@@ -107,12 +112,14 @@ def read_manifest(data: bytes, *, where: str) -> tuple[pa.Table, dict[str, Any]]
     are those of this format version, or of one whose `format_version` says so.
     """
     try:
-        with pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True) as file:
-            size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-            if file.metadata.num_rows > MOST_ROWS or size > MOST_BYTES:
-                raise ValueError(f"it claims {file.metadata.num_rows} rows in {size} bytes")
-            facts = json.loads((file.metadata.metadata or {})[METADATA_KEY])
-            table = file.read(SCHEMA.names).select(SCHEMA.names).cast(SCHEMA).replace_schema_metadata(None)
+        if len(data) > MOST_FILE_BYTES:
+            raise ValueError(f"it has more than {MOST_FILE_BYTES} bytes")
+        file = pa.BufferReader(data)
+        with open_parquet(file, MOST_FOOTER_BYTES) as opened:
+            facts = strict_json((opened.metadata.metadata or {})[METADATA_KEY], MOST_FOOTER_BYTES)
+            if opened.metadata.num_rows > MOST_ROWS:
+                raise ValueError(f"it claims {opened.metadata.num_rows} rows; the limit is {MOST_ROWS}")
+            table = read_columns(opened, file, SCHEMA.names).cast(SCHEMA).replace_schema_metadata(None)
         table.validate(full=True)
         _check_facts(facts, table)
     except READ_ERRORS as error:
@@ -134,6 +141,10 @@ def _check_facts(facts: Any, table: pa.Table) -> None:
     for name in ("codecs", "sha256"):
         if not isinstance(facts[name], dict):
             raise TypeError(f"{name} is {facts[name]!r}, not an object")
+    for tier, measured in facts.get("fidelity", {}).items():
+        for name, value in ((name, measured[name]) for name in ("rows", "kl_mean", "kl_p99", "top1_agreement")):
+            if type(value) not in (int, float) or not 0 <= value < math.inf:
+                raise ValueError(f"fidelity of {tier}: {name} is {value!r}, not a number of 0 or more")
     if facts["rows"] != len(table):
         raise ValueError(f"expected {facts['rows']} rows, got {len(table)}")
     columns = {name: table.column(name) for name in ("key", "status", "shard", "members")}

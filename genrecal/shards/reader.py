@@ -1,7 +1,6 @@
 """Open a cache and read records by byte range, each checked against the checksum that its manifest holds."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,16 +14,19 @@ import xxhash
 
 from genrecal.errors import DamageError, FormatError
 from genrecal.samples import ImageSource, Sample
-from genrecal.shards.head import HEAD_FILE, FrozenHead
+from genrecal.shards.head import HEAD_FILE, MOST_HEADER_BYTES, FrozenHead
 from genrecal.shards.index import INDEX_FILE, Index, index_of, read_index, read_shard_manifest, scan
 from genrecal.shards.index import SCHEMA as INDEX_SCHEMA
-from genrecal.shards.layout import FORMAT_VERSION, TIERS, manifest_name, read_cache_json, tar_name
+from genrecal.shards.layout import FORMAT_VERSION, TIERS, manifest_name, read_cache_json, tar_name, wrong_settings
 from genrecal.shards.manifest import DIGEST, SCHEMA, SKIPPED
 from genrecal.shards.record import AnswerRows, QuestionRows, Record, answer_rows, question_rows, read_table
 from genrecal.shards.storage import Store, files_in, open_store
+from genrecal.shards.strict_json import strict_json
 
 MAKE_AGAIN = "delete cache.json and the head, and run `genrecal cache` again: finished shards are kept"
 MANIFESTS_HELD = 256  # of shards read from lately; a manifest of 256 records takes about 0.2 MB
+MOST_CONVERSATION_BYTES = 2**24
+MOST_SAMPLE_BYTES = 2**32  # of what is read of a sample at once; 100,000 tokens of D 16384 are 3.3e9 in bf16
 LARGEST_GAP = 2**16  # bytes between two members that are read with them rather than asked for apart
 
 
@@ -41,11 +43,10 @@ class Cache(Sequence["CachedRecord"]):
         self.store = open_store(path)
         self.path = self.store.url
         self.description = read_cache_json(self.store)
-        for name in ("num_shards", "hidden_size", "sampled_targets"):
-            if type(self.description.get(name)) is not int or self.description[name] < 0:
-                raise FormatError(
-                    f"{self.path}: {name} in cache.json: expected a number, got {self.description.get(name)!r}"
-                )
+        for name, expected in wrong_settings(self.description).items():
+            raise FormatError(
+                f"{self.path}: {name} in cache.json: expected {expected}, got {self.description.get(name)!r}"
+            )
         self.shards = [shard for shard, _ in sorted(files_in(self.store, "manifest", ".parquet"))]
         if self.shards and self.shards[-1] >= self.num_shards:
             raise DamageError(
@@ -61,7 +62,11 @@ class Cache(Sequence["CachedRecord"]):
                 f"{self.store.where(manifest_name(first))}: missing, of a cache that says it is complete "
                 f"({missing} of {self.num_shards} manifests); run `genrecal cache` again, it redoes those shards"
             )
-        self._index = self._from_index() if complete and self.store.exists(INDEX_FILE) else self._from_manifests()
+        try:
+            has_index = complete and self.store.exists(INDEX_FILE)
+        except OSError as error:
+            raise DamageError(f"{self.store.where(INDEX_FILE)}: {error.strerror or error}; delete it") from None
+        self._index = self._from_index() if has_index else self._from_manifests()
         self._manifest_of = lru_cache(maxsize=MANIFESTS_HELD)(self._read_manifest)
 
     def _from_index(self) -> Index:
@@ -93,6 +98,11 @@ class Cache(Sequence["CachedRecord"]):
             raise DamageError(
                 f"{self.store.where(manifest_name(shard))}: expected {DIGEST} {self._index.digests[shard]} by "
                 f"{INDEX_FILE}, got {facts.get(DIGEST)}; `genrecal verify` says which is wrong"
+            )
+        if len(table) != self._index.count(shard):
+            raise DamageError(
+                f"{self.store.where(manifest_name(shard))}: expected {self._index.count(shard)} rows by {INDEX_FILE}, "
+                f"got {len(table)}; `genrecal verify` says which is wrong"
             )
         return table, facts
 
@@ -152,7 +162,10 @@ class Cache(Sequence["CachedRecord"]):
         path = self.store.where(HEAD_FILE)
         teacher = self.description.get("teacher")
         expected = teacher.get("head_sha256") if isinstance(teacher, dict) else None
+        most = 4 * self.description["head_rows"] * (self.hidden_size + 1) + MOST_HEADER_BYTES
         try:
+            if (size := self.store.size(HEAD_FILE)) > most:
+                raise DamageError(f"{path}: expected at most {most} bytes, by cache.json, got {size}; {MAKE_AGAIN}")
             file = self.store.local_copy(HEAD_FILE)
             with file.open("rb") as opened:
                 digest = hashlib.file_digest(opened, "sha256").hexdigest()
@@ -160,7 +173,13 @@ class Cache(Sequence["CachedRecord"]):
             raise DamageError(f"{path}: {error.strerror or error}; {MAKE_AGAIN}") from None
         if digest != expected:
             raise DamageError(f"{path}: expected sha256 {expected}, got {digest}; {MAKE_AGAIN}")
-        return FrozenHead.load(file, device)
+        head = FrozenHead.load(file, device)
+        expected_shape = [self.description["head_rows"], self.hidden_size]
+        if list(head.weight.shape) != expected_shape:
+            raise DamageError(
+                f"{path}: expected a weight of {expected_shape} by cache.json, got {list(head.weight.shape)}; {MAKE_AGAIN}"
+            )
+        return head
 
     def __len__(self) -> int:
         return len(self._index.rows)
@@ -251,8 +270,11 @@ class CachedRecord:
             for member, data in zip(members[1:], parts[1:], strict=True)
         ]
         try:
-            return Sample.from_json(self.key, json.loads(bytes(parts[0])), images)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            sample = Sample.from_json(self.key, strict_json(parts[0], MOST_CONVERSATION_BYTES), images)
+            if any(index >= len(images) for index in sample.image_indices):
+                raise ValueError(f"it names images {sample.image_indices}, of {len(images)}")
+            return sample
+        except (ValueError, KeyError, TypeError) as error:
             raise DamageError(f"{self._where(members[0])}: not a conversation: {error!r}") from None
 
     @property
@@ -305,11 +327,12 @@ class CachedRecord:
     def _read(self, members: list[dict[str, Any]]) -> list[memoryview]:
         """Members' bytes, neighbours in one read. Raises DamageError if they are not what the manifest says."""
         parts: list[memoryview] = []
+        self._check_places(members)
         for run in _runs(members):
             start, end = run[0]["offset"], run[-1]["offset"] + run[-1]["size"]
             name = tar_name(self._tier(run[0]), self.row["shard"])
             try:
-                data = memoryview(self.cache.store.read(name, start, end - start) if 0 <= start <= end else b"")
+                data = memoryview(self.cache.store.read(name, start, end - start))
             except OSError as error:
                 raise DamageError(
                     f"{self.cache.store.where(name)}: {error.strerror or error}; the manifest lists it with sample {self.key}"
@@ -324,6 +347,20 @@ class CachedRecord:
                     f"delete {self._manifest} and run `genrecal cache` again to redo it"
                 )
         return parts
+
+    def _check_places(self, members: list[dict[str, Any]]) -> None:
+        """Raises DamageError for members that no tar could have, before anything is read for them."""
+        end: dict[str, int] = {}
+        total = 0
+        for member in members:
+            tier, total = self._tier(member), total + member["size"]
+            if member["size"] < 0 or member["offset"] < end.get(tier, 0) or total > MOST_SAMPLE_BYTES:
+                raise DamageError(
+                    f"{self._manifest}: member {member['name']}: expected members one after another, of "
+                    f"{MOST_SAMPLE_BYTES} bytes in all, got {member['size']} bytes at {member['offset']}; "
+                    "`genrecal verify` says more"
+                )
+            end[tier] = member["offset"] + member["size"]
 
     def _tier(self, member: dict[str, Any]) -> str:
         tier = member["tier"]

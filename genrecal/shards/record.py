@@ -11,13 +11,30 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from genrecal.errors import DamageError, FormatError
+from genrecal.errors import DamageError, FormatError, SampleError
 from genrecal.samples import Sample
+from genrecal.shards.arrow_file import (
+    METADATA_KEY,
+    MOST_SCHEMA_BYTES,
+    READ_ERRORS,
+    allowed_bytes,
+    expanded_bytes,
+    read_arrow,
+)
 from genrecal.shards.codecs import Codec, checked_facts, codec_named
+from genrecal.shards.strict_json import strict_json
 
-METADATA_KEY = b"genrecal"
+__all__ = ["METADATA_KEY", "AnswerRows", "QuestionRows", "Record", "answer_rows", "question_rows", "to_arrow"]
 NO_TARGET = -1  # in memory; null on disk
-READ_OPTIONS = pa.ipc.IpcReadOptions(use_threads=False)  # a loader works in several processes as it is
+TYPES = {
+    **dict.fromkeys(("turn", "position", "token_id", "target_id", "target_start", "target_end"), pa.int32()),
+    **dict.fromkeys(("target_logit", "logsumexp", "topk_logits", "entropy"), pa.float32()),
+    **dict.fromkeys(("topk_ids", "sample_ids"), pa.int32()),
+    "sample_counts": pa.uint16(),
+    **dict.fromkeys(("hidden_hi", "hidden_lo"), pa.uint8()),
+    "hidden_scale": pa.float16(),
+}  # of a column's values; the codes' depend on the codec
+CODES = {"int8": pa.int8(), "int4": pa.uint8()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +121,10 @@ def row_entropy(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def to_arrow(rows: QuestionRows, codec: Codec) -> bytes:
-    """Rows -> the bytes of an Arrow IPC file, buffers compressed as the codec says. The same rows give the same bytes."""
+    """Rows -> the bytes of an Arrow IPC file, buffers compressed as the codec says. The same rows give the same bytes.
+
+    Raises SampleError for states that a codec cannot hold, or that compress so well that a reader would refuse them.
+    """
     columns: dict[str, pa.Array] = {
         "turn": pa.array(rows.turn, pa.int32()),
         "position": pa.array(rows.position, pa.int32()),
@@ -129,7 +149,10 @@ def to_arrow(rows: QuestionRows, codec: Codec) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=codec.compression)) as writer:
         writer.write_table(table)
-    return sink.getvalue().to_pybytes()
+    data: bytes = sink.getvalue().to_pybytes()
+    if (size := len(rows) * expanded_bytes(table.schema)) > allowed_bytes(len(data)):
+        raise SampleError(f"{len(rows)} rows, nearly all the same: {size} bytes in a file of {len(data)}")
+    return data
 
 
 def _tensor_column(values: np.ndarray) -> pa.Array:
@@ -142,40 +165,51 @@ def _tensor_column(values: np.ndarray) -> pa.Array:
 def read_table(data: bytes | memoryview, *, where: str) -> pa.Table:
     """The Arrow table of an `.arrow` member, nothing decoded. Raises DamageError if it is not one."""
     try:
-        table = pa.ipc.open_file(pa.py_buffer(data), options=READ_OPTIONS).read_all()
-        table.validate()
-        return table
-    except (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        return read_arrow(data)
+    except READ_ERRORS as error:
         raise DamageError(f"{where}: not a readable Arrow file: {error}") from None
 
 
 def decode_hidden(table: pa.Table, *, where: str) -> np.ndarray:
     """float32 `[R, D]` of a table, through the codec that its metadata names."""
     try:
-        facts = json.loads((table.schema.metadata or {})[METADATA_KEY])
+        facts = strict_json((table.schema.metadata or {})[METADATA_KEY], MOST_SCHEMA_BYTES)
     except (KeyError, ValueError) as error:
         raise FormatError(f"{where}: the Arrow metadata does not say codec and hidden size ({error!r})") from None
     codec = codec_named(checked_facts(facts, where=where)["codec"], where=where)
-    return codec.decode({name: tensor(table, name, where=where) for name in codec.columns}, facts)
+    types = TYPES | {"hidden_q": CODES.get(codec.name)}
+    columns = {name: tensor(table, name, types[name], where=where, width=True) for name in codec.columns}
+    return codec.decode(columns, facts)
 
 
-def tensor(table: pa.Table, name: str, *, where: str) -> np.ndarray:
-    """A column as numpy: `[R]`, or `[R, n]` for a fixed-shape tensor column."""
-    if name not in table.column_names:
-        raise FormatError(f"{where}: column {name} is missing")
-    column = _whole(table, name)
+def tensor(table: pa.Table, name: str, kind: pa.DataType, *, where: str, width: bool = False) -> np.ndarray:
+    """A column without nulls as numpy: `[R]`, or with `width` the `[R, n]` of a fixed-shape tensor column.
+
+    Raises FormatError if it is missing or its values are not of that kind.
+    """
+    column = _column(table, name, kind, where=where, width=width)
     if column.null_count:
         raise DamageError(f"{where}: column {name}: expected a value in every row, got {column.null_count} nulls")
-    if isinstance(column.type, pa.FixedShapeTensorType):
-        if not len(column):
-            return np.empty((0, *column.type.shape), column.type.value_type.to_pandas_dtype())
-        return np.asarray(column.to_numpy_ndarray())
-    return np.asarray(column.to_numpy(zero_copy_only=False))
+    if not width:
+        return np.asarray(column.to_numpy(zero_copy_only=False))
+    if not len(column):
+        return np.empty((0, *column.type.shape), column.type.value_type.to_pandas_dtype())
+    return np.asarray(column.to_numpy_ndarray())
 
 
-def _whole(table: pa.Table, name: str) -> pa.Array:
+def _column(table: pa.Table, name: str, kind: pa.DataType, *, where: str, width: bool = False) -> pa.Array:
     """A column as one array."""
+    if table.column_names.count(name) != 1:
+        times = table.column_names.count(name)
+        raise FormatError(f"{where}: column {name} is {f'there {times} times' if times else 'missing'}")
     column = table.column(name)
+    got = column.type
+    if width and isinstance(got, pa.FixedShapeTensorType) and len(got.shape) == 1:
+        got = got.value_type if got == pa.fixed_shape_tensor(got.value_type, got.shape) else got
+    elif width:
+        kind = f"tensors of one dimension of {kind}"
+    if got != kind:
+        raise FormatError(f"{where}: column {name}: expected {kind}, got {got}")
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
@@ -183,7 +217,8 @@ def question_rows(table: pa.Table, *, where: str) -> QuestionRows:
     """Decode a `.question.arrow` table."""
     names = ("turn", "position", "token_id")
     return QuestionRows(
-        **{name: tensor(table, name, where=where) for name in names}, hidden=decode_hidden(table, where=where)
+        **{name: tensor(table, name, TYPES[name], where=where) for name in names},
+        hidden=decode_hidden(table, where=where),
     )
 
 
@@ -199,21 +234,26 @@ def _filled(column: pa.Array) -> np.ndarray:
 
 def answer_rows(table: pa.Table, *, where: str) -> AnswerRows:
     """Decode an `.answer.arrow` table."""
-    plain = ("turn", "position", "token_id", "topk_ids", "topk_logits", "logsumexp")
+    plain, stored = ("turn", "position", "token_id", "logsumexp"), ("topk_ids", "topk_logits")
     nullable = ("target_id", "target_start", "target_end", "target_logit")
-    for name in nullable:
-        if name not in table.column_names:
-            raise FormatError(f"{where}: column {name} is missing")
-    targets = {name: _filled(_whole(table, name)) for name in nullable}
+    targets = {name: _filled(_column(table, name, TYPES[name], where=where)) for name in nullable}
+    top = {name: tensor(table, name, TYPES[name], where=where, width=True) for name in stored}
+    if top["topk_ids"].shape != top["topk_logits"].shape:
+        shapes = [list(top[name].shape) for name in stored]
+        raise FormatError(f"{where}: topk_ids of {shapes[0]}, topk_logits of {shapes[1]}: expected the same")
     sampled = None
     if "sample_ids" in table.column_names:
         sampled = SampledTargets(
-            ids=tensor(table, "sample_ids", where=where),
-            counts=tensor(table, "sample_counts", where=where),
-            entropy=tensor(table, "entropy", where=where),
+            ids=tensor(table, "sample_ids", TYPES["sample_ids"], where=where, width=True),
+            counts=tensor(table, "sample_counts", TYPES["sample_counts"], where=where, width=True),
+            entropy=tensor(table, "entropy", TYPES["entropy"], where=where),
         )
+        if sampled.ids.shape != sampled.counts.shape:
+            shapes = [list(sampled.ids.shape), list(sampled.counts.shape)]
+            raise FormatError(f"{where}: sample_ids of {shapes[0]}, sample_counts of {shapes[1]}: expected the same")
     return AnswerRows(
-        **{name: tensor(table, name, where=where) for name in plain},
+        **{name: tensor(table, name, TYPES[name], where=where) for name in plain},
+        **top,
         **targets,
         sampled=sampled,
         hidden=decode_hidden(table, where=where),

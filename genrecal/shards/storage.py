@@ -7,19 +7,20 @@ name. An object store shows an upload when it is complete and never before, so a
 import abc
 import contextlib
 import functools
+import io
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from genrecal.errors import StorageError, UsageError
 from genrecal.files import process_runs, put_in_place, remove_stale_temporaries, temporary_path, write_whole
 
 ATTEMPTS = 4  # of one remote operation, on top of what the file system itself retries
 LONGEST_PAUSE = 8.0  # seconds between two of them
-STREAM_BLOCK = 2**23  # bytes read ahead when a remote file is read from begin to end
 FINAL = (
     FileNotFoundError,
     PermissionError,
@@ -58,8 +59,8 @@ class Store(abc.ABC):
         """Bytes [offset, offset + size) of a file, fewer where it ends before; all that follow if `size` is None."""
 
     @abc.abstractmethod
-    def open(self, name: str) -> BinaryIO:
-        """A file to read, seekable."""
+    def open(self, name: str, *, ahead: int = 0) -> BinaryIO:
+        """A file to read, seekable. A remote one is read in pieces of `ahead` bytes, or of just what is asked for if 0."""
 
     @abc.abstractmethod
     def size(self, name: str) -> int:
@@ -156,38 +157,70 @@ class LocalStore(Store):
         return str(self.root.resolve())
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
-        path = f"{self.root}/{name}"
-        status = os.stat(path)
+        path, status = self._file(name)
         rest = max(0, status.st_size - offset)
         size = rest if size is None else min(size, rest)
-        return os.pread(_open_file(path, status.st_ino, status.st_mtime_ns).fileno(), size, offset) if size else b""
+        if not size:
+            return b""
+        descriptor = _open_file(str(path), status.st_ino, status.st_mtime_ns).fileno()
+        data = os.pread(descriptor, size, offset)
+        while 0 < len(data) < size:  # Linux gives at most 2 GiB at once
+            more = os.pread(descriptor, size - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        return data
 
-    def open(self, name: str) -> BinaryIO:
-        return (self.root / name).open("rb", buffering=0)
+    def open(self, name: str, *, ahead: int = 0) -> BinaryIO:
+        return self._file(name)[0].open("rb", buffering=0)
 
     def size(self, name: str) -> int:
-        return (self.root / name).stat().st_size
+        return self._file(name)[1].st_size
+
+    def _file(self, name: str) -> tuple[Path, os.stat_result]:
+        """A file to read. Links are followed, but only to files: a pipe or a device would never end."""
+        path = self.root / name
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"expected a file, got {stat.filemode(status.st_mode)}")
+        return path, status
+
+    def _to_write(self, name: str) -> Path:
+        """A place to write at. Raises UsageError where a link in the cache leads out of it."""
+        path = self.root / name
+        folder = Path(os.path.realpath(path.parent))
+        if not folder.is_relative_to(os.path.realpath(self.root)):
+            raise UsageError(
+                f"{path}: a link leads from the cache to {folder}, where nothing is written; put a folder in its place"
+            )
+        return path
 
     def sizes(self, folder: str) -> dict[str, int]:
+        found = {}
         try:
             with os.scandir(self.root / folder) as entries:
-                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+                for entry in entries:
+                    with contextlib.suppress(OSError):  # a link that leads round in a circle is no file
+                        if entry.is_file():
+                            found[entry.name] = entry.stat().st_size
         except (FileNotFoundError, NotADirectoryError):
-            return {}
+            pass
+        return found
 
     def write(self, name: str, data: bytes) -> None:
-        write_whole(self.root / name, data)
+        write_whole(self._to_write(name), data)
 
     def temporary(self, name: str) -> Path:
-        path = temporary_path(self.root / name)
+        path = temporary_path(self._to_write(name))
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # a link that someone put there is not followed
         return path
 
     def place(self, temporary: Path, name: str) -> None:
-        put_in_place(temporary, self.root / name)
+        put_in_place(temporary, self._to_write(name))
 
     def move(self, name: str, new_name: str) -> None:
-        old, new = self.root / name, self.root / new_name
+        old, new = self._to_write(name), self._to_write(new_name)
         new.parent.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(new):
             raise FileExistsError(str(new))
@@ -199,7 +232,7 @@ class LocalStore(Store):
         return os.path.lexists(self.root / name)
 
     def local_copy(self, name: str) -> Path:
-        return self.root / name
+        return self._file(name)[0]
 
     def prepare(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -253,8 +286,9 @@ class RemoteStore(Store):
         end = None if size is None else offset + size
         return self._retry("read", name, lambda: _range(self._fs, self._path(name), offset, end))
 
-    def open(self, name: str) -> BinaryIO:
-        return self._retry("open", name, lambda: self._fs.open(self._path(name), "rb", block_size=STREAM_BLOCK))
+    def open(self, name: str, *, ahead: int = 0) -> BinaryIO:
+        file = _RangeFile(self, name)
+        return cast(BinaryIO, io.BufferedReader(file, ahead) if ahead else file)
 
     def size(self, name: str) -> int:
         return int(self._retry("look up", name, lambda: self._fs.info(self._path(name)))["size"])
@@ -338,6 +372,35 @@ class RemoteStore(Store):
             raise StorageError(
                 f"{self.where(name)}: cannot {doing} it, after {ATTEMPTS} attempts: {type(error).__name__}: {error}"
             ) from error
+
+
+class _RangeFile(io.RawIOBase):
+    """A remote file whose every read is a byte range of its own, tried again if it fails."""
+
+    def __init__(self, store: RemoteStore, name: str):
+        self._store, self._name = store, name
+        self._size, self._place = store.size(name), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        self._place = max(0, start + offset)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(0, min(len(buffer), self._size - self._place))
+        data = self._store.read(self._name, self._place, wanted)
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
 
 
 @functools.lru_cache(maxsize=16)

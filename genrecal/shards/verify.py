@@ -9,7 +9,6 @@ import functools
 import hashlib
 import io
 import itertools
-import json
 import os
 import re
 import tarfile
@@ -24,9 +23,12 @@ import xxhash
 
 from genrecal.errors import DamageError, FormatError, GenrecalError
 from genrecal.progress import Progress
-from genrecal.samples import ImageRef, Sample
+from genrecal.samples import Sample
+from genrecal.shards.arrow_file import MOST_SCHEMA_BYTES, MOST_WIDTH
 from genrecal.shards.codecs import codec_named
-from genrecal.shards.head import HEAD_FILE, FrozenHead
+from genrecal.shards.head import HEAD_FILE, FrozenHead, check_header, head_facts
+from genrecal.shards.index import AGAIN as INDEX_AGAIN
+from genrecal.shards.index import INDEX_FILE, Scan, index_columns, index_difference
 from genrecal.shards.layout import (
     CACHE_FILE,
     FORMAT_VERSION,
@@ -36,17 +38,20 @@ from genrecal.shards.layout import (
     read_cache_json,
     shard_name,
     tar_name,
+    wrong_settings,
 )
-from genrecal.shards.manifest import CACHED, DIGEST, SKIPPED, content_digest, read_manifest
+from genrecal.shards.manifest import CACHED, DIGEST, MOST_FILE_BYTES, SKIPPED, content_digest, read_manifest
+from genrecal.shards.reader import MOST_CONVERSATION_BYTES, MOST_SAMPLE_BYTES
 from genrecal.shards.record import METADATA_KEY, AnswerRows, answer_rows, read_table, row_entropy
 from genrecal.shards.storage import Store, files_in, open_store
+from genrecal.shards.strict_json import strict_json
 
 QUARANTINE = "quarantine"
 MAX_KL = 0.1  # nats, mean over a shard
 LOGIT_BUDGET = 2**25  # float32 logits that exist at once
-MOST_SHARDS = 10**7
-MOST_WIDTH = 2**20  # channels of a state
+AHEAD = 2**23  # bytes of a remote file that one request brings
 BUFFER = 2**20  # bytes of a tar read at a time
+MOST_TAR_HEADER_BYTES = 2**16  # of a long name or of pax records
 TOTALS = ("cached", "skipped", "turns", "images", "question_tokens", "answer_tokens")
 MEASURED = (
     "turns",
@@ -57,16 +62,6 @@ MEASURED = (
     "log_prob",
     "top1_agreement",
     "has_question",
-)
-NUMBERS = (
-    "hidden_size",
-    "head_rows",
-    "vocab_size",
-    "top_k",
-    "sampled_targets",
-    "samples_per_shard",
-    "num_samples",
-    "num_shards",
 )
 PLACES = {name: pa.int32() for name in ("turn", "position", "token_id")}
 TARGETS = {"target_id": pa.int32(), "target_start": pa.int32(), "target_end": pa.int32(), "target_logit": pa.float32()}
@@ -172,7 +167,7 @@ def verify_cache(
         return Verification(path=store.url, shards=(0, 0), findings=(finding,))
     outside = [*_check_description(description), *_check_head(store, description), *_check_teacher(store, description)]
     # What cache.json does not say rightly cannot be held against the shards.
-    settings = {name: value for name, value in description.items() if name not in _wrong_settings(description)}
+    settings = {name: value for name, value in description.items() if name not in wrong_settings(description)}
     head = _deep_head(store, device) if deep and not any(f.file == HEAD_FILE for f in outside) else None
     planned = settings.get("num_shards", 0)
     numbers = sorted(shard for shard, _ in files_in(store, "manifest", ".parquet"))
@@ -192,6 +187,8 @@ def verify_cache(
         notes.append(f"every shard is there, but {CACHE_FILE} has no totals yet; run `genrecal cache` again")
     findings += _merge(results, notes)
     findings += _over_limit(results, max_kl)
+    if complete:
+        findings += _check_index(store, results, notes)
     if complete and all(result.sums is not None for result in results):
         findings += _check_totals(description["totals"], results, settings.get("num_samples"))
     return Verification(
@@ -243,40 +240,8 @@ def _unplaced(error: Exception, path: str) -> str:
 # ------------------------------------------------------------------------------------------------------ outside the shards
 
 
-def _wrong_settings(description: dict[str, Any]) -> dict[str, str]:
-    """Settings of cache.json that cannot be right, by name, and what they should be."""
-    wrong = {
-        name: "a whole number, 0 or more"
-        for name in NUMBERS
-        if type(description.get(name)) is not int or description[name] < 0
-    }
-    if "num_shards" not in wrong and description["num_shards"] > MOST_SHARDS:
-        wrong["num_shards"] = f"at most {MOST_SHARDS}"
-    if not wrong.keys() & {"num_samples", "samples_per_shard", "num_shards"}:
-        size = description["samples_per_shard"]
-        if size == 0:
-            wrong["samples_per_shard"] = "1 or more"
-        elif description["num_shards"] != -(-description["num_samples"] // size):
-            wrong |= dict.fromkeys(("num_samples", "samples_per_shard", "num_shards"), "numbers that fit each other")
-    if not wrong.keys() & {"vocab_size", "head_rows"} and description["vocab_size"] > description["head_rows"]:
-        wrong["vocab_size"] = "at most head_rows"
-    fraction = description.get("question_fraction")
-    if not isinstance(fraction, int | float) or not 0 <= fraction <= 1:
-        wrong["question_fraction"] = "a share from 0 to 1"
-    if type(description.get("question_seed")) is not int:
-        wrong["question_seed"] = "a whole number"
-    if description.get("image_backend") not in ("pil", "torchvision"):
-        wrong["image_backend"] = "pil or torchvision"
-    if not isinstance(description.get("teacher"), dict):
-        wrong["teacher"] = "an object"
-    totals = description.get("totals", {})
-    if not isinstance(totals, dict):
-        wrong["totals"] = "an object"
-    return wrong
-
-
 def _check_description(description: dict[str, Any]) -> Iterator[Finding]:
-    for name, expected in _wrong_settings(description).items():
+    for name, expected in wrong_settings(description).items():
         yield Finding(shard=None, file=CACHE_FILE, what=name, expected=expected, got=repr(description.get(name)))
 
 
@@ -294,12 +259,13 @@ def _check_head(store: Store, description: dict[str, Any]) -> Iterator[Finding]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(store.local_copy(HEAD_FILE), framework="numpy") as file:
+        path = store.local_copy(HEAD_FILE)
+        check_header(path)
+        with safe_open(path, framework="numpy") as file:
+            vocab_size = head_facts(file)["vocab_size"]
             weight = file.get_slice("weight")
             shape, dtype = weight.get_shape(), weight.get_dtype()
-            facts = json.loads((file.metadata() or {})["genrecal"])
-        vocab_size = facts["vocab_size"]
-    except (SafetensorError, *CONTENT_ERRORS) as error:
+    except (SafetensorError, OSError, *CONTENT_ERRORS) as error:
         yield Finding(shard=None, file=HEAD_FILE, what=f"not a head written by genrecal: {error!r}")
         return
     dtypes = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -338,10 +304,21 @@ def _check_teacher(store: Store, description: dict[str, Any]) -> Iterator[Findin
 def _sha256(store: Store, name: str) -> str:
     """A file's sha256, or why there is none."""
     try:
-        with store.open(name) as file:
+        with store.open(name, ahead=AHEAD) as file:
             return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
-    except OSError as error:
-        return error.strerror or str(error)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        return getattr(error, "strerror", None) or str(error)
+
+
+def _check_index(store: Store, results: "list[ShardResult]", notes: list[str]) -> Iterator[Finding]:
+    """The index against the manifests, if all of them can be read."""
+    if not store.present(INDEX_FILE):
+        notes.append(f"no {INDEX_FILE}: opening reads every manifest; `genrecal cache` again writes it")
+        return
+    scanned: Scan = [result.scanned for result in results if result.scanned is not None and result.sums is not None]
+    difference = index_difference(store, scanned if len(scanned) == len(results) else None)
+    if difference:
+        yield Finding(shard=None, file=INDEX_FILE, what=f"{difference}; {INDEX_AGAIN}")
 
 
 def _check_totals(totals: Any, results: "list[ShardResult]", num_samples: Any) -> Iterator[Finding]:
@@ -374,6 +351,7 @@ class ShardResult:
     findings: list[Finding] = field(default_factory=list)
     disagreements: dict[str, list[Finding]] = field(default_factory=lambda: defaultdict(list))
     sums: dict[str, int] | None = None  # of a manifest that is whole
+    scanned: tuple[pa.Table, dict[str, Any]] | None = None  # what the index takes of it
     bytes: int = 0
     tiers: dict[str, bool] = field(
         default_factory=dict
@@ -404,7 +382,7 @@ def check_shard(store: Store, shard: int, settings: dict[str, Any], head: Frozen
         result.add(file, "a shard beyond the plan", f"numbers below {planned}", shard)
         return result
     try:
-        data = store.read(file)
+        data = store.read(file, 0, MOST_FILE_BYTES + 1)
         table, facts = read_manifest(data, where=file)
     except FileNotFoundError:
         result.add(file, "missing, of a cache that says it is complete")
@@ -422,6 +400,7 @@ def check_shard(store: Store, shard: int, settings: dict[str, Any], head: Frozen
     if facts["shard"] != shard:
         result.add(file, "it is another shard's", shard, facts["shard"])
         return result
+    result.scanned = (index_columns(table), facts)
     digest = content_digest(table, facts)
     if facts.get(DIGEST) != digest:
         result.add(file, f"{DIGEST} of its rows and facts", facts.get(DIGEST), digest)
@@ -539,7 +518,7 @@ def _check_tar(
     if tier not in facts["sha256"] and not listed:
         return
     try:
-        opened, size = store.open(file), store.size(file)
+        opened, size = store.open(file, ahead=AHEAD), store.size(file)
     except OSError as error:
         result.tiers[tier] = False
         if tier == "samples" or not isinstance(error, FileNotFoundError):
@@ -571,14 +550,23 @@ def _check_tar(
         result.add(file, "sha256", facts["sha256"].get(tier), source.sha256.hexdigest())
 
 
+class _PlainMember(tarfile.TarInfo):
+    """A member whose headers are of a bounded size: tarfile reads long names and pax records whole."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type != tarfile.REGTYPE and self.size > MOST_TAR_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {self.size} bytes; the limit is {MOST_TAR_HEADER_BYTES}")
+        return cast(tarfile.TarInfo, super()._proc_member(tar))  # type: ignore[misc]
+
+
 def _walk(source: _Hashing, size: int) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
     """Members and their bytes, in order. Raises tarfile.TarError for what is no plain file, or does not fit into `size`."""
     # A stream cannot go back, so no header can make it read a byte twice.
-    with tarfile.open(fileobj=source, mode="r|", bufsize=BUFFER) as tar:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=source, mode="r|", bufsize=BUFFER, tarinfo=_PlainMember) as tar:  # type: ignore[call-overload]
         for member in tar:
             if member.type != tarfile.REGTYPE or member.sparse is not None:
                 raise tarfile.TarError(f"member {member.name!r} is not a plain file")
-            if member.offset_data + member.size > size:
+            if member.offset_data + member.size > size or member.size > MOST_SAMPLE_BYTES:
                 raise tarfile.TarError(f"member {member.name!r} of {member.size} bytes does not fit")
             content = tar.extractfile(member)
             assert content is not None
@@ -627,13 +615,13 @@ def _check_member(
 
 
 def _check_conversation(add: Callable[..., None], data: bytes, row: dict[str, Any]) -> None:
-    sample = Sample.from_json(row["key"], json.loads(data), [])
+    sample = Sample.from_json(row["key"], strict_json(data, MOST_CONVERSATION_BYTES), [])
     for name in ("sample_id", "category", "source"):
         if getattr(sample, name) != row[name]:
             add(f"{name} of the conversation", row[name], getattr(sample, name))
     if len(sample.answers) != row["turns"]:
         add("turns of the conversation", row["turns"], len(sample.answers))
-    places = [part.index for message in sample.messages for part in message.parts if isinstance(part, ImageRef)]
+    places = sample.image_indices
     if len(places) != row["images"] or sorted(places) != list(range(len(places))):
         add("images that the conversation names", f"0 to {row['images'] - 1}", places)
 
@@ -722,7 +710,7 @@ def _check_columns(
     codec_setting: str,
 ) -> bool:
     """Whether an Arrow file has the columns that the format gives it."""
-    facts = json.loads((table.schema.metadata or {})[METADATA_KEY])
+    facts = strict_json((table.schema.metadata or {})[METADATA_KEY], MOST_SCHEMA_BYTES)
     for setting, name in ((codec_setting, "codec"), ("hidden_size", "hidden_size")):
         if setting in settings and facts[name] != settings[setting]:
             add(f"{name} in the Arrow metadata", settings[setting], facts[name], setting=setting)

@@ -207,11 +207,11 @@ class Fuzzed:
         except GenrecalError as error:
             return repr(error)
         wrong = "right" if len(opened) == len(keys) else "records are missing"
-        for record in opened:
-            shard = record.row["shard"]
-            if not (self.everything or shard in self.touched):
-                continue
+        for place in range(len(opened)):
             try:
+                record = opened[place]
+                if not (self.everything or record.row["shard"] in self.touched):
+                    continue
                 got = content(record)
             except GenrecalError as error:
                 wrong = repr(error)

@@ -1,5 +1,6 @@
 """Caches on an S3 server in a process of its own, and at file:// and memory:// URLs."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import mixed_samples, write_llava
-from made_cache import has_question, make_cache, make_head, make_record, make_sample, tree
+from made_cache import description, has_question, make_cache, make_head, make_record, make_sample, tree
 from made_cache import write_shard as write_made_shard
 from s3_server import BUCKET, environment, proxy_to, s3_server
 
@@ -241,16 +242,14 @@ class _Sums(torch.utils.data.Dataset):
         return self.cache[index].hidden().sum()
 
 
-def test_records_written_by_hand_to_memory_come_back():
+def test_records_written_by_hand_to_memory_come_back(made):
     url = f"memory://{uuid.uuid4().hex}/cache"
     head = make_head()
     write_made_shard(url, 0, head)
-    open_store(url).write(
-        "cache.json",
-        b'{"format_version": 1, "answer_codec": "bf16", "question_codec": "bf16", "hidden_size": 16, "num_shards": 1}',
-    )
+    content = description(made, "bf16") | {"num_shards": 1, "num_samples": 4}
+    open_store(url).write("cache.json", json.dumps(content).encode())
     cache = genrecal.open_cache(url)
     for index, record in enumerate(cache):
-        made = make_record(index, head, question=has_question(record.key))
-        assert (record.hidden() == made.answer.hidden).all()
+        expected = make_record(index, head, question=has_question(record.key))
+        assert (record.hidden() == expected.answer.hidden).all()
     assert len(cache) == 4

@@ -26,6 +26,7 @@ from genrecal.shards.writer import ShardWriter
 DESCRIPTION = {
     "format_version": 1, "answer_codec": "bf16", "question_codec": "bf16", "hidden_size": 8, "num_shards": 2,
     "question_fraction": 1.0, "teacher": {"name": "made", "dtype": "float32"}, "head_rows": 99, "top_k": 4,
+    "vocab_size": 99, "image_backend": "pil", "question_seed": 0, "samples_per_shard": 4, "num_samples": 7,
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import mixed_samples, write_llava
-from made_cache import PER_SHARD, make_cache, make_head, make_record, tree, write_shard
+from made_cache import PER_SHARD, make_cache, make_head, make_record, tree, write_index, write_shard
 
 from genrecal.cache.job import CacheOptions, run_cache_job
 from genrecal.cache.teacher import HFTeacher
@@ -22,8 +22,9 @@ from genrecal.errors import DamageError
 from genrecal.samples import open_samples
 from genrecal.shards import verify
 from genrecal.shards.head import HEAD_FILE
+from genrecal.shards.index import INDEX_FILE
 from genrecal.shards.layout import manifest_name, read_cache_json, tar_name, write_cache_json
-from genrecal.shards.manifest import ManifestRow, Member, manifest_bytes, read_manifest
+from genrecal.shards.manifest import METADATA_KEY, ManifestRow, Member, manifest_bytes, read_manifest
 from genrecal.shards.reader import open_cache
 from genrecal.shards.storage import open_store
 from genrecal.shards.verify import quarantine, verify_cache
@@ -187,7 +188,38 @@ def test_shards_of_another_place_are_named(cache):
         "manifest/00001.parquet: it is another shard's: expected 1, got 0",
     ]
     with pytest.raises(DamageError, match="expected the manifest of shard 0, got that of shard 1"):
-        open_cache(cache)
+        open_cache(cache)[0]
+
+
+@pytest.mark.parametrize("where", ["log_prob", "category", "manifests"])
+def test_an_index_that_says_otherwise_than_the_manifests_is_found(cache, where):
+    table = pq.read_table(cache / INDEX_FILE)
+    facts = json.loads(table.schema.metadata[METADATA_KEY])
+    if where == "manifests":
+        facts["manifests"][1] = "0" * 16
+    else:
+        column = table.column(where).to_pylist()
+        column[3] = column[0]
+        place, kind = table.column_names.index(where), table.schema.field(where).type
+        table = table.set_column(place, where, pa.chunked_array([pa.array(column, pa.string()).cast(kind)])
+                                 if where == "category" else pa.chunked_array([pa.array(column, kind)]))  # fmt: skip
+    pq.write_table(table.replace_schema_metadata({METADATA_KEY: json.dumps(facts)}), cache / INDEX_FILE)
+    (line,) = found(cache)
+    what = "its metadata is not the manifests'" if where == "manifests" else f"column {where} is not the manifests'"
+    assert line == f"index.parquet: {what}; delete it and run `genrecal cache` again: finished shards are kept"
+    if where == "manifests":
+        with pytest.raises(
+            DamageError, match="manifest/00001.parquet: expected content_xxh3 0000000000000000 by index"
+        ):
+            open_cache(cache)[5]
+
+
+def test_a_missing_index_is_noted_and_nothing_else_changes(cache):
+    before = [record.hidden().tobytes() for record in open_cache(cache)]
+    (cache / INDEX_FILE).unlink()
+    result = verify_cache(cache)
+    assert result.whole and "no index.parquet: opening reads every manifest" in result.notes[0]
+    assert [record.hidden().tobytes() for record in open_cache(cache)] == before
 
 
 def edited(**values):
@@ -372,6 +404,7 @@ def test_states_that_do_not_give_the_logits_are_found(tmp_path, spoil):
     """In one shard it is that shard, in all it is what they have in common; checksums alone say nothing."""
     cache = make_cache(tmp_path / "one")
     write_shard(cache, 1, make_head(), hidden=spoil)
+    write_index(cache)
     assert verify_cache(cache).whole
     result = verify_cache(cache, deep=True)
     assert result.damaged_shards == [1] and "its states do not give its logits" in str(result.findings[0])

@@ -1,0 +1,430 @@
+"""The shard store against the ways that others keep teacher states: bytes, writing, reading, random access, one core.
+
+    python benchmarks/store.py [--records 96] [--tokens 150] [--width 8192]
+
+The same records (states, top-64, conversation, a picture) in every store; the states are bfloat16 and made, with outlier
+channels as large models have them. Each measurement is the median of several passes that alternate between the stores.
+A pass reads every record whole into memory: "as stored" stops at what the store gives (bfloat16 tensors; ours float32,
+decoded), "float32" goes on to float32 states, which is what a trainer computes with. "cold" is the first pass after the
+files were dropped from the page cache. The limit is copying the float32 states, record by record, in memory.
+
+MosaicML streaming is measured if it is installed; it pins another transformers, so beside genrecal it needs
+`pip install --no-deps mosaicml-streaming brotli zstd python-snappy cramjam catalogue`.
+"""
+
+import argparse
+import importlib.machinery
+import io
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import types
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+import genrecal
+from genrecal.report.summary import markdown_table
+from genrecal.samples import ImageRef, ImageSource, Message, Sample
+from genrecal.shards.codecs import CODECS, round_to_bf16
+from genrecal.shards.layout import write_cache_json
+from genrecal.shards.record import NO_TARGET, AnswerRows, Record
+from genrecal.shards.storage import open_store
+from genrecal.shards.writer import ShardWriter
+
+VOCABULARY, TOP_K, PER_SHARD = 152_064, 64, 32
+PLAIN = (
+    "turn", "position", "token_id", "target_id", "target_start", "target_end", "target_logit", "topk_ids", "topk_logits",
+    "logsumexp",
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- the records
+
+
+@dataclass(frozen=True)
+class Made:
+    """One record; `states` are the bits of bfloat16 values, uint16 `[R, D]`."""
+
+    sample: Sample
+    rows: AnswerRows  # without states
+    states: np.ndarray
+    picture: bytes
+
+    def record(self) -> Record:
+        hidden = (self.states.astype(np.uint32) << 16).view(np.float32)
+        return Record(sample=self.sample, answer=replace(self.rows, hidden=hidden), question=None)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {name: getattr(self.rows, name) for name in PLAIN}
+
+    @property
+    def conversation(self) -> bytes:
+        return json.dumps(self.sample.to_json()).encode()
+
+
+def make_records(count: int, tokens: int, width: int) -> list[Made]:
+    rng = np.random.default_rng(0)
+    size = np.exp(0.5 * rng.normal(size=width)).astype(np.float32)
+    size[rng.choice(width, 4, replace=False)] = (30, 60, 150, 300)
+    made = []
+    for number in range(count):
+        states = round_to_bf16(rng.normal(size=(tokens + 1, width)).astype(np.float32) * size)
+        logits = np.sort(4 * rng.normal(size=(tokens + 1, 4096)).astype(np.float32))[:, : -TOP_K - 1 : -1]
+        ids = np.minimum(rng.geometric(2e-4, size=(tokens + 1, TOP_K)), VOCABULARY - 1).astype(np.int32)  # as words are
+        target = ids[:, 0].copy()
+        target[-1] = NO_TARGET
+        place = np.arange(tokens + 1, dtype=np.int32)
+        rows = AnswerRows(
+            turn=np.zeros(tokens + 1, np.int32), position=place + 700, token_id=np.roll(target, 1),
+            hidden=np.empty((0, 0), np.float32), target_id=target, target_start=4 * place, target_end=4 * place + 4,
+            target_logit=logits[:, 0].copy(), topk_ids=ids, topk_logits=logits.copy(), logsumexp=logits[:, 0] + 1,
+        )  # fmt: skip
+        stream = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (448, 448, 3), dtype=np.uint8)).save(stream, "JPEG")
+        question = Message(role="user", parts=(ImageRef(0), "What does the picture show?"))
+        sample = Sample(
+            key=f"{number:08d}", sample_id=str(number), category="made", source="made",
+            messages=(question, Message(role="assistant", parts=("word " * tokens,))),
+            images=(ImageSource(data=stream.getvalue(), suffix="jpg"),),
+        )  # fmt: skip
+        bits = (states.view(np.uint32) >> 16).astype(np.uint16)
+        made.append(Made(sample, rows, bits, stream.getvalue()))
+    return made
+
+
+# ----------------------------------------------------------------------------------------------------------- the stores
+
+
+class Stored(ABC):
+    """One way to keep the records. `read` gives a record's parts, the states among them under "hidden"."""
+
+    name: str
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @abstractmethod
+    def write(self, records: list[Made]) -> None: ...
+
+    def open(self) -> None:  # noqa: B027
+        """What is done once; for most, nothing."""
+
+    @abstractmethod
+    def stream(self) -> Iterator[dict[str, Any]]: ...
+
+    @abstractmethod
+    def read(self, number: int) -> dict[str, Any] | None:
+        """A record by its number; None where the format has no way to it."""
+
+
+class Genrecal(Stored):
+    def __init__(self, folder: Path, codec: str):
+        super().__init__(folder)
+        self.codec, self.name = codec, f"genrecal, {codec}"
+
+    def write(self, records: list[Made]) -> None:
+        store = open_store(self.folder)
+        for shard in range(0, len(records), PER_SHARD):
+            with ShardWriter(store, shard // PER_SHARD, answer_codec=CODECS[self.codec], question_codec=None) as writer:
+                for made in records[shard : shard + PER_SHARD]:
+                    writer.add(made.record(), [made.picture])
+                writer.commit()
+        write_cache_json(store, {
+            "format_version": 1, "answer_codec": self.codec, "question_codec": "none", "num_samples": len(records),
+            "hidden_size": records[0].states.shape[1], "num_shards": -(-len(records) // PER_SHARD),
+            "samples_per_shard": PER_SHARD, "top_k": TOP_K, "head_rows": VOCABULARY,
+        })  # fmt: skip
+
+    def open(self) -> None:
+        self.cache = genrecal.open_cache(self.folder)
+
+    def stream(self) -> Iterator[dict[str, Any]]:
+        return (self.read(number) for number in range(len(self.cache)))
+
+    def read(self, number: int) -> dict[str, Any]:
+        record = self.cache[number].record(question=False)
+        parts = {name: getattr(record.answer, name) for name in PLAIN}
+        picture = record.sample.images[0].data
+        return parts | {"hidden": torch.from_numpy(record.answer.hidden), "json": record.sample, "jpg": picture}
+
+
+def tensors_of(made: Made) -> dict[str, torch.Tensor]:
+    """As tensors, the states as bfloat16, what is no array as bytes."""
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in made.arrays().items()}
+    tensors["hidden"] = torch.from_numpy(made.states.view(np.int16)).view(torch.bfloat16)
+    for name, data in (("json", made.conversation), ("jpg", made.picture)):
+        tensors[name] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return tensors
+
+
+class Safetensors(Stored):
+    """One file a sample, as speculators keeps hidden states."""
+
+    name = "safetensors, a file a sample"
+
+    def write(self, records: list[Made]) -> None:
+        from safetensors.torch import save_file
+
+        self.folder.mkdir()
+        for number, made in enumerate(records):
+            save_file(tensors_of(made), self.folder / f"hs_{number}.safetensors")
+
+    def open(self) -> None:
+        self.count = len(list(self.folder.iterdir()))
+
+    def stream(self) -> Iterator[dict[str, Any]]:
+        return (self.read(number) for number in range(self.count))
+
+    def read(self, number: int) -> dict[str, Any]:
+        from safetensors.torch import load
+
+        # Not load_file: it maps the file, and nothing would be read before something is computed.
+        parts: dict[str, Any] = load((self.folder / f"hs_{number}.safetensors").read_bytes())
+        return parts | {"json": json.loads(parts["json"].numpy().tobytes())}
+
+
+class TorchPickle(Safetensors):
+    """One file a sample, as SpecForge keeps hidden states."""
+
+    name = "torch.save, a file a sample"
+
+    def write(self, records: list[Made]) -> None:
+        self.folder.mkdir()
+        for number, made in enumerate(records):
+            torch.save(tensors_of(made), self.folder / f"data_{number}.ckpt")
+
+    def read(self, number: int) -> dict[str, Any]:
+        parts = torch.load(self.folder / f"data_{number}.ckpt", weights_only=True)
+        return parts | {"json": json.loads(parts["json"].numpy().tobytes())}
+
+
+class Webdataset(Stored):
+    """webdataset's own writer, decoders and pipeline; arrays as .npy members."""
+
+    name = "webdataset, its own pipeline"
+
+    def write(self, records: list[Made]) -> None:
+        import webdataset
+
+        self.folder.mkdir()
+        with webdataset.ShardWriter(f"{self.folder}/%05d.tar", maxcount=PER_SHARD, verbose=0) as sink:
+            for made in records:
+                arrays = {f"{name}.npy": values for name, values in made.arrays().items()}
+                sink.write({"__key__": made.sample.key, "json": made.sample.to_json(), "jpg": made.picture,
+                            "hidden.npy": made.states, **arrays})  # fmt: skip
+
+    def stream(self) -> Iterator[dict[str, Any]]:
+        import webdataset
+
+        files = sorted(str(file) for file in self.folder.glob("*.tar"))
+        for sample in webdataset.WebDataset(files, shardshuffle=False).decode():
+            yield sample | {"hidden": torch.from_numpy(sample["hidden.npy"].view(np.int16)).view(torch.bfloat16)}
+
+    def read(self, number: int) -> None:
+        return None
+
+
+class Mds(Stored):
+    name = "MosaicML streaming, MDS"
+
+    def write(self, records: list[Made]) -> None:
+        streaming = import_streaming()
+        kinds = {name: f"ndarray:{values.dtype}" for name, values in records[0].arrays().items()}
+        columns = {"hidden": "ndarray:uint16", "json": "json", "jpg": "bytes", **kinds}
+        with streaming.MDSWriter(out=str(self.folder), columns=columns) as sink:
+            for made in records:
+                arrays = {name: np.ascontiguousarray(values) for name, values in made.arrays().items()}
+                sink.write({"hidden": made.states, "json": made.sample.to_json(), "jpg": made.picture, **arrays})
+
+    def open(self) -> None:
+        streaming = import_streaming()
+        self.data = streaming.StreamingDataset(local=str(self.folder), shuffle=False, batch_size=1)
+        self.count = self.data.num_samples
+
+    def stream(self) -> Iterator[dict[str, Any]]:
+        return (self.read(number) for number in range(self.count))
+
+    def read(self, number: int) -> dict[str, Any]:
+        sample = dict(self.data[number])
+        return sample | {"hidden": torch.from_numpy(sample["hidden"].view(np.int16)).view(torch.bfloat16)}
+
+
+def import_streaming() -> Any:
+    """It imports torchvision for picture data sets, which are not used here and may not be installed."""
+    for name in ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional"):
+        if name not in sys.modules:
+            module: Any = types.ModuleType(name)
+            module.__spec__, module.__path__ = importlib.machinery.ModuleSpec(name, None), []
+            module.VisionDataset, module.to_tensor = object, None
+            sys.modules[name] = module
+    import streaming
+
+    return streaming
+
+
+class Parquet(Stored):
+    """One row a sample, states as bytes, zstd, a row group a sample."""
+
+    name = "Parquet, a row group a sample"
+
+    def write(self, records: list[Made]) -> None:
+        self.folder.mkdir()
+        for shard in range(0, len(records), PER_SHARD):
+            rows = [
+                {
+                    "json": made.conversation,
+                    "jpg": made.picture,
+                    "hidden": made.states.tobytes(),
+                    "rows": len(made.states),
+                }
+                | {name: np.ascontiguousarray(values).tobytes() for name, values in made.arrays().items()}
+                for made in records[shard : shard + PER_SHARD]
+            ]
+            file = self.folder / f"{shard // PER_SHARD:05d}.parquet"
+            pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=1, compression="zstd", use_dictionary=False)
+        self.kinds = {name: values.dtype for name, values in records[0].arrays().items()}
+
+    def open(self) -> None:
+        self.files = [pq.ParquetFile(file, pre_buffer=False) for file in sorted(self.folder.iterdir())]
+        self.count = sum(file.metadata.num_rows for file in self.files)
+
+    def stream(self) -> Iterator[dict[str, Any]]:
+        return (self.read(number) for number in range(self.count))
+
+    def read(self, number: int) -> dict[str, Any]:
+        table = self.files[number // PER_SHARD].read_row_group(number % PER_SHARD, use_threads=False)
+        row = {name: table.column(name)[0].as_buffer() for name in table.column_names if name != "rows"}
+        count = table.column("rows")[0].as_py()
+        parts: dict[str, Any] = {
+            name: np.frombuffer(row[name], kind).reshape(count, -1).squeeze() for name, kind in self.kinds.items()
+        }
+        states = np.frombuffer(bytearray(row["hidden"]), np.int16).reshape(count, -1)
+        hidden = torch.from_numpy(states).view(torch.bfloat16)
+        return parts | {"hidden": hidden, "json": json.loads(row["json"].to_pybytes()), "jpg": row["jpg"].to_pybytes()}
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+def timed(action: Any) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def read_all(stored: Stored, *, as_float: bool) -> int:
+    count = 0
+    for parts in stored.stream():
+        hidden = parts["hidden"].float() if as_float else parts["hidden"]
+        count += len(hidden) > 0
+    return count
+
+
+def read_some(stored: Stored, numbers: np.ndarray) -> None:
+    for number in numbers:
+        parts = stored.read(int(number))
+        assert parts is not None and len(parts["hidden"].float()) > 0
+
+
+def drop_from_page_cache(folder: Path) -> None:
+    os.sync()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def check(stored: Stored, records: list[Made]) -> None:
+    """What comes back is what was written; the lossy codecs within what they lose."""
+    for parts, made in zip(stored.stream(), records, strict=True):
+        expected = (made.states.astype(np.uint32) << 16).view(np.float32)
+        difference = np.linalg.norm(parts["hidden"].float().numpy() - expected) / np.linalg.norm(expected)
+        assert difference < {"genrecal, int8": 0.01, "genrecal, int4": 0.15}.get(stored.name, 1e-9), stored.name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=int, default=96)
+    parser.add_argument("--tokens", type=int, default=150)
+    parser.add_argument("--width", type=int, default=8192)
+    parser.add_argument("--passes", type=int, default=9)
+    parser.add_argument("--folder", type=Path, help="where to write; else a temporary folder")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    pa.set_cpu_count(1)
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    records = make_records(options.records, options.tokens, options.width)
+    with tempfile.TemporaryDirectory(dir=options.folder) as root:
+        stores: list[Stored] = [Genrecal(Path(root) / codec, codec) for codec in ("int8", "int4", "bf16")]
+        kinds: list[type[Stored]] = [Safetensors, TorchPickle, Webdataset, Parquet, Mds]
+        stores += [kind(Path(root) / kind.__name__) for kind in kinds]
+        written = {}
+        for stored in list(stores):
+            try:
+                written[stored.name] = timed(lambda stored=stored: stored.write(records))
+            except ImportError as error:
+                print(f"{stored.name}: not measured: {error}", file=sys.stderr)
+                stores.remove(stored)
+        measure(stores, written, records, options.passes)
+
+
+def measure(stores: list[Stored], written: dict[str, float], records: list[Made], passes: int) -> None:
+    sizes, cold = {}, {}
+    for stored in stores:
+        sizes[stored.name] = sum(file.stat().st_size for file in stored.folder.rglob("*") if file.is_file())
+        stored.open()
+        check(stored, records)
+        drop_from_page_cache(stored.folder)
+        cold[stored.name] = timed(lambda stored=stored: read_all(stored, as_float=True))
+    states = [np.ones(made.states.shape, np.float32) for made in records]
+    rng = np.random.default_rng(1)
+    times: dict[tuple[str, str], list[float]] = {}
+    for _ in range(passes):
+        times.setdefault(("copy", ""), []).append(timed(lambda: [array.copy() for array in states]))
+        numbers = rng.permutation(len(records))[: len(records) // 2]
+        for stored in stores:
+            for label, as_float in (("stored", False), ("float", True)):
+                seconds = timed(lambda stored=stored, as_float=as_float: read_all(stored, as_float=as_float))
+                times.setdefault((stored.name, label), []).append(seconds)
+            if stored.read(0) is not None:
+                seconds = timed(lambda stored=stored, numbers=numbers: read_some(stored, numbers)) / len(numbers)
+                times.setdefault((stored.name, "random"), []).append(seconds)
+    middle = {key: statistics.median(values) for key, values in times.items()}
+    decoded = sum(array.nbytes for array in states)
+    limit = middle["copy", ""]
+    table = []
+    for stored in stores:
+        name = stored.name
+        random = middle.get((name, "random"))
+        table.append([
+            name, f"{sizes[name] / len(records) / 1e6:.2f}", f"{len(records) / written[name]:.0f}",
+            f"{len(records) / middle[name, 'stored']:.0f}", f"{len(records) / middle[name, 'float']:.0f}",
+            f"{decoded / middle[name, 'float'] / 1e9:.2f}", f"{limit / middle[name, 'float']:.2f}",
+            f"{len(records) / cold[name]:.0f}", f"{random * 1e3:.2f}" if random else "none",
+        ])  # fmt: skip
+    header = [
+        "store", "MB a record", "written/s", "read/s, as stored", "read/s, float32", "GB/s of float32", "of the copy limit",
+        "cold read/s", "random read, ms",
+    ]  # fmt: skip
+    rows, width = records[0].states.shape
+    print(
+        f"{len(records)} records, {rows} rows, D = {width}; copying their float32 states: {decoded / limit / 1e9:.2f} GB/s"
+    )
+    print(markdown_table(header, table))
+
+
+if __name__ == "__main__":
+    main()

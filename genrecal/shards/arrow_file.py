@@ -1,0 +1,170 @@
+"""Arrow IPC files of fixed-width columns, read with a bound: a few bytes cannot ask for gigabytes.
+
+The messages are read one after another, as a stream has them, and each is checked before it is decoded; the footer, which
+could name other places, or one place a million times, is not used.
+Reference: https://arrow.apache.org/docs/format/Columnar.html#serialization-and-interprocess-communication-ipc
+"""
+
+import functools
+import json
+import math
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+MAGIC = b"ARROW1"
+METADATA_KEY = b"genrecal"
+MOST_SCHEMA_BYTES = 2**16
+MOST_COLUMNS = 64
+MOST_BATCHES = 1024
+MOST_WIDTH = 2**20  # channels of a state
+FREE_BYTES = 2**28  # that any file may take in memory, however small it is
+EXPANSION = 32  # bytes in memory that each byte of a file may take besides; states as float32 take 3 (bf16) to 8 (int4)
+READ_ERRORS = (
+    pa.ArrowException, OSError, EOFError, ValueError, LookupError, TypeError, OverflowError, MemoryError, RecursionError,
+    struct.error,
+)  # fmt: skip
+
+
+def read_arrow(data: bytes | memoryview) -> pa.Table:
+    """The table of an Arrow IPC file. Raises one of READ_ERRORS for what is none, or would take more than it may."""
+    allowed, rows, taken = allowed_bytes(len(data)), 0, 0
+    said, messages = _messages(data)
+    schema, row_bytes = _schema(said), _row_bytes(said)
+    batches = []
+    for message in messages:
+        length, sizes = batch_sizes(message)
+        rows, taken = rows + length, taken + sum(raw for _, raw in sizes)
+        if rows * row_bytes > allowed or taken > allowed:
+            raise ValueError(
+                f"{rows} rows of {row_bytes} bytes, {taken} bytes decompressed: over {allowed}, the limit for a file of "
+                f"{len(data)} bytes"
+            )
+        batches.append(pa.ipc.read_record_batch(message, schema))
+    table = pa.Table.from_batches(batches, schema)
+    table.validate()
+    return table
+
+
+def allowed_bytes(file_bytes: int) -> int:
+    """What a file of that size may take in memory, its states as float32 beside its columns."""
+    return FREE_BYTES + EXPANSION * file_bytes
+
+
+def expanded_bytes(schema: pa.Schema) -> int:
+    """What a row takes in memory: its columns, and its state as float32. Raises ValueError for other than fixed widths."""
+    if len(schema) > MOST_COLUMNS:
+        raise ValueError(f"{len(schema)} columns; the limit is {MOST_COLUMNS}")
+    row_bits = sum(_bits(field) for field in schema)
+    try:
+        width = json.loads((schema.metadata or {})[METADATA_KEY])["hidden_size"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        width = 0  # nothing can be decoded without it
+    if type(width) is not int or not 0 <= width <= MOST_WIDTH:
+        raise ValueError(f"hidden_size {width!r} in the metadata; the limit is {MOST_WIDTH}")
+    return -(-row_bits // 8) + 4 * width
+
+
+def _bits(field: pa.Field) -> int:
+    """Bits of a column's value in one row."""
+    kind, count = field.type, 1
+    if isinstance(kind, pa.FixedShapeTensorType):
+        kind, count = kind.value_type, math.prod(kind.shape)
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        raise ValueError(f"column {field.name!r} of type {field.type}; expected numbers, or tensors of one shape")
+    return int(kind.bit_width) * count
+
+
+def schema_and_batches(data: bytes | memoryview) -> tuple[pa.Schema, Iterator[Any]]:
+    """A file's schema, and its record batch messages, nothing of them decompressed."""
+    said, messages = _messages(data)
+    return _schema(said), messages
+
+
+def _messages(data: bytes | memoryview) -> tuple[bytes, Iterator[Any]]:
+    """The schema's message, and those of the record batches."""
+    if len(data) < 16 or data[:6] != MAGIC or data[-6:] != MAGIC:
+        raise ValueError(f"it does not begin and end with {MAGIC.decode()}")
+    source = pa.BufferReader(data)
+    source.seek(8)  # the magic word and padding
+    message = pa.ipc.read_message(source)
+    if message.type != "schema" or message.metadata.size > MOST_SCHEMA_BYTES or (message.body or b""):
+        raise ValueError(f"a {message.type} of {message.metadata.size} bytes where its schema should be")
+    return message.serialize().to_pybytes(), _batches(source)
+
+
+@functools.lru_cache(maxsize=64)  # all files of a cache have the same two schemas
+def _schema(message: bytes) -> pa.Schema:
+    return pa.ipc.read_schema(pa.py_buffer(message))
+
+
+@functools.lru_cache(maxsize=64)
+def _row_bytes(message: bytes) -> int:
+    return expanded_bytes(_schema(message))
+
+
+def _batches(source: pa.BufferReader) -> Iterator[Any]:
+    count = 0
+    while True:
+        try:
+            message = pa.ipc.read_message(source)
+        except EOFError:
+            return
+        count += 1
+        if message.type != "record batch" or count > MOST_BATCHES:
+            raise ValueError(f"a {message.type} as message {count}; expected record batches, at most {MOST_BATCHES}")
+        yield message
+
+
+def batch_sizes(message: Any) -> tuple[int, list[tuple[int, int]]]:
+    """A record batch message's rows, and of each buffer the bytes as they stand there and decompressed.
+
+    A compressed buffer begins with its length when decompressed (int64; -1: it is not), which is what Arrow allocates.
+    """
+    length, places, compressed = _record_batch(memoryview(message.metadata))
+    body = memoryview(message.body or b"")
+    sizes = []
+    for start, size in places:
+        if start < 0 or size < 0 or start + size > len(body):
+            raise ValueError(f"a buffer of {size} bytes at {start}, in a body of {len(body)}")
+        raw = size
+        if compressed and size:
+            (raw,) = struct.unpack_from("<q", body, start)
+            raw = size - 8 if raw == -1 else raw
+            if raw < 0:
+                raise ValueError(f"a buffer of {raw} bytes when decompressed")
+        sizes.append((size, raw))
+    if length < 0:
+        raise ValueError(f"a record batch of {length} rows")
+    return length, sizes
+
+
+def _record_batch(message: memoryview) -> tuple[int, list[list[int]], bool]:
+    """A record batch message's rows, the start and size of each buffer in its body, and whether they are compressed.
+
+    Reads the three fields that it needs of the flatbuffer: Message.header -> RecordBatch.length, .buffers, .compression.
+    """
+
+    def number(code: str, at: int) -> int:
+        if at < 0:
+            raise ValueError(f"offset {at} in a message")
+        return int(struct.unpack_from(code, message, at)[0])
+
+    def field_at(table: int, index: int) -> int:
+        """Where a table's field stands; 0 if it is absent."""
+        vtable = table - number("<i", table)
+        entry = 4 + 2 * index
+        offset = number("<H", vtable + entry) if entry < number("<H", vtable) else 0
+        return table + offset if offset else 0
+
+    def follow(at: int) -> int:
+        return at + number("<I", at)
+
+    batch = follow(field_at(number("<I", 0), 2))
+    length = field_at(batch, 0)
+    vector = follow(field_at(batch, 2))
+    places = np.frombuffer(message, "<i8", 2 * number("<I", vector), vector + 4).reshape(-1, 2)
+    return number("<q", length) if length else 0, places.tolist(), bool(field_at(batch, 3))

@@ -1,0 +1,1038 @@
+"""Caches from a stranger: they cannot run code, write outside the cache, or take memory that their bytes do not pay for.
+
+Bombs are real ones. Each is read in a child process that may not take more than 4 GiB, and its peak is measured.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+import zlib
+from pathlib import Path
+
+import hostile_child
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import xxhash
+import zstandard
+from made_cache import SAMPLES, WIDTH, make_cache, tree
+from PIL import Image
+
+from genrecal.errors import DamageError, FormatError, GenrecalError, SampleError, UsageError
+from genrecal.samples import decode_image
+from genrecal.shards import arrow_file
+from genrecal.shards.codecs import CODECS
+from genrecal.shards.head import HEAD_FILE, MOST_HEADER_BYTES
+from genrecal.shards.index import INDEX_FILE, index_bytes, scan
+from genrecal.shards.inspect import run_sql
+from genrecal.shards.inspect_record import save_images
+from genrecal.shards.layout import manifest_name, tar_name
+from genrecal.shards.manifest import METADATA_KEY, ManifestRow, Member, manifest_bytes, read_manifest
+from genrecal.shards.reader import open_cache
+from genrecal.shards.record import QuestionRows, answer_rows, read_table, to_arrow
+from genrecal.shards.storage import open_store
+from genrecal.shards.verify import quarantine, verify_cache
+
+MIB = 2**20
+EIGHT_GIB = 2**33
+SMALL = 260 * MIB  # what a refusal may take; reading this cache takes a few MiB
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    cache = make_cache(tmp_path_factory.mktemp("hostile") / "cache")
+    opened = open_store(cache)
+    opened.write(INDEX_FILE, index_bytes(scan(opened, range(3))))
+    return tree(cache)
+
+
+@pytest.fixture
+def cache(made, tmp_path):
+    for name, data in made.items():
+        path = tmp_path / "cache" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return tmp_path / "cache"
+
+
+def rebuild(cache, replace=None, *, edit=lambda rows: rows, shard=0):
+    """Shard 0 anew, with other bytes for some members and other rows, all checksums right: the index goes."""
+    table, facts = read_manifest((cache / manifest_name(shard)).read_bytes(), where="manifest")
+    rows = table.to_pylist()
+    for tier in facts["sha256"]:
+        stream = io.BytesIO()
+        old = (cache / tar_name(tier, shard)).read_bytes()
+        with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            for member in (member for row in rows for member in row["members"] if member["tier"] == tier):
+                data = (replace or {}).get(member["name"], old[member["offset"] :][: member["size"]])
+                info = tarfile.TarInfo(member["name"])
+                info.size, info.mode = len(data), 0o644
+                tar.addfile(info, io.BytesIO(data))
+                offset = tar.offset - -(-len(data) // 512) * 512
+                member |= {"offset": offset, "size": len(data), "xxh3": xxhash.xxh3_64_intdigest(data)}
+        (cache / tar_name(tier, shard)).write_bytes(stream.getvalue())
+        facts["sha256"][tier] = hashlib.sha256(stream.getvalue()).hexdigest()
+    write_manifest(cache, edit(rows), facts, shard)
+
+
+def write_manifest(cache, rows, facts, shard=0):
+    made = [ManifestRow(**row | {"members": [Member(**member) for member in row["members"]]}) for row in rows]
+    (cache / manifest_name(shard)).write_bytes(manifest_bytes(made, facts))
+    (cache / INDEX_FILE).unlink(missing_ok=True)
+
+
+def member_of(cache, suffix, number=0):
+    """A record's member's name and bytes."""
+    record = open_cache(cache)[number]
+    member = next(member for member in record.row["members"] if member["name"].endswith(suffix))
+    return member["name"], record.read(member)
+
+
+def refused(cache, error, finding=None, *, most=SMALL):
+    """Reading gives genrecal's error with these words, verify a finding with them, and neither takes much memory."""
+    outcome = hostile_child.run(hostile_child.read_and_verify, str(cache))
+    assert any(error in line for line in outcome.errors), outcome.lines
+    assert any((finding or error) in line for line in outcome.findings), outcome.lines
+    assert outcome.peak < most, f"{outcome.peak / MIB:.0f} MiB"
+    return outcome
+
+
+# -------------------------------------------------------------------------------------------------------- Arrow members
+
+
+def bomb_frames(size=EIGHT_GIB):
+    """zstd frames, one after another, that decompress to that many zeros: 256 kB for 8 GiB."""
+    piece = 2**24
+    return zstandard.ZstdCompressor(level=1, write_checksum=False).compress(bytes(piece)) * (size // piece)
+
+
+def only_one(data, old, new, right):
+    """The bytes with one of the places replaced that hold these, such that it comes out right."""
+    places = [place for place in range(len(data)) if data.startswith(old, place)]
+    changed = [data[:place] + new + data[place + len(old) :] for place in places]
+    return next(candidate for candidate in changed if right(candidate))
+
+
+def with_last_buffer(data, payload):
+    """An Arrow file whose last buffer is another one; lengths in its message and its footer are right."""
+    source = pa.BufferReader(data)
+    source.seek(8)
+    pa.ipc.read_message(source)
+    start = source.tell()
+    message = pa.ipc.read_message(source)
+    metadata, body, end = message.metadata.to_pybytes(), message.body.to_pybytes(), source.tell()
+    place = arrow_file._record_batch(memoryview(metadata))[1][-1]
+    old, new = struct.pack("<qq", *place), struct.pack("<qq", len(body), len(payload))
+    assert metadata.count(old) == 1
+    lengths = struct.pack("<q", len(body)), struct.pack("<q", len(body) + len(payload) + -len(payload) % 64)
+    metadata = only_one(metadata, *lengths, lambda said: struct.pack("<q", len(body)) not in said[:64]).replace(
+        old, new
+    )
+    prefix = data[start : start + len(data[start:end]) - len(metadata) - len(body)]
+    return data[:start] + prefix + metadata + body + payload + bytes(-len(payload) % 64) + data[end:].replace(*lengths)
+
+
+@pytest.mark.parametrize("compression", ["zstd", "lz4"])
+def test_a_buffer_that_decompresses_to_gigabytes_is_not_decompressed(cache, compression):
+    name, data = member_of(cache, ".answer.arrow")
+    payload = bomb_frames() if compression == "zstd" else bytes(1000)
+    if compression == "lz4":
+        data = written(pa.ipc.open_file(data).read_all(), compression)
+    bomb = with_last_buffer(data, struct.pack("<q", EIGHT_GIB) + payload)
+    assert len(bomb) < MIB
+    rebuild(cache, {name: bomb})
+    refused(cache, f"{EIGHT_GIB + arrow_sizes(data)} bytes decompressed: over")
+
+
+def arrow_sizes(data):
+    """Bytes decompressed, without the last buffer's."""
+    _, messages = arrow_file.schema_and_batches(data)
+    return sum(raw for _, raw in arrow_file.batch_sizes(next(messages))[1][:-1])
+
+
+def written(table, compression="zstd", batches=1):
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
+        for _ in range(batches):
+            writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def test_rows_that_are_all_the_same_are_neither_read_nor_written(cache):
+    """Well formed, 256 MiB as float32 in a few kB: what a codec could give, but no teacher."""
+    width, rows = 2**13, 2**13 + 1
+    zeros = pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((rows, width // 2), np.uint8))
+    facts = json.dumps(CODECS["int4"].facts(width))
+    table = pa.table({"hidden_q": zeros}).replace_schema_metadata({"genrecal": facts})
+    name, _ = member_of(cache, ".answer.arrow")
+    data = written(table)
+    rebuild(cache, {name: data})
+    refused(cache, f"{rows} rows of {4 * width + width // 2} bytes")
+    with pytest.raises(SampleError, match=f"{rows} rows, nearly all the same"):
+        names = ("turn", "position", "token_id")
+        zeros = {name: np.zeros(rows, np.int32) for name in names}
+        to_arrow(QuestionRows(**zeros, hidden=np.zeros((rows, width), np.float32)), CODECS["bf16"])
+
+
+def test_a_real_cache_of_long_samples_is_within_the_bounds():
+    """100,000 tokens of D = 16384 in bf16, at the ratio of 1.4, and in int4 at that of 1.0."""
+    for codec, stored in (("bf16", 2 / 1.4), ("int8", 1.016), ("int4", 0.516)):
+        columns = CODECS[codec].encode(np.zeros((1, 16384), np.float32), CODECS[codec].facts(16384))
+        tensors = {
+            name: pa.fixed_shape_tensor(pa.from_numpy_dtype(v.dtype), v.shape[1:]) for name, v in columns.items()
+        }
+        schema = pa.schema(
+            tensors | {f"c{i}": pa.int32() for i in range(8)} | {"ids": pa.fixed_shape_tensor(pa.int32(), [64])}
+        )
+        schema = schema.with_metadata({"genrecal": json.dumps(CODECS[codec].facts(16384))})
+        for rows in (1, 1000, 100_000):
+            assert rows * arrow_file.expanded_bytes(schema) * 3 < arrow_file.allowed_bytes(int(rows * 16384 * stored))
+
+
+class Runs:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/never",)
+
+
+def forged_extension(name, storage, data=b""):
+    field = pa.field("turn", storage, metadata={"ARROW:extension:name": name, "ARROW:extension:metadata": data})
+    return pa.table([pa.array([], storage)], schema=pa.schema([field]))
+
+
+def dictionary_table():
+    return pa.table({"turn": pa.array(["a" * 1000]).dictionary_encode()})
+
+
+def list_view_table():
+    offsets, sizes = pa.array([0] * 1000, pa.int32()), pa.array([1000] * 1000, pa.int32())
+    return pa.table({"turn": pa.ListViewArray.from_arrays(offsets, sizes, pa.array(range(1000)))})
+
+
+HOSTILE_TABLES = {
+    "a string": lambda: pa.table({"turn": ["a"]}),
+    "a string view": lambda: pa.table({"turn": pa.array(["a"], pa.string_view())}),
+    "a dictionary": dictionary_table,
+    "a list": lambda: pa.table({"turn": [[1]]}),
+    "a list view whose parts are all the same": list_view_table,
+    "a struct": lambda: pa.table({"turn": [{"a": 1}]}),
+    "a union": lambda: pa.table({"turn": pa.UnionArray.from_sparse(pa.array([0], pa.int8()), [pa.array([1])])}),
+    "a map": lambda: pa.table({"turn": pa.array([[(1, 2)]], pa.map_(pa.int8(), pa.int8()))}),
+    "a column of nulls": lambda: pa.table({"turn": pa.nulls(2**20)}),
+    "a decimal": lambda: pa.table({"turn": pa.array([1], pa.decimal256(70))}),
+    "a wide binary": lambda: pa.table({"turn": pa.array([], pa.binary(2**31 - 1))}),
+    "a run": lambda: pa.table({"turn": pa.RunEndEncodedArray.from_arrays(pa.array([2**30], pa.int32()), pa.array([1]))}),
+    "a uuid": lambda: pa.table({"turn": pa.array([b"0" * 16], pa.uuid())}),
+    "json": lambda: pa.table({"turn": pa.array(["{}"], pa.json_())}),
+    "opaque": lambda: pa.table({"turn": pa.array([1], pa.opaque(pa.int64(), "a", "b"))}),
+    "many columns": lambda: pa.table({f"c{i}": pa.array([1], pa.int8()) for i in range(100)}),
+    "more columns than a schema may have bytes": lambda: pa.table({f"c{i}": pa.array([1], pa.int8()) for i in range(5000)}),
+    "a tensor of tensors": lambda: pa.table({"turn": pa.array([], pa.fixed_shape_tensor(pa.list_(pa.int8(), 2), [3]))}),
+    "a width beyond all": lambda: pa.table({"turn": [1]}).replace_schema_metadata({"genrecal": '{"hidden_size": 1e9}'}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("compression", ["zstd", None])
+@pytest.mark.parametrize("kind", HOSTILE_TABLES)
+def test_columns_that_the_format_has_not_are_not_decoded(kind, compression, monkeypatch):
+    monkeypatch.setattr(arrow_file.pa.ipc, "read_record_batch", None)
+    try:
+        data = written(HOSTILE_TABLES[kind](), compression)
+    except (pa.ArrowException, NotImplementedError, TypeError, ValueError) as error:
+        pytest.skip(f"Arrow itself refuses to write it: {error}")
+    with pytest.raises(DamageError, match=r"a\.tar: not a readable Arrow file"):
+        read_table(data, where="a.tar")
+
+
+def test_a_tensor_in_another_order_or_of_two_dimensions_is_refused(cache):
+    name, data = member_of(cache, ".answer.arrow")
+    table = pa.ipc.open_file(data).read_all()
+    place = table.column_names.index("hidden_hi")
+    storage = table.column("hidden_hi").combine_chunks().storage
+    for kind in (
+        pa.fixed_shape_tensor(pa.uint8(), [4, 4]),
+        pa.fixed_shape_tensor(pa.uint8(), [WIDTH], permutation=[0]),
+        pa.fixed_shape_tensor(pa.uint8(), [4, 4], permutation=[1, 0]),
+    ):
+        column = pa.ExtensionArray.from_storage(kind, storage)
+        rebuild(cache, {name: written(table.set_column(place, "hidden_hi", column))})
+        if kind == pa.fixed_shape_tensor(pa.uint8(), [WIDTH]):
+            continue  # Arrow takes the only order of one dimension for none
+        with pytest.raises(FormatError, match="column hidden_hi: expected tensors of one dimension"):
+            open_cache(cache)[0].record()
+        assert any("column hidden_hi" in str(finding) for finding in verify_cache(cache).findings)
+
+
+def test_columns_of_other_numbers_or_twice_are_refused(cache):
+    name, data = member_of(cache, ".answer.arrow")
+    table = pa.ipc.open_file(data).read_all()
+    for place, column in enumerate(table.column_names):
+        other = pa.array(np.zeros(len(table)), pa.float64())
+        for changed in (table.set_column(place, column, other), table.append_column(column, table.column(column))):
+            with pytest.raises(FormatError, match=f"column {column}"):
+                answer_rows(read_table(written(changed), where="x"), where="x")
+    for changed in (table.set_column(0, "turn", other), table.append_column("turn", table.column("turn"))):
+        rebuild(cache, {name: written(changed)})
+        assert not verify_cache(cache).whole
+
+
+def test_an_old_pickled_extension_type_is_not_unpickled(tmp_path):
+    mark = tmp_path / "ran"
+
+    class Touches:
+        def __reduce__(self):
+            return Path.touch, (mark,)
+
+    payload = pickle.dumps(Touches())
+    pickle.loads(payload)
+    assert mark.exists()
+    mark.unlink()
+    for name in ("arrow.py_extension_type", "arrow.fixed_shape_tensor", "arrow.no_such"):
+        with pytest.raises((DamageError, FormatError)):
+            table = read_table(written(forged_extension(name, pa.null(), payload)), where="x")
+            raise FormatError(str(table.schema))  # never reached: a null column is no number
+        read_or_refused = written(forged_extension(name, pa.int32(), payload))
+        try:
+            assert read_table(read_or_refused, where="x").num_rows == 0
+        except DamageError:
+            pass
+    assert not mark.exists()
+
+
+def test_many_record_batches_and_a_dictionary_message_are_refused():
+    table = pa.table({"turn": pa.array([1], pa.int32())})
+    assert read_table(written(table, batches=3), where="x").num_rows == 3
+    with pytest.raises(DamageError, match="as message 1025; expected record batches, at most 1024"):
+        read_table(written(table, batches=1025), where="x")
+    data = written(pa.table({"turn": pa.array([1], pa.int32()).dictionary_encode()}))
+    with pytest.raises(DamageError, match="of type dictionary"):
+        read_table(data, where="x")
+
+
+def test_lengths_of_messages_and_footer_are_not_believed(cache):
+    name, data = member_of(cache, ".answer.arrow")
+    footer = len(data) - 10
+    lies = [data[:footer] + struct.pack("<i", length) + data[footer + 4 :] for length in (2**31 - 1, -1, 0)]
+    for lie in lies:  # it is not used
+        assert read_table(lie, where="x").num_rows == read_table(data, where="x").num_rows
+    for place in (12, 4 + data.index(b"\xff\xff\xff\xff", 16)):
+        for length in (2**31 - 1, -1, 2**24):
+            lie = data[:place] + struct.pack("<i", length) + data[place + 4 :]
+            with pytest.raises(DamageError, match="not a readable Arrow file"):
+                read_table(lie, where="x")
+
+    def claims(candidate):
+        try:
+            return arrow_file.batch_sizes(next(arrow_file.schema_and_batches(candidate)[1]))[0] == 2**40
+        except (pa.ArrowException, OSError, ValueError):
+            return False
+
+    rows = struct.pack("<q", read_table(data, where="x").num_rows)
+    rebuild(cache, {name: only_one(data, rows, struct.pack("<q", 2**40), claims)})
+    refused(cache, f"{2**40} rows of")
+
+
+# ---------------------------------------------------------------------------------------------- manifests and the index
+
+
+def manifest_table(cache, shard=0):
+    return pq.read_table(pa.BufferReader((cache / manifest_name(shard)).read_bytes()))
+
+
+def parquet(table, **options):
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **{"compression": "zstd", "write_page_checksum": True} | options)
+    return sink.getvalue().to_pybytes()
+
+
+def repeated(data, times):
+    """A Parquet file whose footer has its row group that many times, each at the same place."""
+    footer = pq.read_metadata(pa.BufferReader(data))
+    again = pq.read_metadata(pa.BufferReader(data))
+    for _ in range(times - 1):
+        footer.append_row_groups(again)
+    sink = io.BytesIO()
+    footer.write_metadata_file(sink)
+    end = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    return data[:end] + sink.getvalue()[4:]
+
+
+def varint(number, width=0):
+    """A signed number as Thrift has it, perhaps longer than it need be."""
+    value, parts = number << 1, []
+    while value or len(parts) < width or not parts:
+        parts.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*parts[:-1], parts[-1] & 127])
+
+
+@pytest.mark.parametrize("footer", ["honest", "lying"])
+def test_pages_that_decompress_to_gigabytes_are_not_decompressed(cache, footer):
+    table = manifest_table(cache)
+    long = pa.array(["a" * 2**26] + [None] * (len(table) - 1))
+    table = table.set_column(table.column_names.index("reason"), "reason", long)
+    data = repeated(parquet(table, use_dictionary=False, write_statistics=False), 128)  # 128 times 64 MiB
+    assert len(data) < MIB
+    if footer == "lying":
+        group = pq.read_metadata(pa.BufferReader(data)).row_group(0)
+        for size in (
+            group.total_byte_size,
+            *(group.column(i).total_uncompressed_size for i in range(group.num_columns)),
+        ):
+            if size > MIB:
+                old = varint(size)
+                assert data.count(old) >= 128
+                data = data.replace(old, varint(100, len(old)))
+        assert pq.read_metadata(pa.BufferReader(data)).row_group(0).total_byte_size == 100
+    (cache / manifest_name(0)).write_bytes(data)
+    (cache / INDEX_FILE).unlink()
+    refused(cache, "the limit for a file of its size is")
+
+
+def test_a_dictionary_whose_entry_is_there_a_million_times_is_not_spelt_out(cache):
+    table = manifest_table(cache)
+    rows = pa.table(
+        {name: table.column(name).take(pa.array(np.zeros(10_000, np.int64))) for name in table.column_names}
+    )
+    entry = pa.array(["a" * 2**20])
+    long = pa.DictionaryArray.from_arrays(pa.array(np.zeros(10_000, np.int32)), entry)
+    rows = rows.set_column(rows.column_names.index("category"), "category", long)
+    data = parquet(rows.replace_schema_metadata(table.schema.metadata), dictionary_pagesize_limit=2**22)
+    assert len(data) < MIB
+    (cache / manifest_name(0)).write_bytes(data)
+    (cache / INDEX_FILE).unlink()
+    refused(cache, "its texts would take")
+
+
+def test_texts_that_are_counted_and_found_few_are_read(cache, monkeypatch):
+    """A shard of many rows has a long dictionary and many values, and no text that is long."""
+    table = manifest_table(cache)
+    monkeypatch.setattr("genrecal.shards.parquet_file.FREE_BYTES", 10_000)
+    monkeypatch.setattr("genrecal.shards.parquet_file.EXPANSION", 2)
+    monkeypatch.setattr("genrecal.shards.parquet_file.VALUE_BYTES", 1)
+    keys = pa.array([f"{i:08d}" for i in range(2000)])
+    table = pa.table({name: table.column(name).take(pa.array(np.zeros(2000, np.int64))) for name in table.column_names})
+    table = table.set_column(0, "key", keys).replace_schema_metadata(manifest_table(cache).schema.metadata)
+    data = parquet(table)
+    with pytest.raises(DamageError, match="expected 4 rows, got 2000|its pages would take"):
+        read_manifest(data, where="x")
+
+
+def test_rows_that_take_no_bytes_are_not_made(cache):
+    data = (cache / INDEX_FILE).read_bytes()
+    table = pq.read_table(pa.BufferReader(data))
+    many = table.take(pa.array(np.zeros(2**18, np.int64))).replace_schema_metadata(table.schema.metadata)
+    bomb = repeated(parquet(many), 250)  # 65 million rows in each column
+    assert len(bomb) < MIB
+    (cache / INDEX_FILE).write_bytes(bomb)
+    change(cache, num_samples=250 * 2**18, samples_per_shard=25_000_000)
+    refused(cache, "index.parquet: column shard cannot be read: its pages would take")
+    change(cache, num_samples=SAMPLES, samples_per_shard=4)
+    (cache / INDEX_FILE).unlink()
+    many = manifest_table(cache).take(pa.array(np.zeros(2**16, np.int64)))
+    many = many.replace_schema_metadata(manifest_table(cache).schema.metadata)
+    (cache / manifest_name(0)).write_bytes(repeated(parquet(many), 200))
+    refused(cache, "it claims 13107200 rows")
+    (cache / manifest_name(0)).write_bytes(repeated(parquet(many), 8))
+    refused(cache, "its pages would take")
+
+
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [
+        ("a footer beyond the file", "its footer claims 2147483647 bytes"),
+        ("a footer of thousands of columns", "not a readable manifest"),
+        ("metadata of megabytes", "its footer claims"),
+        ("hundreds of row groups", "not a readable manifest"),
+        ("prefixes of strings", "in encoding 7"),
+        ("a type of a million bytes a value", "of type 7"),
+        ("a page header that goes on and on", "not a readable manifest"),
+    ],
+)
+def test_footers_and_pages_that_no_manifest_has(cache, what, error):
+    table = manifest_table(cache)
+    data = (cache / manifest_name(0)).read_bytes()
+    if what.startswith("a footer beyond"):
+        data = data[:-8] + struct.pack("<i", 2**31 - 1) + b"PAR1"
+    elif what.startswith("a footer of"):
+        for i in range(300):
+            table = table.append_column(f"c{i}", pa.nulls(len(table), pa.int8()))
+        data = parquet(table)
+    elif what.startswith("metadata"):
+        data = parquet(table.replace_schema_metadata({METADATA_KEY: "[" * 2**20}))
+    elif what.startswith("hundreds"):
+        data = repeated(data, 300)
+    elif what.startswith("prefixes"):
+        options = {"use_dictionary": False, "column_encoding": {"key": "DELTA_BYTE_ARRAY"}}
+        data = parquet(table, **options)
+    elif what.startswith("a type"):
+        wide = pa.array([b"a" * 1000] * len(table), pa.binary(1000))
+        data = parquet(table.set_column(0, "key", wide))
+    else:
+        data = data[:4] + b"\x1c" * 200 + data[204:]
+    (cache / manifest_name(0)).write_bytes(data)
+    (cache / INDEX_FILE).unlink()
+    refused(cache, error)
+
+
+def test_facts_of_any_kind_give_a_named_error(cache):
+    table, facts = read_manifest((cache / manifest_name(0)).read_bytes(), where="x")
+    (cache / INDEX_FILE).unlink()
+    wrong = [None, -1, "\ud800", {}, {"samples": 1}, [1], 10**400, {"answer": {"rows": float("inf")}}]
+    texts = [json.dumps(facts | {name: value}) for name in facts for value in wrong]
+    texts += ["[" * 100_000, "NaN", "1e400", "{", "", "null", json.dumps({"format_version": 1})]
+    for text in texts:
+        data = parquet(table.replace_schema_metadata({METADATA_KEY: text}))
+        (cache / manifest_name(0)).write_bytes(data)
+        try:
+            opened = open_cache(cache)
+            opened[0].record()
+        except GenrecalError:
+            pass
+        verify_cache(cache)
+
+
+# ---------------------------------------------------------------------------------------------------------- cache.json
+
+
+def change(cache, **settings):
+    content = json.loads((cache / "cache.json").read_text()) | settings
+    (cache / "cache.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 10**6, '{"a":' * 10**5, "{" + " " * 2**24 + "}", '{"format_version": 1e400}', '{"format_version": NaN}', "nul",
+     '{"format_version": ' + "1" * 5000 + "}", '"' + "\\ud800" + '"', "\xff", "1", "[]", "{}"],
+    ids=lambda text: text[:20],
+)  # fmt: skip
+def test_a_cache_json_that_is_none(cache, text):
+    (cache / "cache.json").write_bytes(text.encode("latin1"))
+    with pytest.raises(FormatError, match=r"cache\.json"):
+        open_cache(cache)
+    (finding,) = verify_cache(cache).findings
+    assert finding.file == "cache.json"
+
+
+def test_a_cache_json_of_a_terabyte_is_not_read(cache):
+    os.truncate(cache / "cache.json", 2**40)
+    refused(cache, "the limit is 8388608")
+
+
+WRONG = [None, -1, 1.5, 10**30, "\x00", [[]], {}, True]
+
+
+@pytest.mark.parametrize("name", [
+    "format_version", "teacher", "image_backend", "hidden_size", "head_rows", "vocab_size", "top_k", "answer_codec",
+    "question_codec", "question_fraction", "question_seed", "samples_per_shard", "num_samples", "num_shards", "totals",
+    "software", "data", "batch_tokens", "max_tokens",
+])  # fmt: skip
+def test_every_field_of_cache_json_of_any_type(cache, name):
+    before = json.loads((cache / "cache.json").read_text())
+    for number, value in enumerate(WRONG):
+        change(cache, **before | {name: value})
+        try:
+            opened = open_cache(cache)
+            assert opened[0].record()
+            opened.head()
+        except (FormatError, DamageError):
+            pass
+        if number % 3 == 0:
+            verify_cache(cache)
+    content = dict(before)
+    del content[name]
+    (cache / "cache.json").write_text(json.dumps(content))
+    try:
+        open_cache(cache)
+    except (FormatError, DamageError):
+        pass
+    verify_cache(cache)
+
+
+def test_a_million_million_shards_are_not_counted_one_by_one(cache):
+    change(cache, num_shards=10**12, num_samples=10**12, samples_per_shard=1)
+    refused(cache, "num_shards in cache.json: expected at most 10000000, got 1000000000000", "num_shards")
+
+
+# ------------------------------------------------------------------------------------------------------------- members
+
+
+@pytest.mark.parametrize(("offset", "size"), [(-1, 10), (0, -1), (2**63 - 1, 2**63 - 1), (512, 2**40), (0, 2**32 + 1)])
+def test_places_that_no_member_has(cache, offset, size):
+    (cache / INDEX_FILE).unlink()
+    table, facts = read_manifest((cache / manifest_name(0)).read_bytes(), where="x")
+    rows = table.to_pylist()
+    rows[0]["members"][0] |= {"offset": offset, "size": size}
+    write_manifest(cache, rows, facts)
+    os.truncate(
+        cache / tar_name("samples", 0), 2**40 if size == 2**40 else os.path.getsize(cache / tar_name("samples", 0))
+    )
+    outcome = hostile_child.run(hostile_child.read, str(cache))
+    assert "member 00000000-s0." in outcome.errors[0] and outcome.peak < SMALL
+
+
+def test_members_that_lie_over_each_other_are_refused(cache):
+    def edit(rows):
+        first, second = rows[2]["members"][1:3]
+        second |= {"offset": first["offset"], "size": first["size"], "xxh3": first["xxh3"]}
+        return rows
+
+    rebuild(cache, edit=edit)
+    refused(cache, "expected members one after another", "offset")
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x.0.png", "/etc/passwd", "k.0.png\x00", "k.0.p\nng", "k.0." + "p" * 300, "", ".", "\x1b[2J"]
+)
+def test_names_that_lead_elsewhere_are_neither_read_nor_written(cache, tmp_path, name):
+    def edit(rows):
+        rows[1]["members"][1]["name"] = name
+        return rows
+
+    rebuild(cache, edit=edit)
+    record = open_cache(cache)[1]
+    before = tree(tmp_path)
+    with pytest.raises(DamageError):
+        assert record.sample
+    with pytest.raises(DamageError, match="expected a name such as"):
+        save_images(record, tmp_path / "pictures")
+    assert not verify_cache(cache).whole
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("key", ["../../k", "/k", "k\x00", "k\n", ""])
+def test_keys_that_lead_elsewhere_write_nothing(cache, tmp_path, key):
+    def edit(rows):
+        for member in rows[1]["members"]:
+            member["name"] = member["name"].replace(rows[1]["key"], key)
+        rows[1]["key"] = key
+        return rows
+
+    rebuild(cache, edit=edit)
+    record = open_cache(cache)[1]
+    with pytest.raises(DamageError, match="expected a name such as"):
+        save_images(record, tmp_path / "pictures")
+    assert not verify_cache(cache).whole
+
+
+CONVERSATION = {"sample_id": "s0", "category": "", "source": "", "messages": []}
+
+
+@pytest.mark.parametrize("content", [
+    "[" * 10**6, '{"messages":' * 10**5, "NaN", "1", "null", "[]", "{}", '"\\ud800"', "{" + " " * 2**24 + "}",
+    json.dumps(CONVERSATION | {"messages": 1}),
+    json.dumps(CONVERSATION | {"messages": [1]}),
+    json.dumps(CONVERSATION | {"messages": [{"role": "tool", "content": []}]}),
+    json.dumps(CONVERSATION | {"messages": [{"role": [], "content": []}]}),
+    json.dumps(CONVERSATION | {"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}),
+    json.dumps(CONVERSATION | {"messages": [{"role": "user", "content": [{"type": "image", "index": 10**9}]}]}),
+    json.dumps(CONVERSATION | {"messages": [{"role": "user", "content": [{"type": "image", "index": "0"}]}]}),
+    json.dumps(CONVERSATION | {"messages": [{"role": "user", "content": [{"type": "video"}]}]}),
+    json.dumps(CONVERSATION | {"sample_id": 1}),
+    json.dumps(CONVERSATION | {"category": None}),
+], ids=lambda text: text[:60])  # fmt: skip
+def test_a_conversation_that_is_none(cache, content):
+    name, _ = member_of(cache, ".json")
+    rebuild(cache, {name: content.encode()})
+    with pytest.raises(DamageError, match="not a conversation"):
+        assert open_cache(cache)[0].sample
+    assert any(name.removesuffix(".json") in str(finding) for finding in verify_cache(cache).findings)
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def png(width, height, *chunks, bits=1):
+    """A PNG of zeros with more chunks; 30,000 rows a side are 110 kB."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    squeeze, row = zlib.compressobj(9), bytes(1 + -(-width * bits // 8))
+    pixels = b"".join(squeeze.compress(row) for _ in range(height)) + squeeze.flush()
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), *(chunk(*part) for part in chunks), chunk(b"IDAT", pixels), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@functools.lru_cache
+def squeezed(size):
+    squeeze, piece = zlib.compressobj(9), bytes(2**20)
+    return b"".join(squeeze.compress(piece) for _ in range(size // 2**20)) + squeeze.flush()
+
+
+def test_a_picture_of_too_many_pixels_is_not_decoded(cache):
+    bomb = png(30_000, 30_000)
+    assert len(bomb) < 200_000
+    outcome = hostile_child.run(hostile_child.decode, bomb)
+    assert len(outcome.errors) == 1 and outcome.peak < SMALL
+    name, _ = member_of(cache, ".0.png", 1)
+    rebuild(cache, {name: bomb})
+    outcome = hostile_child.run(hostile_child.read_and_verify, str(cache))  # the bytes are passed on as they are
+    assert outcome.lines == [] and outcome.peak < SMALL
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP", b"iTXt"])
+def test_text_and_profiles_of_gigabytes_in_a_png_are_not_unpacked(kind):
+    data = squeezed(2**28)
+    head = {b"zTXt": b"a\0\0", b"iCCP": b"a\0\0", b"iTXt": b"a\0\1\0\0\0"}[kind]
+    outcome = hostile_child.run(hostile_child.decode, png(8, 8, *[(kind, head + data)] * 4))
+    assert outcome.peak < SMALL
+
+
+def test_of_an_animation_only_the_first_picture_is_decoded():
+    stream = io.BytesIO()
+    first, *others = [Image.new("P", (1000, 1000), i % 2) for i in range(60)]
+    first.save(stream, "GIF", save_all=True, append_images=others)
+    outcome = hostile_child.run(hostile_child.decode, stream.getvalue())
+    assert outcome.lines == ["(1000, 1000)"] and outcome.peak < SMALL
+
+
+def test_formats_that_other_programs_read_are_refused(monkeypatch):
+    """Pillow hands EPS to Ghostscript."""
+    started = []
+    monkeypatch.setattr(subprocess, "check_call", lambda *args, **kwargs: started.append(args))
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: started.append(args))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(x) print\n%%EOF\n"
+    with Image.open(io.BytesIO(eps)) as image:
+        assert image.format == "EPS"
+    with pytest.raises(SampleError, match="of no format that is read here"):
+        decode_image(eps)
+    assert started == []
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"])
+def test_formats_that_pictures_have_are_read(kind):
+    stream = io.BytesIO()
+    Image.new("RGB", (5, 4)).save(stream, kind)
+    assert decode_image(stream.getvalue()).size == (5, 4)
+
+
+# ----------------------------------------------------------------------------------------------- the head and teacher/
+
+
+def safetensors_bytes(header, data=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def head_header(facts, shape=(60, WIDTH), dtype="F32", size=60 * WIDTH * 4):
+    metadata = (
+        facts
+        if isinstance(facts, str)
+        else json.dumps({"scale": 1.0, "divisor": 1.0, "softcap": None, "vocab_size": 58} | facts)
+    )
+    return {
+        "__metadata__": {"genrecal": metadata},
+        "weight": {"dtype": dtype, "shape": list(shape), "data_offsets": [0, size]},
+    }
+
+
+ZEROS = bytes(60 * WIDTH * 4)
+HEADS = {
+    "no bytes": b"",
+    "a header beyond the file": struct.pack("<Q", 2**62) + b"{}",
+    "a header of 80 MB": safetensors_bytes(b'{"a":' + b" " * 80_000_000 + b"1}"),
+    "a deep header": safetensors_bytes(b"[" * 500_000),
+    "a shape beyond the file": safetensors_bytes(head_header({}, (2**40, 2**40), size=len(ZEROS)), ZEROS),
+    "another dtype": safetensors_bytes(head_header({}, (60, WIDTH * 4), "U8"), ZEROS),
+    "one dimension": safetensors_bytes(head_header({}, (60 * WIDTH,)), ZEROS),
+    "no rows": safetensors_bytes(head_header({}, (0, WIDTH), size=0)),
+    "deep metadata": safetensors_bytes(head_header("[" * 500_000), ZEROS),
+    "metadata that is a list": safetensors_bytes(head_header("[]"), ZEROS),
+    **{
+        f"{name} {value!r}": safetensors_bytes(head_header({name: value}), ZEROS)
+        for name, values in (
+            ("scale", (float("nan"), float("inf"), 0, "1", None, [], 10**400)), ("divisor", (0, float("nan"), -1, "1")),
+            ("softcap", (0, float("inf"), "1", {})), ("vocab_size", (-1, 61, 10**30, "58", 5.0)), ("other", (1,)),
+        )
+        for value in values
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HEADS)
+def test_a_head_that_is_none(cache, what):
+    (cache / HEAD_FILE).write_bytes(HEADS[what])
+    teacher = json.loads((cache / "cache.json").read_text())["teacher"]
+    change(cache, teacher=teacher | {"head_sha256": hashlib.sha256(HEADS[what]).hexdigest()})
+    with pytest.raises((FormatError, DamageError), match=r"head\.safetensors: expected"):
+        open_cache(cache).head()
+    assert any("not a head written by genrecal" in str(finding) for finding in verify_cache(cache).findings)
+    assert MOST_HEADER_BYTES < 80_000_000
+
+
+def test_a_head_of_a_terabyte_is_not_read(cache):
+    os.truncate(cache / HEAD_FILE, 2**40)
+    with pytest.raises(DamageError, match=r"head\.safetensors: expected at most"):
+        open_cache(cache).head()
+
+
+VOCABULARIES = [
+    "[" * 10**6, "1", '{"model": {"vocab": {"a": 1e400}}}', '{"model": {"vocab": {"a": "x"}}}', '{"model": {"vocab": [[]]}}',
+    '{"model": {"vocab": [[{}]]}, "added_tokens": [1]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", VOCABULARIES, ids=lambda text: text[:40])
+def test_a_vocabulary_that_is_none_is_said_and_ids_are_shown(cache, text):
+    from genrecal.shards.inspect_record import describe_record
+
+    (cache / "teacher/tokenizer.json").write_text(text)
+    assert "tokens are shown by their ids" in describe_record(open_cache(cache)[0]).notes[0]
+
+
+def test_a_vocabulary_of_a_terabyte_is_not_read(cache):
+    (cache / "teacher/tokenizer.json").touch()
+    os.truncate(cache / "teacher/tokenizer.json", 2**40)
+    outcome = hostile_child.run(hostile_child.read, str(cache))
+    assert outcome.lines == [] and outcome.peak < SMALL
+
+
+AUDIT = """
+import sys, os
+cache, seen = os.path.realpath(sys.argv[1]), []
+def hook(event, args):
+    if event in ("pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect"):
+        seen.append((event, str(args)))
+    if event == "open" and isinstance(args[0], str) and isinstance(args[1], str) and set(args[1]) & set("wax+"):
+        seen.append((event, str(args)))
+    if event == "exec" and cache in getattr(args[0], "co_filename", ""):
+        seen.append((event, str(args)))
+import genrecal.shards.inspect as inspect, genrecal.shards.inspect_text
+from genrecal.shards.reader import open_cache
+from genrecal.shards.verify import verify_cache
+import torch, safetensors.torch
+[record.record() for record in open_cache(cache)]  # compiles the codec's loops, which are written to genrecal's own folder
+os.chdir(cache + "/teacher")
+sys.addaudithook(hook)
+opened = open_cache(cache)
+print(len([record.record() for record in opened]), opened.head().vocab_size)
+inspect.summarize(opened), inspect.describe_record(opened[0])
+print(verify_cache(cache, deep=True).whole, seen)
+"""
+
+
+def test_nothing_of_a_cache_is_run(cache):
+    """Code, a template and pickles in teacher/ are bytes with a checksum, to reader, inspect and verify --deep."""
+    ran = cache.parent / "ran"
+    code = f"open({str(ran)!r}, 'w').close()\n"
+    files = {
+        "config.json": json.dumps({"model_type": "evil", "auto_map": {"AutoModel": "evil.Evil", "AutoProcessor": "evil.Evil"}}),
+        "evil.py": code, "__init__.py": code, "torch.py": code, "sitecustomize.py": code,
+        "chat_template.jinja": f"{{{{ cycler.__init__.__globals__.os.system('touch {ran}') }}}}",
+        "tokenizer.json": '{"model": {"vocab": {"a": 1}}}',
+    }  # fmt: skip
+    for name, text in files.items():
+        (cache / "teacher" / name).write_text(text)
+    (cache / "teacher/pytorch_model.bin").write_bytes(pickle.dumps(Runs()))
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (cache / "teacher").iterdir()}
+    change(cache, teacher=json.loads((cache / "cache.json").read_text())["teacher"] | {"files_sha256": digests})
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", AUDIT, str(cache)], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines() == ["10 58", "True []"], done.stderr[-2000:]
+    assert not ran.exists()
+
+
+def test_the_trainer_does_not_touch_the_teachers_files():
+    """Its template and tokenizer are needed by nobody: records hold ids and states."""
+    package = Path(sys.modules["genrecal"].__file__).parent
+    users = [path for path in package.rglob("*.py") if "TEACHER_FOLDER" in path.read_text()]
+    assert sorted(str(path.relative_to(package)) for path in users) == [
+        "cache/job.py", "shards/inspect_record.py", "shards/layout.py", "shards/verify.py",
+    ]  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------- links
+
+
+@pytest.fixture
+def outside(tmp_path):
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    (folder / "secret").write_text("secret")
+    return folder
+
+
+def test_nothing_is_written_through_a_folder_that_is_a_link(cache, outside):
+    store, before = open_store(cache), tree(outside)
+    (cache / "linked").symlink_to(outside)
+    temporary = store.temporary("real")
+    temporary.write_bytes(b"x")
+    for write in (
+        lambda: store.write("linked/x", b"x"),
+        lambda: store.write("../x", b"x"),
+        lambda: store.temporary("linked/x"),
+        lambda: store.place(temporary, "linked/x"),
+        lambda: store.move("cache.json", "linked/x"),
+        lambda: store.move("linked/secret", "x"),
+    ):
+        with pytest.raises(UsageError, match="where nothing is written"):
+            write()
+    assert tree(outside) == before and not (cache.parent / "x").exists()
+    (cache / "inside").mkdir()
+    (cache / "alias").symlink_to(cache / "inside")
+    store.write("alias/x", b"x")
+    assert (cache / "inside/x").read_bytes() == b"x"
+
+
+def test_a_file_that_is_a_link_is_replaced_and_not_followed(cache, outside):
+    store = open_store(cache)
+    for name in ("cache.json", "loop"):
+        (cache / name).unlink(missing_ok=True)
+        (cache / name).symlink_to(outside / "secret")
+    store.write("cache.json", b"new")
+    store.move("loop", "moved")
+    assert (outside / "secret").read_text() == "secret"
+    assert (cache / "cache.json").read_bytes() == b"new" and (cache / "moved").is_symlink()
+
+
+def test_a_link_under_a_temporary_name_is_not_followed(cache, outside):
+    from genrecal.files import temporary_path
+
+    store = open_store(cache)
+    temporary_path(cache / "x").symlink_to(outside / "secret")
+    store.write("x", b"new")
+    temporary_path(cache / "y").symlink_to(outside / "secret")
+    store.temporary("y").write_bytes(b"new")
+    assert (outside / "secret").read_text() == "secret"
+
+
+def test_clearing_away_unfinished_files_leaves_those_of_a_linked_folder(cache, outside):
+    from genrecal.files import temporary_path
+
+    name = temporary_path(Path("x")).name.replace(str(os.getpid()), "999999999")
+    for folder in (outside, cache / "samples"):
+        (folder / name).touch()
+    (cache / "linked").symlink_to(outside)
+    open_store(cache).prepare()
+    assert (outside / name).exists() and not (cache / "samples" / name).exists()
+
+
+def test_quarantine_through_a_linked_folder_is_refused(cache, outside):
+    (cache / tar_name("samples", 0)).write_bytes(b"")
+    (cache / "quarantine").symlink_to(outside)
+    found = verify_cache(cache)
+    assert found.damaged_shards == [0]
+    with pytest.raises(UsageError, match="where nothing is written"):
+        quarantine(found)
+    assert list(tree(outside)) == ["secret"] and (cache / manifest_name(0)).exists()
+
+
+def test_a_link_to_a_file_elsewhere_is_read_as_any_file(cache, outside):
+    """A snapshot of a hub's download folder is made of such links."""
+    os.replace(cache / tar_name("samples", 0), outside / "blob")
+    (cache / tar_name("samples", 0)).symlink_to(outside / "blob")
+    assert verify_cache(cache).whole and open_cache(cache)[0].record()
+    (cache / tar_name("samples", 0)).unlink()
+    (cache / tar_name("samples", 0)).symlink_to("/etc/passwd")
+    with pytest.raises(DamageError):
+        open_cache(cache)[0].record()
+    assert verify_cache(cache).damaged_shards == [0]
+
+
+@pytest.mark.parametrize(
+    "name", ["cache.json", HEAD_FILE, INDEX_FILE, "manifest/00000.parquet", "samples/00000.tar", "teacher/config.json"]
+)
+@pytest.mark.parametrize("kind", ["pipe", "device", "loop", "folder"])
+def test_what_is_no_file_is_not_waited_for(cache, name, kind):
+    path = cache / name
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else path)
+    try:
+        opened = open_cache(cache)
+        assert [record.record() for record in opened]
+        opened.head()
+    except (FormatError, DamageError):
+        pass
+    assert not verify_cache(cache).whole
+
+
+# ------------------------------------------------------------------------------------------------------- the tar's walk
+
+
+def tar_header(kind, size, name="x"):
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_header_of_gigabytes_is_not_read(cache, kind):
+    path = cache / tar_name("samples", 0)
+    path.write_bytes(tar_header(kind, 2**33))
+    os.truncate(path, 2**33 + 2048)
+    outcome = hostile_child.run(hostile_child.walk, str(path))
+    assert outcome.errors == [f"a header of {2**33} bytes; the limit is 65536"] and outcome.peak < SMALL
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.GNUTYPE_SPARSE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE]
+)
+def test_members_that_are_no_plain_files_are_findings(cache, kind):
+    path = cache / tar_name("samples", 0)
+    path.write_bytes(tar_header(kind, 0) + path.read_bytes())
+    assert any("is not a plain file" in str(finding) for finding in verify_cache(cache).findings)
+
+
+def test_a_member_of_gigabytes_of_nothing_is_not_read(cache):
+    path = cache / tar_name("samples", 0)
+    path.write_bytes(tar_header(tarfile.REGTYPE, 2**33))
+    os.truncate(path, 2**33 + 2048)
+    outcome = hostile_child.run(hostile_child.walk, str(path))
+    assert "does not fit" in outcome.errors[0] and outcome.peak < SMALL
+
+
+# -------------------------------------------------------------------------------------------------- what is shown of it
+
+
+@pytest.mark.parametrize("query", [
+    "SELECT * FROM read_csv('/etc/passwd')", "SELECT * FROM '/etc/passwd'", "SELECT content FROM read_text('/etc/passwd')",
+    "SELECT * FROM glob('/*')", "COPY (SELECT 1) TO 'x.csv'", "EXPORT DATABASE 'x'", "ATTACH 'x.db'", "INSTALL httpfs",
+    "LOAD httpfs", "LOAD 'x.duckdb_extension'", "SET memory_limit = '1TB'", "RESET memory_limit",
+    "SET enable_external_access = true", "SET lock_configuration = false", "SET temp_directory = '/tmp'",
+    "PRAGMA enable_profiling = 'json'; PRAGMA profile_output = 'x'",
+    "SELECT * FROM cache", "SELECT * FROM read_parquet('http://localhost/x')",
+])  # fmt: skip
+def test_sql_reaches_nothing_but_the_manifest(cache, tmp_path, monkeypatch, query):
+    monkeypatch.chdir(tmp_path)
+    before = tree(tmp_path)
+    with pytest.raises(UsageError, match="--sql"):
+        run_sql(open_cache(cache), query)
+    assert tree(tmp_path) == before
+
+
+def test_sql_takes_a_bounded_memory_and_no_disk(cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    query = "SELECT value FROM duckdb_settings() WHERE name IN ('memory_limit', 'temp_directory') ORDER BY name"
+    assert run_sql(open_cache(cache), query).rows == (("4.0 GiB",), ("",))
+    assert run_sql(open_cache(cache), "SELECT count(*) FROM manifest").rows == ((SAMPLES,),)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
+
+
+def test_what_is_printed_moves_no_cursor(cache, capsys):
+    from genrecal.cli import main
+
+    teacher = json.loads((cache / "cache.json").read_text())["teacher"]
+    change(
+        cache,
+        teacher=teacher | {"files_sha256": {"\x1b[2Jx\u202e": "00", "a\x00b": "1", "../x": 2}},
+        hidden_size="\x1b[2J",
+    )
+    for words in (["verify", str(cache)], ["inspect", str(cache)]):
+        with pytest.raises(SystemExit, match="1"):
+            main(words)
+        out, err = capsys.readouterr()
+        assert "x1b[2J" in out + err and not {"\x1b", "\u202e", "\x00"} & set(out + err)
