@@ -125,7 +125,7 @@ class VLLMTeacher:
         self.max_tokens = int(self.llm.llm_engine.model_config.max_model_len)
         self._numbers = itertools.count()
         vocab_size = len(self.renderer.tokenizer)
-        self.workers = self.llm.collective_rpc("genrecal_install", args=(self.path, vocab_size))
+        self.workers = self._on_workers("genrecal_install", self.path, vocab_size)
         self._check_layers()
         self.head = self._read_head(vocab_size).to(head_device)
         self._image_token = self._find_image_token()
@@ -214,7 +214,7 @@ class VLLMTeacher:
         """Run conversations and give back the rows asked for.
 
         Raises:
-            ModelError: vLLM's prompt is not ours, or a position has no state: every record would be wrong.
+            ModelError: vLLM's prompt is not ours, or a position has no state: every record would be wrong. Or vLLM stopped.
         """
         import vllm
 
@@ -232,7 +232,13 @@ class VLLMTeacher:
                     task=TASK, use_activation=False, extra_kwargs={REQUEST_KEY: dataclasses.asdict(request)}
                 )
             )
-        outputs = self.llm.encode(prompts, params, pooling_task=TASK, use_tqdm=False)
+        try:
+            outputs = self.llm.encode(prompts, params, pooling_task=TASK, use_tqdm=False)
+        except Exception as error:  # out of memory, a worker that died, a prompt that it does not take after all
+            keys = f"{batch[0].key} to {batch[-1].key}"
+            raise ModelError(
+                f"{self.path}: vLLM stopped on samples {keys}: {engine_reason(error)}. Finished shards are kept"
+            ) from error
         return [self._checked(encoded, output) for encoded, output in zip(batch, outputs, strict=True)]
 
     def evidence(self, encoded: Encoded) -> Evidence:
@@ -246,13 +252,13 @@ class VLLMTeacher:
             top_k=1,
             draws=0,
         )
-        self.llm.collective_rpc("genrecal_count_pictures", args=(True,))
+        self._on_workers("genrecal_count_pictures", True)
         (rows,) = self.run([encoded], [request])
-        counted = [n for n in self.llm.collective_rpc("genrecal_count_pictures", args=(False,)) if n is not None]
+        counted = [n for n in self._on_workers("genrecal_count_pictures", False) if n is not None]
         if isinstance(rows, SampleError):
             raise rows
         hidden = rows.question
-        own = self.llm.collective_rpc("genrecal_own_logits", args=(pack_states(hidden[positions]), self.path))
+        own = self._on_workers("genrecal_own_logits", pack_states(hidden[positions]), self.path)
         logits = unpack_states(next(data for data in own if data is not None))
         ours = self.head.logits(hidden[positions]).cpu()
         if ours.shape != logits.shape or not logits_agree(ours, logits, self.dtype):
@@ -268,6 +274,13 @@ class VLLMTeacher:
             visual_embeddings=max(counted, default=None),
             norm=self.checkpoint.final_norm(),
         )
+
+    def _on_workers(self, method: str, *args: Any) -> list[Any]:
+        """What a method of TeacherWorker gives on every worker. Raises ModelError if it fails there."""
+        try:
+            return list(self.llm.collective_rpc(method, args=args))
+        except Exception as error:  # another process's errors come as a kind of vLLM's
+            raise ModelError(f"{self.path}: {method} failed on vLLM's workers: {engine_reason(error)}") from error
 
     def _checked(self, encoded: Encoded, output: Any) -> Rows | SampleError:
         ours, theirs = encoded.input_ids, np.array(output.prompt_token_ids)

@@ -204,15 +204,18 @@ class TeacherWorker:
         model = self.model_runner.model
         owner = _logits_owner(model)
         kept = dict(owner._modules)
+        processor: Any = kept["logits_processor"]
+        head: Any = kept["lm_head"].__dict__.get("module")  # behind a placeholder, unless the head is the embedding
         try:
-            processor: Any = kept["logits_processor"]
             owner._modules["logits_processor"] = processor.__dict__.get("module", processor)
-            if "module" in kept["lm_head"].__dict__:  # a placeholder: this model's head is not its embedding
-                owner._modules["lm_head"] = _loaded_head(kept["lm_head"].__dict__["module"], path, hidden)
+            if head is not None:
+                owner._modules["lm_head"] = _load_head(head, path, hidden)
             with torch.inference_mode():
                 logits = model.compute_logits(hidden)
         finally:
             owner._modules.update(kept)
+            if head is not None:
+                head.to("meta")  # gives its memory back
         if logits is None or get_tp_group().rank_in_group:
             return None
         return safetensors.torch.save({"states": logits.float().cpu().contiguous()})
@@ -240,10 +243,10 @@ def _logits_owner(model: nn.Module) -> nn.Module:
     raise ModelError(f"{type(model).__name__} of vLLM has no lm_head with a logits_processor; use --backend hf")
 
 
-def _loaded_head(placeholder: Any, path: str, like: torch.Tensor) -> nn.Module:
-    """vLLM's own head, of which only the shapes exist (on the meta device), with this rank's part of the weights."""
+def _load_head(module: Any, path: str, like: torch.Tensor) -> nn.Module:
+    """Give vLLM's own head, of which only the shapes exist (on the meta device), this rank's part of the weights."""
     head = Checkpoint(path).head(dtype=like.dtype, vocab_size=0, transform=LogitTransform())
-    module = placeholder.to_empty(device=like.device)
+    module.to_empty(device=like.device)
     for name, value in (("weight", head.weight), ("bias", head.bias)):
         parameter = module._parameters.get(name)
         if parameter is not None and value is not None:

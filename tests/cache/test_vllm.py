@@ -306,6 +306,17 @@ def test_states_that_are_not_finite_skip_the_sample_alone(pair, monkeypatch):
     assert all(isinstance(item, States) for item in pair.vllm.states(encoded, questions=[False] * 4, top_k=2))
 
 
+@qwen2_vl
+def test_an_engine_that_stops_says_why(pair, monkeypatch):
+    def stops(*_, **__):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore lines")
+
+    encoded = pair.vllm.encode(mixed_samples(1)[0])
+    monkeypatch.setattr(pair.vllm.llm, "encode", stops)
+    with pytest.raises(ModelError, match="vLLM stopped on samples 00000000 to 00000000: CUDA out of memory.*are kept"):
+        pair.vllm.states([encoded], questions=[False], top_k=1)
+
+
 # ------------------------------------------------------------------------------------------------- refused at the start
 
 
