@@ -184,8 +184,6 @@ def cache(
     if blank_check:
         _blank_check(model, samples, blank_check)
     report = run_cache_job(model, samples, out, settings)
-    if backend == "vllm":
-        model.close()  # its processes would be killed with a warning when this one ends
     skipped = [row["reason"] for row in open_cache(out).manifest().to_pylist() if row["status"] == SKIPPED]
     for reason in skipped[:SHOWN_SKIPPED]:
         console.print(f"skipped {reason}", style="yellow")
