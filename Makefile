@@ -1,18 +1,25 @@
 # `make demo` and `make test` set up everything they need: an environment in $(VENV), pinned by constraints.txt.
+# `make test-vllm` has one in $(VLLM_VENV), pinned by constraints-vllm.txt.
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready-dev
 
-.PHONY: demo test test-all slow check clean
+.PHONY: demo test test-all test-vllm slow check clean
 
 demo: $(READY)
 	$(BIN)/genrecal demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not slow" tests
+	$(BIN)/python -m pytest -n 2 -m "not slow and not vllm" tests
 
-test-all: test slow
+test-all: test slow test-vllm
+
+# vLLM pins an older transformers, so its tests have an environment of their own.
+test-vllm:
+	PYTHON=$(PYTHON) scripts/make_vllm_env $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/cache/test_vllm.py
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow tests
@@ -30,4 +37,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out build dist
+	rm -rf $(VENV) $(VLLM_VENV) demo-out build dist

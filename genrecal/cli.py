@@ -125,6 +125,22 @@ def cache(
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
+    backend: Annotated[str, typer.Option(help="What runs the teacher: hf (transformers) or vllm.")] = "hf",
+    tensor_parallel: Annotated[int, typer.Option(help="vllm: GPUs that each layer is spread over.", min=1)] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(help="vllm: stages that the layers are spread over.", min=1)] = 1,
+    engine_arg: Annotated[
+        list[str] | None,
+        typer.Option(help="vllm: one of its engine arguments, such as gpu_memory_utilization=0.85; may be repeated."),
+    ] = None,
+    blank_check: Annotated[
+        int,
+        typer.Option(
+            help="Run N samples with grey pictures too; say how far the answers' log-probability falls.", min=0
+        ),
+    ] = 0,
+    compare_hf: Annotated[
+        int, typer.Option(help="vllm: run N samples through hf on the CPU too; refuse if their rows differ.", min=0)
+    ] = 0,
 ) -> None:
     """Run the teacher once over the data and write its states as shards."""
     from genrecal.cache.job import CacheOptions, run_cache_job
@@ -148,7 +164,26 @@ def cache(
         max_skip=max_skip,
     )
     samples = open_samples(data, image_root=image_root, limit=limit)
-    report = run_cache_job(_teacher(teacher, dtype, device, trust_remote_code), samples, out, settings)
+    model: Any
+    if backend == "vllm":
+        model = _vllm_teacher(teacher, dtype, device, trust_remote_code, tensor_parallel, pipeline_parallel, engine_arg)
+    elif backend != "hf":
+        raise UsageError(f"--backend {backend!r}: expected hf or vllm")
+    elif tensor_parallel > 1 or pipeline_parallel > 1 or engine_arg or compare_hf:
+        raise UsageError(
+            "--tensor-parallel, --pipeline-parallel, --engine-arg and --compare-hf: expected --backend vllm with them; "
+            "--device split spreads a teacher of the hf backend over the GPUs of a machine"
+        )
+    else:
+        model = _teacher(teacher, dtype, device, trust_remote_code)
+    if compare_hf:
+        from genrecal.cache.proof import compare_backends
+
+        reference = _teacher(teacher, str(model.head.weight.dtype).removeprefix("torch."), "cpu", trust_remote_code)
+        console.print(f"hf against vllm: {compare_backends(model, reference, samples, compare_hf)}")
+    if blank_check:
+        _blank_check(model, samples, blank_check)
+    report = run_cache_job(model, samples, out, settings)
     skipped = [row["reason"] for row in open_cache(out).manifest().to_pylist() if row["status"] == SKIPPED]
     for reason in skipped[:SHOWN_SKIPPED]:
         console.print(f"skipped {reason}", style="yellow")
@@ -177,6 +212,47 @@ def _teacher(path: str, dtype: str, device: str, trust_remote_code: bool) -> Any
     from genrecal.cache.teacher import HFTeacher
 
     return HFTeacher.load(path, dtype=_dtype(dtype), device=_device(device), trust_remote_code=trust_remote_code)
+
+
+def _vllm_teacher(
+    path: str,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    tensor_parallel: int,
+    pipeline_parallel: int,
+    engine_arg: list[str] | None,
+) -> Any:
+    from genrecal.cache.vllm_teacher import VLLMTeacher, engine_arguments
+
+    if device == "split":
+        raise UsageError("--device split: expected --tensor-parallel or --pipeline-parallel with --backend vllm")
+    return VLLMTeacher(
+        path,
+        dtype=_dtype(dtype),
+        tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        engine_args=engine_arguments(engine_arg or []),
+        trust_remote_code=trust_remote_code,
+        # The engine takes the GPUs; this process needs a device for the head alone.
+        head_device="cpu" if device == "auto" else _device(device),
+    )
+
+
+def _blank_check(teacher: Any, samples: Any, count: int) -> None:
+    from genrecal.cache.proof import blank_check
+
+    found = blank_check(teacher, (samples[i] for i in range(len(samples))), count)
+    if found is None:
+        console.print("--blank-check: no sample has a picture", style="yellow")
+        return
+    console.print(f"blank check: {found}")
+    if found.fall <= 0:
+        console.print(
+            "warning: the answers do not depend on the pictures as they should: look at the pictures and the chat template, "
+            "or try more samples",
+            style="yellow",
+        )
 
 
 def _device(name: str) -> Any:

@@ -51,6 +51,8 @@ TEXT = dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=4096,
 )  # fmt: skip
+# vLLM's attention on CPUs takes heads of 32 and more; two kv heads can be spread over two workers.
+WIDE_TEXT = TEXT | dict(hidden_size=64, num_attention_heads=2)
 VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
 
 
@@ -105,9 +107,9 @@ def fast(
     return tokenizer
 
 
-def _text(tokenizer: PreTrainedTokenizerFast, **kwargs: Any) -> dict[str, Any]:
+def _text(tokenizer: PreTrainedTokenizerFast, *, wide: bool = False, **kwargs: Any) -> dict[str, Any]:
     return dict(
-        TEXT,
+        WIDE_TEXT if wide else TEXT,
         vocab_size=kwargs.pop("rows", len(tokenizer)),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -125,7 +127,7 @@ def _video_processor(name: str, **kwargs: Any) -> Any:
     return getattr(transformers, name)(**kwargs) if transformers.utils.is_torchvision_available() else None
 
 
-def qwen_vl(version: str, *, head_rows_past_tokenizer: int = 0) -> tuple[Any, Any]:
+def qwen_vl(version: str, *, head_rows_past_tokenizer: int = 0, wide: bool = False) -> tuple[Any, Any]:
     specials = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     template = CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
     tokenizer = fast(byte_bpe(["<|endoftext|>", "<|im_end|>", *specials]), template, specials=specials)
@@ -133,17 +135,18 @@ def qwen_vl(version: str, *, head_rows_past_tokenizer: int = 0) -> tuple[Any, An
         f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
         for name, token in zip(("vision_start", "vision_end", "image", "video"), specials[1:], strict=True)
     }
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}
-    text = _text(tokenizer, rope_parameters=rope, rows=len(tokenizer) + head_rows_past_tokenizer)
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6] if wide else [1, 1, 2]}
+    text = _text(tokenizer, wide=wide, rope_parameters=rope, rows=len(tokenizer) + head_rows_past_tokenizer)
+    out = text["hidden_size"]
     patch = 14
     if version == "2":
-        vision = dict(depth=1, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2, patch_size=patch)
+        vision = dict(depth=1, embed_dim=32, hidden_size=out, num_heads=2, mlp_ratio=2, patch_size=patch)
         config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
         model: Any = transformers.Qwen2VLForConditionalGeneration(config)
         processor_class: Any = transformers.Qwen2VLProcessor
     elif version == "2.5":
         vision = dict(
-            depth=2, hidden_size=32, intermediate_size=64, out_hidden_size=32, num_heads=2, patch_size=patch,
+            depth=2, hidden_size=32, intermediate_size=64, out_hidden_size=out, num_heads=2, patch_size=patch,
             window_size=56, fullatt_block_indexes=[1],
         )  # fmt: skip
         config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
@@ -169,9 +172,10 @@ def qwen_vl(version: str, *, head_rows_past_tokenizer: int = 0) -> tuple[Any, An
     return model, processor
 
 
-def internvl(text_model: str) -> tuple[Any, Any]:
+def internvl(text_model: str, *, wide: bool = False) -> tuple[Any, Any]:
     """InternVL with Qwen2 text and byte-level BPE, or Llama text and a sentencepiece-like BPE (as InternLM2 has)."""
-    template = CHATML.replace("IMAGE", "<IMG_CONTEXT>")
+    # The released templates break the line after a picture.
+    template = CHATML.replace("'IMAGE'", r"'<IMG_CONTEXT>\n'" if wide else "'<IMG_CONTEXT>'")
     base = ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
     backend = sentencepiece_bpe(base) if text_model == "llama" else byte_bpe(base, vocab_size=360)
     extra = {
@@ -180,7 +184,7 @@ def internvl(text_model: str) -> tuple[Any, Any]:
     }  # fmt: skip
     tokenizer = fast(backend, template, specials=["<|im_start|>"], extra_special_tokens=extra)
     config = transformers.InternVLConfig(
-        text_config=_text(tokenizer, model_type=text_model),
+        text_config=_text(tokenizer, wide=wide, model_type=text_model),
         vision_config=dict(VISION, image_size=[56, 56], patch_size=[14, 14]),
         image_token_id=tokenizer.context_image_token_id,
         image_seq_length=4,
@@ -188,9 +192,10 @@ def internvl(text_model: str) -> tuple[Any, Any]:
         tie_word_embeddings=False,
     )
     size = {"height": 56, "width": 56}
+    imagenet = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]) if wide else {}
     processor = transformers.InternVLProcessor(
         image_processor=_image_processor(
-            "GotOcr2ImageProcessor", size=size, crop_to_patches=True, min_patches=1, max_patches=4
+            "GotOcr2ImageProcessor", size=size, crop_to_patches=True, min_patches=1, max_patches=4, **imagenet
         ),
         tokenizer=tokenizer,
         video_processor=_video_processor("InternVLVideoProcessor", size=size),
@@ -198,6 +203,87 @@ def internvl(text_model: str) -> tuple[Any, Any]:
         chat_template=tokenizer.chat_template,
     )
     return transformers.InternVLForConditionalGeneration(config), processor
+
+
+INTERNVL_CHAT_CONFIG = """
+from transformers import AutoConfig, PretrainedConfig, Qwen2Config
+
+
+class InternVisionConfig(PretrainedConfig):
+    model_type = "intern_vit_6b"
+
+
+class InternVLChatConfig(PretrainedConfig):
+    model_type = "internvl_chat"
+
+    def __init__(self, vision_config=None, llm_config=None, **kwargs):
+        self.vision_config = InternVisionConfig(**(vision_config or {}))
+        self.llm_config = Qwen2Config(**(llm_config or {}))
+        super().__init__(**kwargs)
+"""
+
+
+def make_internvl_chat(native: Path, folder: Path) -> Path:
+    """The model of `internvl("qwen2")` in InternVL's original layout: the same weights by other names, with code of its own."""
+    import json
+    import re
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    if (folder / "config.json").exists():
+        return folder
+    folder.mkdir(parents=True)
+    names = [
+        (r"^vision_tower.embeddings.cls_token", "vision_model.embeddings.class_embedding"),
+        (r"^vision_tower.embeddings.patch_embeddings.projection", "vision_model.embeddings.patch_embedding"),
+        (r"^vision_tower.embeddings.position_embeddings", "vision_model.embeddings.position_embedding"),
+        (r"^vision_tower.encoder.layer.", "vision_model.encoder.layers."),
+        (r"attention.projection_layer", "attn.proj"),
+        (r"layernorm_before", "norm1"),
+        (r"layernorm_after", "norm2"),
+        (r"lambda_", "ls"),
+        (r"^multi_modal_projector.layer_norm", "mlp1.0"),
+        (r"^multi_modal_projector.linear_1", "mlp1.1"),
+        (r"^multi_modal_projector.linear_2", "mlp1.3"),
+    ]
+    tensors, parts = {}, {}
+    for name, tensor in load_file(native / "model.safetensors").items():
+        for old, new in names:
+            name = re.sub(old, new, name)
+        if match := re.fullmatch(r"(.*)\.attention\.([qkv])_proj\.weight", name):
+            parts.setdefault(match[1], {})[match[2]] = tensor
+        else:
+            tensors[name] = tensor
+    for stem, qkv in parts.items():
+        tensors[f"{stem}.attn.qkv.weight"] = torch.cat([qkv[letter] for letter in "qkv"])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((native / "config.json").read_text())
+    vision = config["vision_config"]
+    (folder / "configuration_internvl_chat.py").write_text(INTERNVL_CHAT_CONFIG)
+    written = dict(
+        architectures=["InternVLChatModel"], model_type="internvl_chat", dtype="float32", tie_word_embeddings=False,
+        auto_map={"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
+        llm_config=config["text_config"] | {"architectures": ["Qwen2ForCausalLM"]},
+        vision_config=dict(
+            architectures=["InternVisionModel"], model_type="intern_vit_6b", hidden_size=vision["hidden_size"],
+            intermediate_size=vision["intermediate_size"], num_hidden_layers=vision["num_hidden_layers"],
+            num_attention_heads=vision["num_attention_heads"], image_size=56, patch_size=14, num_channels=3,
+            qkv_bias=False, qk_normalization=False, norm_type="layer_norm", layer_norm_eps=vision["layer_norm_eps"],
+            hidden_act="gelu", initializer_factor=0.1, use_flash_attn=False,
+        ),
+        downsample_ratio=0.5, dynamic_image_size=True, force_image_size=56, max_dynamic_patch=4, min_dynamic_patch=1,
+        use_thumbnail=True, ps_version="v2", select_layer=-1, template="internvl2_5",
+    )  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(written, indent=2))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(native / name, folder / name)
+    tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer_config.pop("processor_class", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
+    template = CHATML.replace("{%- if m['content'] is string -%}", "{%- if true -%}")  # as the original's
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
 
 
 def llava_onevision() -> tuple[Any, Any]:
@@ -288,6 +374,9 @@ def gemma3() -> tuple[Any, Any]:
 FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_vl": functools.partial(qwen_vl, "2"),
     "qwen2_vl_padded_head": functools.partial(qwen_vl, "2", head_rows_past_tokenizer=24),
+    "qwen2_vl_wide": functools.partial(qwen_vl, "2", head_rows_past_tokenizer=24, wide=True),
+    "qwen2_5_vl_wide": functools.partial(qwen_vl, "2.5", wide=True),
+    "internvl_wide": functools.partial(internvl, "qwen2", wide=True),
     "qwen2_5_vl": functools.partial(qwen_vl, "2.5"),
     "qwen3_vl": functools.partial(qwen_vl, "3"),
     "internvl_qwen2": functools.partial(internvl, "qwen2"),
@@ -304,15 +393,17 @@ def make(family: str, folder: Path, seed: int = 0) -> Path:
         torch.manual_seed(seed)
         with without_video_processors():
             model, processor = FAMILIES[family]()
-            _spread_weights(model)
+            _spread_weights(model, norms=family.endswith("_wide"))
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
     return folder
 
 
 @torch.no_grad()
-def _spread_weights(model: torch.nn.Module) -> None:
+def _spread_weights(model: torch.nn.Module, *, norms: bool) -> None:
     """Larger weights than the default 0.02, so that logits are peaked and a misplaced position shows at once."""
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
             parameter.normal_(0, 0.5 if "embed" in name else 2.0 / parameter[0].numel() ** 0.5)
+        elif norms and "norm" in name and name.endswith("weight"):
+            parameter.uniform_(0.5, 1.5)  # so that leaving out a norm shows too

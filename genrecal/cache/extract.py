@@ -46,17 +46,22 @@ def extract_answer(
     Raises:
         SampleError: a state or a logit is not finite.
     """
-    positions, turns = answer_positions(encoded)
+    positions, _ = answer_positions(encoded)
     states = hidden[torch.from_numpy(positions).to(hidden.device)]
-    targets = _targets(encoded)
-    numbers = uniforms(encoded.key, len(positions), draws) if draws else None
-    found = _targets_of_logits(states, targets["target_id"], head, top_k, numbers)
+    target_id = answer_targets(encoded)["target_id"]
+    found = head_targets(states, target_id, head, key=encoded.key, top_k=top_k, draws=draws)
+    return answer_rows(encoded, states, found)
+
+
+def answer_rows(encoded: Encoded, states: torch.Tensor, found: "HeadTargets") -> AnswerRows:
+    """The answer rows of `encoded` from their states `[R, D]` and what the head made of them. Raises as `extract_answer`."""
+    positions, turns = answer_positions(encoded)
     return AnswerRows(
         turn=turns.astype(np.int32),
         position=positions.astype(np.int32),
         token_id=encoded.input_ids[positions].astype(np.int32),
         hidden=_finite_bf16(states),
-        **targets,
+        **answer_targets(encoded),
         target_logit=found.target_logit,
         topk_ids=found.topk_ids,
         topk_logits=found.topk_logits,
@@ -67,12 +72,18 @@ def extract_answer(
 
 def extract_question(encoded: Encoded, hidden: torch.Tensor) -> QuestionRows:
     """One sample's question rows from `hidden` `[L, D]`. Raises SampleError if a state is not finite."""
+    positions, _ = question_positions(encoded)
+    return question_rows(encoded, hidden[torch.from_numpy(positions).to(hidden.device)])
+
+
+def question_rows(encoded: Encoded, states: torch.Tensor) -> QuestionRows:
+    """The question rows of `encoded` from their states `[R, D]`. Raises SampleError if one is not finite."""
     positions, turns = question_positions(encoded)
     return QuestionRows(
         turn=turns.astype(np.int32),
         position=positions.astype(np.int32),
         token_id=encoded.input_ids[positions].astype(np.int32),
-        hidden=_finite_bf16(hidden[torch.from_numpy(positions).to(hidden.device)]),
+        hidden=_finite_bf16(states),
     )
 
 
@@ -83,7 +94,7 @@ def _finite_bf16(states: torch.Tensor) -> np.ndarray:
     return round_to_bf16(values)
 
 
-def _targets(encoded: Encoded) -> dict[str, np.ndarray]:
+def answer_targets(encoded: Encoded) -> dict[str, np.ndarray]:
     """Per answer row: the next token and the bytes it covers; NO_TARGET on each turn's last row."""
     columns: dict[str, list[int]] = {"target_id": [], "target_start": [], "target_end": []}
     for answer in encoded.answers:
@@ -93,7 +104,7 @@ def _targets(encoded: Encoded) -> dict[str, np.ndarray]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _LogitTargets:
+class HeadTargets:
     """What is kept of each row's logits; shapes and dtypes as in AnswerRows."""
 
     topk_ids: np.ndarray
@@ -103,16 +114,17 @@ class _LogitTargets:
     sampled: SampledTargets | None
 
 
-def _targets_of_logits(
-    states: torch.Tensor, target_id: np.ndarray, head: FrozenHead, top_k: int, numbers: np.ndarray | None
-) -> _LogitTargets:
+def head_targets(
+    states: torch.Tensor, target_id: np.ndarray, head: FrozenHead, *, key: str, top_k: int, draws: int
+) -> HeadTargets:
     """Run the rows' states through the head, a chunk at a time. Raises SampleError if a logit that is kept is not finite.
 
     Args:
         states: `[R, D]`.
         target_id: int32 `[R]`.
-        numbers: float64 `[R, K]`, what the draws are made with; None for no draws.
+        key: the sample's; it begins the random numbers of the draws.
     """
+    numbers = uniforms(key, len(states), draws) if draws else None  # float64 [R, K]
     rows, num_logits = len(states), head.weight.shape[0]
     k = min(top_k, num_logits)
     device = head.weight.device
@@ -137,7 +149,7 @@ def _targets_of_logits(
         ids, entropy = (torch.cat(part) for part in zip(*drawn, strict=True))
         distinct, counts = count_draws(ids.numpy())
         sampled = SampledTargets(ids=distinct, counts=counts, entropy=entropy.numpy())
-    return _LogitTargets(
+    return HeadTargets(
         topk_ids=topk_ids, topk_logits=topk_logits, logsumexp=logsumexp, target_logit=target_logit, sampled=sampled
     )
 

@@ -16,6 +16,7 @@ import xxhash
 
 import genrecal
 from genrecal.cache.draws import MOST_DRAWS
+from genrecal.cache.proof import Proof
 from genrecal.cache.teacher import States, Teacher
 from genrecal.errors import DamageError, DataError, SampleError, StorageError, UsageError
 from genrecal.progress import Progress
@@ -100,7 +101,7 @@ class CacheReport:
     shards_found: int = 0  # finished by an earlier run
     cached: int = 0
     skipped: int = 0
-    proved: bool = False  # the teacher has shown on a sample of this run that its states are what they are taken for
+    proof: Proof = field(default_factory=Proof)  # that the teacher's states are what they are taken for
     reasons: Counter[str] = field(default_factory=Counter)  # why samples of this run's shards were skipped
 
 
@@ -196,9 +197,8 @@ def _run_window(
             encoded[number] = teacher.encode(sample, max_tokens=options.max_tokens or None)
         except SampleError as error:
             results[number] = error
-    if encoded and not report.proved:
-        teacher.prove(max(encoded.values(), key=lambda item: item.num_images))
-        report.proved = True
+    usable = [(sample, encoded[n]) for n, sample in enumerate(window) if isinstance(sample, Sample) and n in encoded]
+    report.proof.check(teacher, usable)
     for batch in batches_by_length({number: len(item) for number, item in encoded.items()}, options.batch_tokens):
         questions = [options.keeps_question(encoded[number].key) for number in batch]
         states = teacher.states(
@@ -261,7 +261,8 @@ def _description(
     return {
         "format_version": FORMAT_VERSION,
         "software": {
-            "genrecal": genrecal.__version__, "torch": torch.__version__, "transformers": transformers.__version__
+            "genrecal": genrecal.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+            **teacher.versions,
         },
         "teacher": {
             "name": folder.resolve().name if folder.is_dir() else teacher.path,
@@ -269,6 +270,7 @@ def _description(
             "head_sha256": head_digest,
             "dtype": str(teacher.head.weight.dtype).removeprefix("torch."),
         },
+        "backend": teacher.backend,
         "image_backend": image_backend(),
         "hidden_size": hidden_size,
         "head_rows": num_rows,

@@ -1,19 +1,21 @@
 """Teacher backends, one interface, the same records. `hf` (transformers) is the reference and runs anywhere."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from genrecal.cache.extract import extract_answer, extract_question
+from genrecal.cache.extract import answer_positions, extract_answer, extract_question
 from genrecal.errors import ModelError, SampleError
 from genrecal.samples import Sample
 from genrecal.shards.head import FrozenHead
 from genrecal.shards.record import AnswerRows, QuestionRows, Record
-from genrecal.vlm.loading import VLM, load_vlm
-from genrecal.vlm.rendering import Encoded
+from genrecal.vlm.checkpoint import FinalNorm
+from genrecal.vlm.loading import VLM, image_token_id, load_vlm
+from genrecal.vlm.rendering import Encoded, Renderer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +26,32 @@ class States:
     question: QuestionRows | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What the records of one conversation are checked against.
+
+    Args:
+        hidden: `[L, D]`, the state of every position, from a forward pass of its own.
+        logits: `[R, V]`, the model's own logits at the answer rows.
+        image_tokens: placeholders in the prompt; None if it is not known which token they are.
+        visual_embeddings: embeddings that the vision encoder made for them; None if they cannot be counted.
+        norm: the final norm by the checkpoint, whose output `hidden` must be; None where `logits` prove that already.
+    """
+
+    hidden: torch.Tensor
+    logits: torch.Tensor
+    image_tokens: int | None
+    visual_embeddings: int | None
+    norm: FinalNorm | None = None
+
+
 class Teacher(Protocol):
     """What the cache job and the live teacher need of a backend."""
 
     path: str
+    backend: str
+    versions: dict[str, str]  # of what runs it, besides torch and transformers
+    renderer: Renderer
 
     @property
     def head(self) -> FrozenHead:
@@ -46,16 +70,23 @@ class Teacher(Protocol):
             draws: K of the sampled targets, 0 for none.
         """
 
-    def prove(self, encoded: Encoded) -> None:
-        """Check on a real sample that the states are what they are taken for. Raises ModelError otherwise."""
+    def evidence(self, encoded: Encoded) -> "Evidence":
+        """One conversation's states and logits by another way than its records; see genrecal/cache/proof.py.
+
+        Raises ModelError if the head's output is not the model's logits.
+        """
 
 
 class HFTeacher:
     """A teacher run by transformers, teacher-forced, right-padded."""
 
+    backend = "hf"
+
     def __init__(self, vlm: VLM):
         self.vlm = vlm
         self.path = vlm.path
+        self.renderer = vlm.renderer
+        self.versions: dict[str, str] = {}
         self.head = vlm.frozen_head()
 
     @classmethod
@@ -82,27 +113,49 @@ class HFTeacher:
         return results
 
     @torch.inference_mode()
-    def prove(self, encoded: Encoded) -> None:
-        """On one sample: the head's output is the model's logits, bit for bit, and its pictures are in the prompt.
-
-        (That there are as many image tokens as visual embeddings transformers checks itself, in every forward; that
-        answers decode to their text is checked when they are rendered.)
-        """
+    def evidence(self, encoded: Encoded) -> Evidence:
+        """See `Teacher.evidence`. Here the head's output must be the model's logits bit for bit."""
         inputs = self.vlm.renderer.collate([encoded])
+        counted: list[int] = []
+        with _counting_pictures(self.vlm.body, counted):
+            hidden = self.vlm.hidden(inputs)
         logits = self.vlm.model(**self.vlm.on_device(inputs), use_cache=False).logits
-        ours = self.vlm.transform(self.vlm.head(self.vlm.hidden(inputs)))
+        ours = self.vlm.transform(self.vlm.head(hidden))
         if not torch.equal(ours, logits):
             worst = (ours.float() - logits.float()).abs().max().item()
             raise ModelError(
                 f"{self.path}: on sample {encoded.key} its head's output differs from its logits by up to {worst:.3g}; "
                 "its hidden states would not reproduce this teacher"
             )
-        image_token = getattr(self.vlm.model.config, "image_token_id", None)
-        if encoded.num_images and image_token is not None and not (inputs["input_ids"] == image_token).any():
-            raise ModelError(
-                f"{self.path}: sample {encoded.key} has {encoded.num_images} pictures, but no image token {image_token} "
-                "is in its prompt: the chat template drops pictures"
-            )
+        token = image_token_id(self.vlm.model.config)
+        return Evidence(
+            hidden=hidden[0],
+            logits=logits[0, torch.from_numpy(answer_positions(encoded)[0]).to(logits.device)],
+            image_tokens=None if token is None else int((encoded.input_ids == token).sum()),
+            visual_embeddings=sum(counted) if hasattr(self.vlm.body, "get_image_features") else None,
+        )
+
+
+@contextlib.contextmanager
+def _counting_pictures(body: Any, counted: list[int]) -> Iterator[None]:
+    """Note the visual embeddings that the body makes, where its family has transformers' usual method for it."""
+    original = getattr(body, "get_image_features", None)
+    if original is None:
+        yield
+        return
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        features = getattr(output, "pooler_output", output)
+        for tensor in features if isinstance(features, (list, tuple)) else [features]:
+            counted.append(tensor.numel() // tensor.shape[-1])
+        return output
+
+    body.get_image_features = counting
+    try:
+        yield
+    finally:
+        del body.get_image_features
 
 
 class LiveTeacher:

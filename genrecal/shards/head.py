@@ -71,6 +71,11 @@ class FrozenHead:
             x = x + self.bias.float()
         return self.transform(x)
 
+    def to(self, device: "torch.device | str") -> "FrozenHead":
+        """The same head on another device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return dataclasses.replace(self, weight=self.weight.to(device), bias=bias)
+
     def save(self, path: Path) -> None:
         """Write the head to `path`."""
         from safetensors.torch import save_file

@@ -236,7 +236,8 @@ def _checkpoint_activations(model: Any, recalibrator: Recalibrator | None) -> No
     try:
         for module in (model, recalibrator.rec_body if recalibrator is not None else None):
             if module is not None:
-                module.activation_checkpointing_enable()
+                # transformers 5.19, which vLLM's pin allows, knows it by its older name.
+                (getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable)()
     finally:
         logger.setLevel(level)
 

@@ -17,6 +17,7 @@ from torch import nn
 from genrecal.errors import ModelError, UsageError
 from genrecal.samples import ImageRef, Message
 from genrecal.shards.head import FrozenHead, LogitTransform
+from genrecal.vlm.internvl_chat import MODEL_TYPE, is_internvl_chat, load_internvl_chat_processor
 from genrecal.vlm.rendering import Renderer
 
 # What families call the numbers that follow their head, by what is done with them.
@@ -67,9 +68,11 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
     try:
         with without_video_processors(), _quiet():
+            if is_internvl_chat(path):
+                return load_internvl_chat_processor(path, trust_remote_code=trust_remote_code)
             processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise ModelError(f"{path}: its processor cannot be loaded: {_first_line(error)}") from None
+        raise ModelError(f"{path}: its processor cannot be loaded: {first_line(error)}") from None
     if image_backend() == "pil" and "video_processor" in type(processor).get_attributes():
 
         def refuse(*_: Any, **__: Any) -> None:
@@ -174,6 +177,11 @@ def load_vlm(
 
     if Path(path).expanduser().exists() and not (Path(path) / "config.json").exists():
         raise ModelError(f"{path}: expected a model folder, found no config.json in it")
+    if is_internvl_chat(path):
+        raise ModelError(
+            f"{path}: transformers has no class for the original InternVL layout ({MODEL_TYPE}); use a conversion to its own "
+            "layout (the hub names end with -HF), or --backend vllm to cache a teacher"
+        )
     try:
         with _quiet():
             model = AutoModelForImageTextToText.from_pretrained(
@@ -184,7 +192,7 @@ def load_vlm(
                 device_map="auto" if device == SPLIT else None,
             )
     except Exception as error:
-        raise ModelError(f"{path}: the model cannot be loaded: {_first_line(error)}") from None
+        raise ModelError(f"{path}: the model cannot be loaded: {first_line(error)}") from None
     renderer = Renderer(load_processor(path, trust_remote_code=trust_remote_code))
     if device != SPLIT:
         model.to(device)
@@ -219,7 +227,7 @@ def find_logit_transform(model: Any, body: nn.Module, head: nn.Linear, renderer:
         raw = head(body(**inputs, use_cache=False).last_hidden_state)
     except Exception as error:  # an encoder-decoder, say, or the processor of another model
         raise ModelError(
-            f"{type(model).__name__} cannot run a rendered conversation through its body: {_first_line(error)}"
+            f"{type(model).__name__} cannot run a rendered conversation through its body: {first_line(error)}"
         ) from None
     if logits.shape != raw.shape:
         raise ModelError(
@@ -249,6 +257,11 @@ def _candidate_transforms(config: Any) -> Iterator[LogitTransform]:
         yield LogitTransform(scale=scale, divisor=divisor, softcap=softcap)
 
 
+def image_token_id(config: Any) -> int | None:
+    """The placeholder token that a visual embedding takes the place of, as the config calls it; None if it does not."""
+    return getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+
+
 # ----------------------------------------------------------------------------------------------------- files and digests
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
@@ -273,7 +286,7 @@ def model_folder(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path), ignore_patterns=[f"*{suffix}" for suffix in WEIGHT_SUFFIXES]))
     except Exception as error:
-        raise ModelError(f"{path}: neither a model folder nor a reachable hub model: {_first_line(error)}") from None
+        raise ModelError(f"{path}: neither a model folder nor a reachable hub model: {first_line(error)}") from None
 
 
 def processor_files(folder: Path) -> list[Path]:
@@ -287,7 +300,8 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says first, for a message of one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 

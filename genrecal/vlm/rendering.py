@@ -121,6 +121,22 @@ class Renderer:
             raise SampleError("the processor dropped an end-of-turn token; the conversation cannot be split into turns")
         return self._insert_answers(key, inputs, closings[ordinals], answers, len(images), max_tokens)
 
+    def raw_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The same conversation's ids before its processor expands image placeholders, for an engine that does that itself.
+
+        Answers have the same tokens as in `encode_messages`. Raises SampleError as that does.
+        """
+        answers = [message.text for message in messages if message.role == "assistant"]
+        text, ordinals = self._text_without_answers(messages, num_answers=len(answers))
+        tokenize = getattr(self.processor, "raw_ids", None)  # a placeholder that is no single token needs care
+        ids = list(tokenize(text) if tokenize is not None else self.tokenizer(text)["input_ids"])
+        closings = [place for place, token in enumerate(ids) if token == self.marks.end_of_turn_id]
+        result, start = [], 0
+        for ordinal, answer in zip(ordinals, answers, strict=True):
+            result += ids[start : closings[ordinal]] + self._tokenize_answer(answer).ids.tolist()
+            start = closings[ordinal] + 1
+        return result
+
     def encode_prompt(self, messages: Sequence[Message], images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         """Render messages that end with a user's turn, ready for generation; the same tokens as a Q segment."""
         self._refuse_special_tokens(messages)

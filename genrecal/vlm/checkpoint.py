@@ -1,0 +1,140 @@
+"""Single tensors of a checkpoint, read without building its model: the head and the final norm of a teacher run elsewhere."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genrecal.errors import ModelError
+from genrecal.shards.head import FrozenHead, LogitTransform
+
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+# What checkpoints call them: transformers' own layouts, and InternLM2's.
+HEAD_NAME = "lm_head.weight"
+EMBEDDING_NAMES = ("embed_tokens.weight", "tok_embeddings.weight", "wte.weight")
+INTERNLM_EMBEDDING, INTERNLM_HEAD = "model.tok_embeddings.weight", "output.weight"  # one level up
+NORM_NAMES = ("norm", "final_layernorm", "ln_f")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalNorm:
+    """The norm between a text model's last layer and its head: weight `[D]`, bias `[D]` or None."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+class Checkpoint:
+    """A model folder's or a hub model's safetensors, opened by tensor name.
+
+    Raises ModelError if there are none: other formats would have to be unpickled.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = str(path)
+        index = self._file(WEIGHTS_INDEX)
+        if index is not None:
+            self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        elif self._file(WEIGHTS) is not None:
+            self._file_of = dict.fromkeys(self._names_in(WEIGHTS), WEIGHTS)
+        else:
+            raise ModelError(
+                f"{path}: expected {WEIGHTS} or {WEIGHTS_INDEX}, found neither; its head cannot be read. "
+                "Save the model as safetensors first"
+            )
+        self.config: dict[str, Any] = json.loads(self._needed("config.json").read_text())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, in the dtype of the file, on the CPU."""
+        from safetensors import safe_open
+
+        with safe_open(self._needed(self._file_of[name]), "pt") as file:
+            return file.get_tensor(name)
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The part of config.json that describes the text model."""
+        names = ("text_config", "llm_config", "language_config")
+        return next((self.config[name] for name in names if isinstance(self.config.get(name), dict)), self.config)
+
+    def dtype(self) -> torch.dtype:
+        """The dtype that config.json says the weights are in; float32 if it says nothing."""
+        for config in (self.config, self.text_config):
+            name = config.get("dtype") or config.get("torch_dtype")
+            if isinstance(getattr(torch, str(name), None), torch.dtype):
+                return getattr(torch, str(name))
+        return torch.float32
+
+    def head(self, *, dtype: torch.dtype, vocab_size: int, transform: LogitTransform) -> FrozenHead:
+        """The language-model head, which may be the input embedding.
+
+        Args:
+            dtype: what the teacher runs in.
+            vocab_size: ids that the tokenizer knows.
+            transform: what follows the head; a checkpoint does not say.
+
+        Raises:
+            ModelError: it cannot be told which tensor is the head.
+        """
+        heads, embeddings = self._ending((HEAD_NAME,)), self._ending(EMBEDDING_NAMES)
+        if not heads:
+            named = [name.removesuffix(INTERNLM_EMBEDDING) + INTERNLM_HEAD for name in embeddings]
+            heads = [name for name in named if name in self._file_of]
+        tied = bool(self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings", False)))
+        candidates = heads or embeddings
+        if len(candidates) != 1:
+            raise ModelError(
+                f"{self.path}: expected one tensor named like {HEAD_NAME}, found {', '.join(candidates) or 'none'}; "
+                "the head cannot be read"
+            )
+        weight = self.tensor(candidates[0])
+        if heads and tied and len(embeddings) == 1 and not torch.equal(weight, self.tensor(embeddings[0])):
+            raise ModelError(
+                f"{self.path}: config.json says that head and embedding are one (tie_word_embeddings), but {heads[0]} and "
+                f"{embeddings[0]} differ; correct the config"
+            )
+        bias_name = candidates[0].removesuffix("weight") + "bias"
+        bias = self.tensor(bias_name).to(dtype) if heads and bias_name in self._file_of else None
+        weight = weight.to(dtype)
+        return FrozenHead(weight=weight, bias=bias, transform=transform, vocab_size=min(vocab_size, weight.shape[0]))
+
+    def final_norm(self) -> FinalNorm | None:
+        """The text model's final norm: it stands beside the input embedding. None if it is called otherwise."""
+        for embedding in self._ending(EMBEDDING_NAMES):
+            stem = embedding.removesuffix("weight").rpartition(".")[0].rpartition(".")[0]
+            for name in (f"{stem}.{norm}" if stem else norm for norm in NORM_NAMES):
+                if f"{name}.weight" in self._file_of:
+                    bias = self.tensor(f"{name}.bias") if f"{name}.bias" in self._file_of else None
+                    return FinalNorm(weight=self.tensor(f"{name}.weight"), bias=bias)
+        return None
+
+    def _ending(self, names: tuple[str, ...]) -> list[str]:
+        return [name for name in self._file_of if any(name == n or name.endswith(f".{n}") for n in names)]
+
+    def _names_in(self, file: str) -> list[str]:
+        from safetensors import safe_open
+
+        with safe_open(self._needed(file), "pt") as opened:
+            return list(opened.keys())
+
+    def _needed(self, name: str) -> Path:
+        file = self._file(name)
+        if file is None:
+            raise ModelError(f"{self.path}: expected {name}, found none")
+        return file
+
+    def _file(self, name: str) -> Path | None:
+        if Path(self.path).is_dir():
+            file = Path(self.path) / name
+            return file if file.is_file() else None
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            return Path(hf_hub_download(self.path, name))
+        except EntryNotFoundError:
+            return None
+        except Exception as error:
+            raise ModelError(f"{self.path}: {name} cannot be downloaded: {error}") from None
