@@ -117,12 +117,19 @@ def cache(
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a teacher batch, padding included.")] = 16384,
     max_tokens: Annotated[int, typer.Option(help="Skip conversations longer than this; 0 for no limit.")] = 0,
     max_skip: Annotated[float, typer.Option(help="Fail when more than this share of the input is skipped.")] = 0.01,
+    workers: Annotated[int, typer.Option(help="Runs of this command that share the work, one a node, say.")] = 1,
+    worker: Annotated[int, typer.Option(help="Which of them this is, counted from 0.")] = 0,
+    threads: Annotated[int, typer.Option(help="Threads that decode and preprocess; 0 for the machine's cores.")] = 0,
+    status_file: Annotated[
+        Path | None, typer.Option(help="Write here, as JSON, how far the job is; outside the cache.")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Run the teacher once over the data and write its states as shards."""
-    from genrecal.cache.job import CacheOptions, run_cache_job
+    from genrecal.cache.job import run_cache_job
+    from genrecal.cache.options import CacheOptions, WorkOptions
     from genrecal.samples import open_samples
     from genrecal.shards.manifest import SKIPPED
     from genrecal.shards.reader import open_cache
@@ -142,17 +149,22 @@ def cache(
         max_tokens=max_tokens,
         max_skip=max_skip,
     )
+    work = WorkOptions(workers=workers, worker=worker, threads=threads, status_file=status_file)
     samples = open_samples(data, image_root=image_root, limit=limit)
-    report = run_cache_job(_teacher(teacher, dtype, device, trust_remote_code), samples, out, settings)
+    report = run_cache_job(_teacher(teacher, dtype, device, trust_remote_code), samples, out, settings, work)
+    done = f"{report.shards_done} shards written, {report.shards_found} were there"
+    if report.shards_missing:
+        console.print(
+            f"{out}: worker {worker} of {workers} is done: {report.cached} samples cached, {report.skipped} skipped; {done}. "
+            f"{report.shards_missing} shards of other workers are not finished yet; the last worker completes the cache"
+        )
+        return
     skipped = [row["reason"] for row in open_cache(out).manifest().to_pylist() if row["status"] == SKIPPED]
     for reason in skipped[:SHOWN_SKIPPED]:
         console.print(f"skipped {reason}", style="yellow")
     if len(skipped) > SHOWN_SKIPPED:
         console.print(f"and {len(skipped) - SHOWN_SKIPPED} more; `genrecal inspect {out}` counts them by reason")
-    console.print(
-        f"{out}: {report.cached} samples cached, {report.skipped} skipped; "
-        f"{report.shards_done} shards written, {report.shards_found} were there"
-    )
+    console.print(f"{out}: {report.cached} samples cached, {report.skipped} skipped; {done}")
 
 
 def _targets(text: str | None, top_k: int, *, top_k_given: bool) -> tuple[int, int]:
