@@ -127,7 +127,7 @@ def _run_shards(
 
     At most SHARDS_AT_ONCE shards are in memory, each within the bounds of `cache_shard`.
     """
-    turns, done = Turns(teacher), {}
+    turns, done = Turns(teacher, watch), {}
     with Threads(work.num_threads) as threads, ThreadPoolExecutor(SHARDS_AT_ONCE, "shard") as pool:
         running = {
             pool.submit(

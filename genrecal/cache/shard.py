@@ -196,8 +196,7 @@ def _run_window(
                 future.exception()  # waits
         encoded = [item.encoded for item in (window[number] for number in batch) if item.encoded is not None]
         questions = [options.keeps_question(item.key) for item in encoded]
-        with watch.timed("teacher"):
-            found = teacher.states(encoded, questions=questions, top_k=options.top_k, draws=options.draws)
+        found = teacher.states(encoded, questions=questions, top_k=options.top_k, draws=options.draws)
         watch.count(samples=len(batch), tokens=sum(len(item) for item in encoded))
         started = []
         for number, states in zip(batch, found, strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 
 from genrecal.cache.shard import Stopped
 from genrecal.cache.teacher import States, Teacher
+from genrecal.cache.watch import Watch
 from genrecal.errors import SampleError
 from genrecal.samples import Sample
 from genrecal.shards.head import FrozenHead
@@ -21,11 +22,11 @@ LOOK_EVERY_SECONDS = 0.2  # whether somebody still serves
 class Turns:
     """Calls of a teacher by other threads, run by the one that calls `serve`.
 
-    The first shard's batches come before the second's, so that one shard ends, and is written, while the next one runs.
+    `watch` is told how long it works. The first shard's batches come before the second's, so that one shard ends, and is written, while the next one runs.
     """
 
-    def __init__(self, teacher: Teacher):
-        self.teacher = teacher
+    def __init__(self, teacher: Teacher, watch: Watch):
+        self.teacher, self._watch = teacher, watch
         self.stopped = False
         self._requests: queue.PriorityQueue[Request] = queue.PriorityQueue()
         self._count = itertools.count()  # requests of like rank are served in their order, and never compared further
@@ -55,7 +56,9 @@ class Turns:
                 yield future
             elif future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(call())
+                    with self._watch.timed("teacher"):
+                        result = call()
+                    future.set_result(result)
                 except BaseException as error:
                     future.set_exception(error)
                     if not isinstance(error, Exception):

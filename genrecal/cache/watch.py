@@ -62,7 +62,8 @@ class Watch:
         padding), `bytes` of finished shards."""
         with self._lock:
             self.counts.update(more)
-            self._progress.advance(more.get("records", 0), self._note())
+            if "records" in more:
+                self._progress.advance(more["records"], self._note())
         self._write_status()
 
     def skip(self, reason: str) -> None:
