@@ -346,7 +346,7 @@ def _coded_sizes(rows: QuestionRows, codec: Codec) -> tuple[list[int], list[int]
 def _first_rows(rows: Any, count: int) -> Any:
     """The first rows of any of the row classes; of answer rows the last has no target, as in a record."""
     values = {name: getattr(rows, name) for name in rows.__dataclass_fields__}
-    first = {
+    first: dict[str, Any] = {
         name: value[:count].copy() if isinstance(value, np.ndarray) else _first_rows(value, count) if value else None
         for name, value in values.items()
     }

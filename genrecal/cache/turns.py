@@ -22,7 +22,8 @@ LOOK_EVERY_SECONDS = 0.2  # whether somebody still serves
 class Turns:
     """Calls of a teacher by other threads, run by the one that calls `serve`.
 
-    `watch` is told how long it works. The first shard's batches come before the second's, so that one shard ends, and is written, while the next one runs.
+    The first shard's batches come before the second's, so that one shard ends, and is written, while the next one runs.
+    `watch` is told how long the teacher works.
     """
 
     def __init__(self, teacher: Teacher, watch: Watch):
