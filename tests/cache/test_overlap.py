@@ -17,6 +17,7 @@ from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions, WorkOptions
 from genrecal.cache.shard import batches_by_length
 from genrecal.cache.teacher import HFTeacher
+from genrecal.cli import main
 from genrecal.errors import ModelError, SampleError, StorageError, UsageError
 from genrecal.samples import open_samples
 from genrecal.shards.reader import open_cache
@@ -258,3 +259,28 @@ def test_wrong_work_options_are_refused(options, words):
 def test_every_shard_is_one_workers(workers):
     shares = [WorkOptions(workers=workers, worker=i).shards(20) for i in range(workers)]
     assert sorted(number for share in shares for number in share) == list(range(20))
+
+
+def test_workers_at_the_command_line(teacher, data, tmp_path, capsys):
+    """The first says what is missing and exits with 0; the second completes the cache."""
+    words = [
+        "cache",
+        "--teacher",
+        teacher.path,
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "c"),
+        "--dtype",
+        "float32",
+    ]
+    said = []
+    for worker in ("1", "0"):
+        with pytest.raises(SystemExit) as stop:
+            main([*words, "--samples-per-shard", "6", "--workers", "2", "--worker", worker])
+        assert stop.value.code == 0
+        said.append(" ".join(capsys.readouterr().out.split()))
+    assert "worker 1 of 2 is done: 18 samples cached, 0 skipped; 3 shards written, 0 were there. 4 shards of" in said[0]
+    assert "the last worker completes the cache" in said[0]
+    assert said[1].endswith("40 samples cached, 0 skipped; 4 shards written, 0 were there")
+    assert open_cache(tmp_path / "c").is_complete
