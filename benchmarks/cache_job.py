@@ -241,6 +241,9 @@ def main() -> None:
         )
         heads = ["", "seconds", "against body, head, top k", "tokens/s", "MFU", "MB/s", "peak memory", "peak of device"]
         print(markdown_table(heads, rows))
+        for label, run, found in (("cache job", report, job), ("teacher waiting", waiting, beside)):
+            ratio = found["seconds"] / run.seconds["teacher"]
+            print(f"{label}: wall time {ratio:.3f} times what the teacher worked in the same run")
         shares = [
             [part, *(f"{r.seconds[part] / t['seconds']:.1%}" for r, t in ((report, job), (waiting, beside)))]
             for part in report.seconds
