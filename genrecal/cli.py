@@ -89,6 +89,89 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
+# ------------------------------------------------------------------------------------------------------------------- plan
+
+
+@app.command()
+def plan(
+    teacher: Annotated[
+        str,
+        typer.Option(
+            help="Teacher model: a folder or a hub name, or qwen2-vl-72b, internvl2-76b, internvl2.5-78b, nvlm-d-72b."
+        ),
+    ],
+    data: Annotated[list[Path], typer.Option(help="Data files, as for cache.")],
+    out: Annotated[str | None, typer.Option(help="Where the cache would be: is there room?")] = None,
+    image_root: Annotated[Path | None, typer.Option(help="Where relative image paths start.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use the first N records only.", min=1)] = None,
+    probe: Annotated[int, typer.Option(help="Records that are looked at, drawn from all.")] = 512,
+    num_samples: Annotated[int, typer.Option(help="Forecast for this many; 0 for as many as the data have.")] = 0,
+    top_k: Annotated[int, typer.Option(help="As for cache.")] = 64,
+    targets: Annotated[str | None, typer.Option(help="As for cache.")] = None,
+    answer_codec: Annotated[str, typer.Option(help="As for cache.")] = "int8",
+    question_codec: Annotated[str, typer.Option(help="As for cache.")] = "int4",
+    question_fraction: Annotated[float, typer.Option(help="As for cache.")] = 1.0,
+    question_seed: Annotated[int, typer.Option(help="As for cache.")] = 0,
+    samples_per_shard: Annotated[int, typer.Option(help="As for cache.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="As for cache.")] = 0,
+    peak_tflops: Annotated[float, typer.Option(help="Of a GPU, dense, in the teacher's dtype.")] = 989.0,
+    utilisation: Annotated[float, typer.Option(help="Share of it that the teacher reaches.")] = 0.4,
+    gpu_gigabytes: Annotated[float, typer.Option(help="Memory of a GPU.")] = 80.0,
+    train_rate: Annotated[float, typer.Option(help="Samples a second that the trainer takes.")] = 64.0,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Forecast a cache's bytes and the teacher's cost, from a sample of the data and the teacher's config alone."""
+    from genrecal.cache.options import CacheOptions
+    from genrecal.cache.plan import PlanOptions, make_plan, plan_text
+    from genrecal.cache.teacher_shape import KNOWN, shape_of
+    from genrecal.samples import open_samples
+
+    top_k, draws = _targets(targets, top_k, top_k_given=False)
+    settings = CacheOptions(
+        top_k=top_k,
+        draws=draws,
+        answer_codec=answer_codec,
+        question_codec=question_codec,
+        question_fraction=question_fraction,
+        question_seed=question_seed,
+        samples_per_shard=samples_per_shard,
+        max_tokens=max_tokens,
+    )
+    assumed = PlanOptions(
+        probe=probe,
+        num_samples=num_samples,
+        peak_tflops=peak_tflops,
+        utilisation=utilisation,
+        gpu_gigabytes=gpu_gigabytes,
+        train_rate=train_rate,
+    )
+    samples = open_samples(data, image_root=image_root, limit=limit)
+    if teacher.lower() in KNOWN and not Path(teacher).exists():
+        forecast = make_plan(KNOWN[teacher.lower()], None, samples, settings, assumed, out=out)
+    else:
+        from genrecal.vlm.loading import load_processor, model_folder, processor_files
+        from genrecal.vlm.rendering import Renderer
+
+        folder = model_folder(teacher)
+        renderer = Renderer(load_processor(folder, trust_remote_code=trust_remote_code))
+        forecast = make_plan(
+            shape_of(folder, trust_remote_code=trust_remote_code),
+            renderer,
+            samples,
+            settings,
+            assumed,
+            out=out,
+            teacher_file_bytes=sum(file.stat().st_size for file in [folder / "config.json", *processor_files(folder)]),
+        )
+    if json_:
+        typer.echo(json.dumps(forecast.to_json(), indent=2, ensure_ascii=False))
+    else:
+        typer.echo(plan_text(forecast))
+    if forecast.fits is False:
+        raise typer.Exit(1)
+
+
 # ------------------------------------------------------------------------------------------------------------------ cache
 
 
@@ -122,6 +205,12 @@ def cache(
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a teacher batch, padding included.")] = 16384,
     max_tokens: Annotated[int, typer.Option(help="Skip conversations longer than this; 0 for no limit.")] = 0,
     max_skip: Annotated[float, typer.Option(help="Fail when more than this share of the input is skipped.")] = 0.01,
+    workers: Annotated[int, typer.Option(help="Runs of this command that share the work, one a node, say.")] = 1,
+    worker: Annotated[int, typer.Option(help="Which of them this is, counted from 0.")] = 0,
+    threads: Annotated[int, typer.Option(help="Threads that decode and preprocess; 0 for the machine's cores.")] = 0,
+    status_file: Annotated[
+        Path | None, typer.Option(help="Write here, as JSON, how far the job is; outside the cache.")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -143,7 +232,8 @@ def cache(
     ] = 0,
 ) -> None:
     """Run the teacher once over the data and write its states as shards."""
-    from genrecal.cache.job import CacheOptions, run_cache_job
+    from genrecal.cache.job import run_cache_job
+    from genrecal.cache.options import CacheOptions, WorkOptions
     from genrecal.samples import open_samples
     from genrecal.shards.manifest import SKIPPED
     from genrecal.shards.reader import open_cache
@@ -163,6 +253,7 @@ def cache(
         max_tokens=max_tokens,
         max_skip=max_skip,
     )
+    work = WorkOptions(workers=workers, worker=worker, threads=threads, status_file=status_file)
     samples = open_samples(data, image_root=image_root, limit=limit)
     model: Any
     if backend == "vllm":
@@ -183,16 +274,20 @@ def cache(
         console.print(f"hf against vllm: {compare_backends(model, reference, samples, compare_hf)}")
     if blank_check:
         _blank_check(model, samples, blank_check)
-    report = run_cache_job(model, samples, out, settings)
+    report = run_cache_job(model, samples, out, settings, work)
+    done = f"{report.shards_done} shards written, {report.shards_found} were there"
+    if report.shards_missing:
+        console.print(
+            f"{out}: worker {worker} of {workers} is done: {report.cached} samples cached, {report.skipped} skipped; {done}. "
+            f"{report.shards_missing} shards of other workers are not finished yet; the last worker completes the cache"
+        )
+        return
     skipped = [row["reason"] for row in open_cache(out).manifest().to_pylist() if row["status"] == SKIPPED]
     for reason in skipped[:SHOWN_SKIPPED]:
         console.print(f"skipped {reason}", style="yellow")
     if len(skipped) > SHOWN_SKIPPED:
         console.print(f"and {len(skipped) - SHOWN_SKIPPED} more; `genrecal inspect {out}` counts them by reason")
-    console.print(
-        f"{out}: {report.cached} samples cached, {report.skipped} skipped; "
-        f"{report.shards_done} shards written, {report.shards_found} were there"
-    )
+    console.print(f"{out}: {report.cached} samples cached, {report.skipped} skipped; {done}")
 
 
 def _targets(text: str | None, top_k: int, *, top_k_given: bool) -> tuple[int, int]:

@@ -1,13 +1,27 @@
 """Files put in place whole: a temporary name, flushed to disk, then renamed."""
 
+import contextlib
+import functools
 import os
 import socket
+import time
 from pathlib import Path
+
+UNTOUCHED_SECONDS = 24 * 3600.0  # after which a temporary file of another machine is taken for left behind
 
 
 def temporary_path(path: Path) -> Path:
     """Where `path` is written before it is whole: hidden, and named after this process, so that two never share one."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{machine_name()}.{os.getpid()}.tmp")
+
+
+@functools.cache
+def machine_name() -> str:
+    """This machine as processes see it: containers of one host name count their processes apart."""
+    try:
+        return f"{socket.gethostname()}-{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # not Linux
+        return socket.gethostname()
 
 
 def put_in_place(temporary: Path, path: Path) -> None:
@@ -23,13 +37,18 @@ def put_in_place(temporary: Path, path: Path) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file so that it is either the old one or the new one, never a part."""
+    """Write a small file so that it is either the old one or the new one, never a part. A failure leaves no trace."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
-    temporary.unlink(missing_ok=True)  # a link that someone put there is not followed
-    with temporary.open("xb") as file:
-        file.write(data)
-    put_in_place(temporary, path)
+    try:
+        temporary.unlink(missing_ok=True)  # a link that someone put there is not followed
+        with temporary.open("xb") as file:
+            file.write(data)
+        put_in_place(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def process_runs(pid: int) -> bool:
@@ -44,13 +63,20 @@ def process_runs(pid: int) -> bool:
 
 
 def remove_stale_temporaries(cache: Path) -> list[Path]:
-    """Delete what processes of this machine that no longer run left behind; other machines clean up after themselves."""
+    """Delete what processes that no longer run left behind.
+
+    Another machine's processes cannot be asked: their files count as left behind when nothing wrote to them for a day.
+    """
     removed = []
-    for path in [*cache.glob(f".*.{socket.gethostname()}.*.tmp"), *cache.glob(f"*/.*.{socket.gethostname()}.*.tmp")]:
+    mine = f".{machine_name()}."
+    for path in [*cache.glob(".*.tmp"), *cache.glob("*/.*.tmp")]:
         if path.parent != cache and path.parent.is_symlink():
             continue  # not ours, wherever it leads
-        pid = path.name.split(".")[-2]
-        if not pid.isdigit() or int(pid) == os.getpid() or not process_runs(int(pid)):
-            path.unlink(missing_ok=True)
-            removed.append(path)
+        with contextlib.suppress(FileNotFoundError):  # another worker clears away too
+            pid = path.name.split(".")[-2]
+            old = time.time() - path.lstat().st_mtime > UNTOUCHED_SECONDS
+            dead = mine in path.name and pid.isdigit() and (int(pid) == os.getpid() or not process_runs(int(pid)))
+            if old or dead:
+                path.unlink()
+                removed.append(path)
     return removed

@@ -9,6 +9,7 @@ import base64
 import functools
 import io
 import json
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -162,8 +163,9 @@ def _known_formats() -> tuple[str, ...]:
 def decode_image(data: bytes, max_pixels: int = 178_956_970) -> Image.Image:
     """Encoded bytes -> RGB picture, turned as its EXIF orientation says (both sides must see the same picture).
 
-    Of an animation, the first picture. Raises SampleError for bytes that are no image of IMAGE_FORMATS, or one of more
-    than `max_pixels` (Pillow's own bomb limit).
+    Of an animation the first frame, of a multi-page file the first page; transparency is dropped, not blended.
+    Raises SampleError for bytes that are no image of IMAGE_FORMATS, or one of more than `max_pixels` (Pillow's own bomb
+    limit).
     """
     try:
         image = open_image(data)
@@ -171,7 +173,7 @@ def decode_image(data: bytes, max_pixels: int = 178_956_970) -> Image.Image:
             raise SampleError(
                 f"image of {image.width} x {image.height} pixels is over the limit of {max_pixels} pixels"
             )
-        upright: Image.Image = ImageOps.exif_transpose(image)
+        upright = _upright(image)
         if upright.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion makes all but the darkest white
             upright = Image.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8))
         return upright.convert("RGB")
@@ -181,7 +183,17 @@ def decode_image(data: bytes, max_pixels: int = 178_956_970) -> Image.Image:
         formats = ", ".join(IMAGE_FORMATS)
         raise SampleError(f"image cannot be decoded: of no format that is read here ({formats})") from None
     except Exception as error:  # Pillow raises many kinds for damaged files
-        raise SampleError(f"image cannot be decoded: {error}") from None
+        reason = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(str(error).split())) or type(error).__name__
+        raise SampleError(f"image cannot be decoded: {reason}") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF data say; as it is where they cannot be read, as every viewer shows it."""
+    image.load()  # damaged pixels are no matter of the EXIF data
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
 
 
 # ---------------------------------------------------------------------------------------------------- record -> Sample
@@ -426,8 +438,11 @@ class _RecordFile:
 
     def text(self, row: int) -> str:
         start, end = (int(value) for value in self.ranges[row])
-        self.stream.seek(start)
-        return self.stream.read(end - start).decode("utf-8")
+        try:
+            data = os.pread(self.stream.fileno(), end - start, start)  # by several threads at once
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read: {error.strerror}") from None
+        return data.decode("utf-8")
 
     @classmethod
     def open(cls, path: Path) -> "_RecordFile":

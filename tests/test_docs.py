@@ -17,7 +17,8 @@ import typer
 from conftest import mixed_samples, write_llava
 from PIL import Image
 
-from genrecal.cache.job import CacheOptions, run_cache_job
+from genrecal.cache.job import run_cache_job
+from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.cli import app
 from genrecal.samples import open_samples, parse_record

@@ -58,7 +58,7 @@ class Teacher(Protocol):
         """The frozen head and what follows it."""
 
     def encode(self, sample: Sample, *, max_tokens: int | None) -> Encoded:
-        """Render a sample. Raises SampleError if this teacher cannot take it."""
+        """Render a sample, in any thread. Raises SampleError if this teacher cannot take it."""
 
     def states(
         self, batch: Sequence[Encoded], *, questions: Sequence[bool], top_k: int, draws: int = 0
@@ -95,11 +95,30 @@ class HFTeacher:
         return cls(load_vlm(path, **options))
 
     def encode(self, sample: Sample, *, max_tokens: int | None = None) -> Encoded:
-        return self.vlm.renderer.encode(sample, max_tokens=max_tokens)
+        encoded = self.vlm.renderer.encode(sample, max_tokens=max_tokens)
+        positions = getattr(self.vlm.text_config, "max_position_embeddings", None)
+        if positions is not None and len(encoded) > positions:
+            raise SampleError(f"{len(encoded)} tokens, over the {positions} positions that this teacher has")
+        return encoded
 
-    @torch.inference_mode()
     def states(
         self, batch: Sequence[Encoded], *, questions: Sequence[bool], top_k: int, draws: int = 0
+    ) -> list[States | SampleError]:
+        """See `Teacher`. Raises ModelError if a batch of several does not fit into memory; one sample alone is skipped."""
+        try:
+            return self._states(batch, questions, top_k, draws)
+        except torch.OutOfMemoryError:
+            longest = max(map(len, batch))
+            if len(batch) == 1:
+                return [SampleError(f"{longest} tokens do not fit into the teacher's memory")]
+            raise ModelError(
+                f"{self.path}: {len(batch)} samples of up to {longest} tokens do not fit into its memory; "
+                "use a smaller --batch-tokens, in a new --out"
+            ) from None
+
+    @torch.inference_mode()
+    def _states(
+        self, batch: Sequence[Encoded], questions: Sequence[bool], top_k: int, draws: int
     ) -> list[States | SampleError]:
         hidden = self.vlm.hidden(self.vlm.renderer.collate(batch))
         results: list[States | SampleError] = []

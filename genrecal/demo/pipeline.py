@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from genrecal.cache.job import CacheOptions, run_cache_job
+from genrecal.cache.job import run_cache_job
+from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.errors import UsageError
 from genrecal.report.summary import markdown_table, plus_minus, terms_by_stage, write_report

@@ -39,13 +39,17 @@ class FidelityMeter:
     _rows: list[np.ndarray] = field(default_factory=list)
     _count: int = 0
 
-    def add(self, hidden: np.ndarray) -> None:
-        """Take rows of one sample's states, float32 `[R, D]`, until the shard has enough."""
-        wanted = min(ROWS_PER_SAMPLE, len(hidden), ROWS_PER_SHARD - self._count)
-        if wanted > 0 and not self.codec.lossless:
-            places = np.linspace(0, len(hidden) - 1, wanted).round().astype(int)
-            self._rows.append(hidden[places])
-            self._count += wanted
+    def pick(self, hidden: np.ndarray) -> np.ndarray | None:
+        """The rows of one sample's states, float32 `[R, D]`, that `add` may take; None where none are needed."""
+        if self.codec.lossless:
+            return None
+        return hidden[np.linspace(0, len(hidden) - 1, min(ROWS_PER_SAMPLE, len(hidden))).round().astype(int)]
+
+    def add(self, picked: np.ndarray | None) -> None:
+        """Take picked rows, sample after sample, until the shard has enough."""
+        if picked is not None and self._count < ROWS_PER_SHARD:
+            self._rows.append(picked[: ROWS_PER_SHARD - self._count])
+            self._count += len(self._rows[-1])
 
     def measure(self, head: FrozenHead) -> Fidelity:
         """Encode, decode and compare what was gathered. A lossless codec is not measured: nothing can differ."""

@@ -76,16 +76,19 @@ class FrozenHead:
         bias = None if self.bias is None else self.bias.to(device)
         return dataclasses.replace(self, weight=self.weight.to(device), bias=bias)
 
-    def save(self, path: Path) -> None:
-        """Write the head to `path`."""
-        from safetensors.torch import save_file
+    def to_bytes(self) -> bytes:
+        """The content of the head's file. The same head gives the same bytes."""
+        from safetensors.torch import save
 
         tensors = {"weight": self.weight.detach().cpu().contiguous()}
         if self.bias is not None:
             tensors["bias"] = self.bias.detach().cpu().contiguous()
         facts: dict[str, Any] = dataclasses.asdict(self.transform) | {"vocab_size": self.vocab_size}
-        save_file(tensors, path, metadata={"genrecal": json.dumps(facts, sort_keys=True)})
-        path.chmod(0o644)  # safetensors makes files that only their owner can read
+        return save(tensors, metadata={"genrecal": json.dumps(facts, sort_keys=True)})
+
+    def save(self, path: Path) -> None:
+        """Write the head to `path`."""
+        path.write_bytes(self.to_bytes())  # safetensors' own writing leaves a file of its own where it is killed
 
     @classmethod
     def load(cls, path: Path, device: str = "cpu") -> "FrozenHead":

@@ -95,6 +95,10 @@ class Store(abc.ABC):
         """A local file with the content of this one, to be read only: the file itself where the cache is local."""
 
     @abc.abstractmethod
+    def discard_temporaries(self, folder: str) -> None:
+        """Delete every unfinished file of a folder, whoever writes it: nobody needs it any more."""
+
+    @abc.abstractmethod
     def prepare(self) -> None:
         """Make the directory ready to be written, and clear away what killed processes of this machine left unfinished.
 
@@ -234,6 +238,10 @@ class LocalStore(Store):
     def local_copy(self, name: str) -> Path:
         return self._file(name)[0]
 
+    def discard_temporaries(self, folder: str) -> None:
+        for path in (self.root / folder).glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
     def prepare(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         remove_stale_temporaries(self.root)
@@ -337,6 +345,9 @@ class RemoteStore(Store):
         path = self.temporary(name)
         self._retry("download", name, lambda: self._fs.get_file(self._path(name), str(path)))
         return path
+
+    def discard_temporaries(self, folder: str) -> None:
+        """Unfinished files are in a local folder of each process, and go with it."""
 
     def prepare(self) -> None:
         """Object stores have no directories."""

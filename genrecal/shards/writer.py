@@ -4,12 +4,14 @@ The tars are written under temporary names, flushed and renamed; the manifest co
 records give the same bytes: members have time 0 and owner 0, and nothing of the machine or the moment is written.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import math
 import os
 import tarfile
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, BinaryIO
 
@@ -25,6 +27,8 @@ from genrecal.shards.layout import FORMAT_VERSION, TIERS, manifest_name, tar_nam
 from genrecal.shards.manifest import CACHED, SKIPPED, ManifestRow, Member, manifest_bytes
 from genrecal.shards.record import AnswerRows, Record, to_arrow
 from genrecal.shards.storage import Store, open_store
+
+BUFFER_BYTES = 2**20  # of a tar, between two writes to the disk
 
 
 class ShardWriter:
@@ -55,33 +59,52 @@ class ShardWriter:
         if question_codec is not None:
             self._meters["question"] = FidelityMeter(question_codec)
         self.rows: list[ManifestRow] = []
-        self._tars = {
-            tier: _Tar(self.store, tar_name(tier, shard))
-            for tier in TIERS
-            if tier == "samples" or question_codec is not None
-        }
+        self.bytes = 0  # of the members written so far
+        self._tars: dict[str, _Tar] = {}
+        try:
+            for tier in TIERS if question_codec is not None else ("samples",):
+                self._tars[tier] = _Tar(self.store, tar_name(tier, shard))
+        except BaseException:
+            self._discard()
+            raise
 
     def add(self, record: Record, images: list[bytes]) -> None:
-        """Append a record; `images` are the encoded bytes of the sample's pictures, written as they are.
+        """Code a record and append it; see `code` and `append`."""
+        self.append(self.code(record), images)
 
-        Raises SampleError, and writes nothing of the record, if a codec cannot hold its states.
+    def code(self, record: Record) -> "CodedRecord":
+        """A record's members as they are written. Changes nothing here: several threads may do it.
+
+        Raises SampleError if a codec cannot hold its states.
         """
-        sample, answer = record.sample, record.answer
-        answer_data = to_arrow(answer, self.answer_codec)
-        question_data = None
-        if record.question is not None and self.question_codec is not None:
-            question_data = to_arrow(record.question, self.question_codec)
-            self._meters["question"].add(record.question.hidden)
-        self._meters["answer"].add(answer.hidden)
+        answer, question = record.answer, record.question
+        kept = {"answer": to_arrow(answer, self.answer_codec)}
+        picked = {"answer": self._meters["answer"].pick(answer.hidden)}
+        if question is not None and self.question_codec is not None:
+            kept["question"] = to_arrow(question, self.question_codec)
+            picked["question"] = self._meters["question"].pick(question.hidden)
+        return CodedRecord(
+            sample=record.sample,
+            members=kept,
+            picked=picked,
+            question_tokens=_question_tokens(answer),
+            answer_tokens=int(answer.predicts.sum()),
+            statistics=_answer_statistics(answer),
+        )
+
+    def append(self, coded: "CodedRecord", images: list[bytes]) -> None:
+        """Append a coded record; `images` are the encoded bytes of the sample's pictures, written as they are."""
+        sample = coded.sample
+        for tier, rows in coded.picked.items():
+            self._meters[tier].add(rows)
         content = json.dumps(sample.to_json(), sort_keys=True, ensure_ascii=False).encode()
         members = [self._member("samples", f"{sample.key}.json", content)]
         for number, (source, data) in enumerate(zip(sample.images, images, strict=True)):
             suffix = _picture_suffix(source.suffix, data)
             members.append(self._member("samples", f"{sample.key}.{number}.{suffix}", data))
-        members.append(self._member("samples", f"{sample.key}.answer.arrow", answer_data))
-        statistics: dict[str, Any] = _answer_statistics(answer)
-        if question_data is not None:
-            members.append(self._member("questions", f"{sample.key}.question.arrow", question_data))
+        members.append(self._member("samples", f"{sample.key}.answer.arrow", coded.members["answer"]))
+        if "question" in coded.members:
+            members.append(self._member("questions", f"{sample.key}.question.arrow", coded.members["question"]))
         self.rows.append(
             ManifestRow(
                 key=sample.key,
@@ -93,10 +116,10 @@ class ShardWriter:
                 source=sample.source,
                 turns=len(sample.answers),
                 images=len(images),
-                question_tokens=_question_tokens(answer),
-                answer_tokens=int(answer.predicts.sum()),
-                has_question=question_data is not None,
-                **statistics,
+                question_tokens=coded.question_tokens,
+                answer_tokens=coded.answer_tokens,
+                has_question="question" in coded.members,
+                **coded.statistics,
             )
         )
 
@@ -146,6 +169,7 @@ class ShardWriter:
 
     def _member(self, tier: str, name: str, data: bytes) -> Member:
         offset = self._tars[tier].add(name, data)
+        self.bytes += len(data)
         return Member(name=name, tier=tier, offset=offset, size=len(data), xxh3=xxhash.xxh3_64_intdigest(data))
 
     def __enter__(self) -> "ShardWriter":
@@ -154,8 +178,29 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._discard()
+
+    def _discard(self) -> None:
         for tar in self._tars.values():
             tar.discard()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodedRecord:
+    """A record as its shard will hold it.
+
+    Args:
+        members: the Arrow files' bytes, of `answer` and, where its tier is kept, `question`.
+        picked: rows that the codecs' cost is measured on, by tier, as `FidelityMeter.pick` gives them.
+        statistics: the manifest's measurements.
+    """
+
+    sample: Sample
+    members: dict[str, bytes]
+    picked: dict[str, np.ndarray | None]
+    question_tokens: int
+    answer_tokens: int
+    statistics: dict[str, Any]
 
 
 class _Tar:
@@ -163,7 +208,7 @@ class _Tar:
 
     def __init__(self, store: Store, name: str):
         self.store, self.name, self.temporary = store, name, store.temporary(name)
-        self._file: BinaryIO = self.temporary.open("wb")
+        self._file: BinaryIO = self.temporary.open("wb", buffering=BUFFER_BYTES)
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)
 
     def add(self, name: str, data: bytes) -> int:
@@ -185,8 +230,10 @@ class _Tar:
         return digest
 
     def discard(self) -> None:
-        self._file.close()
-        self.temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what is still to be flushed may not fit on the disk
+            self._file.close()
+        with contextlib.suppress(OSError):  # the next start clears it away
+            self.temporary.unlink(missing_ok=True)
 
 
 def _picture_suffix(suffix: str, data: bytes) -> str:

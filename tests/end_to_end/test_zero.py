@@ -13,7 +13,8 @@ import torch
 from conftest import mixed_samples, write_llava
 from torch import nn
 
-from genrecal.cache.job import CacheOptions, run_cache_job
+from genrecal.cache.job import run_cache_job
+from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher, LiveTeacher
 from genrecal.samples import open_samples
 from genrecal.shards.reader import open_cache

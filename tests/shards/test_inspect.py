@@ -21,7 +21,8 @@ from rich.cells import cell_len
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from genrecal.cache.job import CacheOptions, run_cache_job
+from genrecal.cache.job import run_cache_job
+from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.cli import main
 from genrecal.errors import DamageError, FormatError, UsageError

@@ -17,7 +17,8 @@ import webdataset
 from conftest import mixed_samples, picture, write_llava
 from PIL import Image
 
-from genrecal.cache.job import CacheOptions, run_cache_job
+from genrecal.cache.job import run_cache_job
+from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.samples import open_samples
 from genrecal.shards.index import INDEX_FILE

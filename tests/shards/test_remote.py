@@ -17,7 +17,8 @@ from made_cache import write_shard as write_made_shard
 from s3_server import BUCKET, environment, proxy_to, s3_server
 
 import genrecal
-from genrecal.cache.job import CacheOptions, run_cache_job
+from genrecal.cache.job import run_cache_job
+from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.errors import DamageError, FormatError, StorageError, UsageError
 from genrecal.samples import open_samples

@@ -15,7 +15,7 @@ from shard_records import make_answer, make_question
 
 import genrecal
 from genrecal.errors import DamageError, FormatError
-from genrecal.files import remove_stale_temporaries
+from genrecal.files import machine_name, remove_stale_temporaries
 from genrecal.samples import BadRecord, ImageSource
 from genrecal.shards.codecs import CODECS
 from genrecal.shards.layout import manifest_name, tar_name, write_cache_json
@@ -150,17 +150,17 @@ def test_leaving_without_commit_leaves_nothing(tmp_path):
 
 def test_leftovers_of_dead_processes_are_removed_and_others_kept(tmp_path):
     import os
-    import socket
 
     (tmp_path / "samples").mkdir()
-    host = socket.gethostname()
-    dead = tmp_path / "samples" / f".00000.tar.{host}.999999999.tmp"
-    alive = tmp_path / "samples" / f".00001.tar.{host}.{os.getppid()}.tmp"
-    elsewhere = tmp_path / "samples" / ".00002.tar.another-host.1.tmp"
-    for path in (dead, alive, elsewhere):
+    machine = machine_name()
+    dead = tmp_path / "samples" / f".00000.tar.{machine}.999999999.tmp"
+    alive = tmp_path / "samples" / f".00001.tar.{machine}.{os.getppid()}.tmp"
+    elsewhere, old = (tmp_path / "samples" / f".0000{i}.tar.another-host.1.tmp" for i in (2, 3))
+    for path in (dead, alive, elsewhere, old):
         path.touch()
-    assert remove_stale_temporaries(tmp_path) == [dead]
-    assert alive.exists() and elsewhere.exists() and not dead.exists()
+    os.utime(old, (0, path.stat().st_mtime - 25 * 3600))
+    assert sorted(remove_stale_temporaries(tmp_path)) == [dead, old]
+    assert alive.exists() and elsewhere.exists() and not dead.exists() and not old.exists()
 
 
 @pytest.mark.parametrize("tier", ["samples", "questions"])

@@ -15,7 +15,8 @@ import torch
 from conftest import mixed_samples, write_llava
 from made_cache import PER_SHARD, make_cache, make_head, make_record, tree, write_index, write_shard
 
-from genrecal.cache.job import CacheOptions, run_cache_job
+from genrecal.cache.job import run_cache_job
+from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.cli import main
 from genrecal.errors import DamageError

@@ -10,7 +10,8 @@ from conftest import mixed_samples, write_llava
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from genrecal.cache.job import CacheOptions, run_cache_job
+from genrecal.cache.job import run_cache_job
+from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.errors import GenrecalError, ModelError, UsageError
 from genrecal.samples import open_samples

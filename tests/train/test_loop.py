@@ -14,7 +14,8 @@ from conftest import mixed_samples, write_llava
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from genrecal.cache.job import CacheOptions, run_cache_job
+from genrecal.cache.job import run_cache_job
+from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.errors import DamageError, TrainingError, UsageError
 from genrecal.samples import open_samples

@@ -6,7 +6,8 @@ import tiny_models
 import torch
 from conftest import conversation, mixed_samples, write_llava
 
-from genrecal.cache.job import CacheOptions, run_cache_job
+from genrecal.cache.job import run_cache_job
+from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.samples import open_samples
 from genrecal.shards.reader import open_cache

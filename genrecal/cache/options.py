@@ -1,0 +1,112 @@
+"""What is asked of the cache job: what decides a cache's content, and how a run of it works."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from genrecal.cache.draws import MOST_DRAWS
+from genrecal.errors import UsageError
+from genrecal.shards.codecs import check_codec_option
+
+MOST_THREADS = 16  # that are taken without being asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """What decides a cache's content, besides the teacher and the samples.
+
+    Args:
+        top_k: logits kept for each answer row.
+        draws: draws kept for each answer row as sampled targets (`--targets sample:K`); 0 for none.
+        answer_codec, question_codec: names in `genrecal.shards.codecs`; `question_codec` may be "none".
+        question_fraction: share of samples whose question states are kept, chosen by key and seed.
+        question_seed: see `keeps_question`.
+        samples_per_shard: input records a shard.
+        batch_tokens: tokens of a teacher batch, padding included.
+        max_tokens: longest conversation the teacher is given, in its tokens; 0 for no limit.
+        max_skip: share of the input that may be skipped before the job fails.
+        kl_budget: mean KL through the head, nats, that a codec may cost on a shard; a shard over it is not written.
+    """
+
+    top_k: int = 64
+    draws: int = 0
+    answer_codec: str = "int8"
+    question_codec: str = "int4"
+    question_fraction: float = 1.0
+    question_seed: int = 0
+    samples_per_shard: int = 256
+    batch_tokens: int = 16384
+    max_tokens: int = 0
+    max_skip: float = 0.01
+    kl_budget: float = math.inf
+
+    def __post_init__(self) -> None:
+        check_codec_option("--answer-codec", self.answer_codec)
+        if self.question_codec != "none":
+            check_codec_option("--question-codec", self.question_codec)
+        for name, least in (("top_k", 1), ("samples_per_shard", 1), ("batch_tokens", 1), ("max_tokens", 0)):
+            if getattr(self, name) < least:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {least}")
+        if not 0 <= self.draws <= MOST_DRAWS:
+            raise UsageError(f"--targets sample:{self.draws}: expected 1 to {MOST_DRAWS} draws, or no sample at all")
+        for name in ("question_fraction", "max_skip"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected a share from 0 to 1")
+        if not self.kl_budget >= 0:
+            raise UsageError(f"--kl-budget {self.kl_budget}: expected nats, 0 or more")
+
+    def keeps_question(self, key: str) -> bool:
+        """Whether this sample's question states are cached: its place in [0, 1) by hash is below the fraction."""
+        place = xxhash.xxh3_64_intdigest(f"{self.question_seed}:{key}".encode()) / 2**64
+        return self.question_codec != "none" and place < self.question_fraction
+
+    def num_shards(self, num_samples: int) -> int:
+        """Shards of an input of that many records."""
+        return -(-num_samples // self.samples_per_shard)
+
+    def records(self, shard: int, num_samples: int) -> range:
+        """The input records of a shard."""
+        start = shard * self.samples_per_shard
+        return range(start, min(start + self.samples_per_shard, num_samples))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkOptions:
+    """How one run of the job works; nothing here changes a byte of the cache.
+
+    Args:
+        workers, worker: of `workers` runs over one cache this is number `worker`, from 0; it does the shards whose number
+            leaves that remainder.
+        threads: that read, decode and preprocess samples; 0 takes the machine's cores less one, at most 16.
+        status_file: where this run says how far it is, as JSON; it may not lie in the cache.
+    """
+
+    workers: int = 1
+    worker: int = 0
+    threads: int = 0
+    status_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UsageError(f"--workers {self.workers}: expected at least 1")
+        if not 0 <= self.worker < self.workers:
+            raise UsageError(
+                f"--worker {self.worker}: expected 0 to {self.workers - 1} with --workers {self.workers} (counted from 0)"
+            )
+        if self.threads < 0:
+            raise UsageError(
+                f"--threads {self.threads}: expected at least 1, or 0 for as many as the machine has cores"
+            )
+
+    @property
+    def num_threads(self) -> int:
+        """`threads`, or what 0 stands for on this machine."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.threads or max(1, min(MOST_THREADS, cores - 1))
+
+    def shards(self, num_shards: int) -> range:
+        """The shards that are this worker's to do."""
+        return range(self.worker, num_shards, self.workers)

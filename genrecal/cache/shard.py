@@ -1,0 +1,316 @@
+"""One shard, from its input records to its commit: render, run the teacher, code, write.
+
+Rendering and coding are done by other threads while the teacher works, and shards may be made side by side. What is
+written does not depend on it: batches are formed of the shard's records alone, and members stand in the input's order.
+"""
+
+import contextlib
+import dataclasses
+import re
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from genrecal.cache.options import CacheOptions
+from genrecal.cache.teacher import States, Teacher
+from genrecal.cache.watch import Watch
+from genrecal.errors import DamageError, SampleError, StorageError
+from genrecal.samples import BadRecord, ImageSource, Sample, SampleSet
+from genrecal.shards.codecs import CODECS
+from genrecal.shards.index import read_shard_manifest
+from genrecal.shards.layout import manifest_name, tar_name
+from genrecal.shards.record import Record
+from genrecal.shards.storage import Store
+from genrecal.shards.writer import CodedRecord, ShardWriter
+from genrecal.vlm.rendering import Encoded
+
+WINDOW_SAMPLES = 256  # records of a shard that are rendered before their batches are formed
+WINDOW_BYTES = 2**31  # of rendered tensors, after which a window closes with fewer
+CODERS = 2  # threads that code records
+UNCODED_BATCHES = 2  # batches whose states may wait for a coder
+
+
+class Threads:
+    """The threads that work beside the teacher. One set serves all shards of a process. Use as a context manager.
+
+    Args:
+        renderers: that read, decode and preprocess samples.
+    """
+
+    def __init__(self, renderers: int):
+        self.num_renderers = renderers
+        self.render: Executor = ThreadPoolExecutor(renderers, "render")
+        self.code: Executor = ThreadPoolExecutor(CODERS, "code")
+
+    def __enter__(self) -> "Threads":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for pool in (self.render, self.code):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def cache_shard(
+    teacher: Teacher,
+    samples: SampleSet,
+    shard: int,
+    store: Store,
+    options: CacheOptions,
+    *,
+    threads: Threads,
+    watch: Watch,
+) -> dict[str, Any]:
+    """Make one shard and return its facts; or those of the same shard if another worker has finished it.
+
+    Any worker can do any shard, and two may do the same one: both write the same bytes, each under names of its own until
+    they are whole. At most WINDOW_SAMPLES records of the shard are in memory, rendered or coded, their rendered tensors at
+    most WINDOW_BYTES and one record's; and beside them 2 x `threads.num_renderers` records that are rendered ahead, and the
+    states of UNCODED_BATCHES batches that wait to be coded.
+
+    Args:
+        teacher: asked from the calling thread, its `encode` from the threads that render.
+        watch: is told of every batch and skipped record.
+
+    Raises:
+        DataError: too many records are skipped, or a codec costs more than its budget.
+        StorageError: the shard cannot be written.
+    """
+    facts = finished_facts(store, shard, size_of_store(store))
+    records = options.records(shard, len(samples))
+    if facts is not None:
+        watch.count(records=len(records))
+        return facts
+    question_codec = None if options.question_codec == "none" else CODECS[options.question_codec]
+    where = f"{store.url}: shard {shard}"
+    with storage_errors(where):
+        writer = ShardWriter(
+            store,
+            shard,
+            answer_codec=CODECS[options.answer_codec],
+            question_codec=question_codec,
+            head=teacher.head,
+            kl_budget=options.kl_budget,
+        )
+    with writer:
+        for window in _windows(teacher, samples, records, options, threads, watch):
+            coded = _run_window(teacher, window, writer, options, threads, watch)
+            for number, item in enumerate(window):
+                result = coded.pop(number, item.result)
+                result = _result(result) if isinstance(result, Future) else result
+                with watch.timed("writing"), storage_errors(where):
+                    _write(writer, item, result, watch)
+                watch.count(records=1)
+        with watch.timed("writing"), storage_errors(where):
+            facts = _commit(writer, store, shard)
+        watch.count(bytes=writer.bytes)
+        return facts
+
+
+# ------------------------------------------------------------------------------------------------------------- rendering
+
+
+@dataclass
+class _Item:
+    """One input record on its way: its rendering until the teacher has run, or why it has none."""
+
+    sample: Sample | BadRecord
+    encoded: Encoded | None
+    result: SampleError | None
+
+
+def _windows(
+    teacher: Teacher, samples: SampleSet, records: range, options: CacheOptions, threads: Threads, watch: Watch
+) -> Iterator[list[_Item]]:
+    """The shard's records, rendered side by side, in windows that the order and size of the records alone decide."""
+
+    def render(index: int) -> _Item:
+        with watch.timed("rendering"):
+            return _render(teacher, samples[index], options)
+
+    waiting: deque[Future[_Item]] = deque()
+    window, held = [], 0
+    for index in records:
+        waiting.append(threads.render.submit(render, index))
+        last = index == records.stop - 1
+        while waiting and (last or len(waiting) > 2 * threads.num_renderers):
+            item = waiting.popleft().result()
+            window.append(item)
+            held += _tensor_bytes(item.encoded)
+            if len(window) == WINDOW_SAMPLES or held >= WINDOW_BYTES:
+                yield window
+                window, held = [], 0
+    if window:
+        yield window
+
+
+def _render(teacher: Teacher, sample: Sample | BadRecord, options: CacheOptions) -> _Item:
+    """Read the sample's pictures, once, and render it."""
+    if isinstance(sample, BadRecord):
+        return _Item(sample, None, SampleError(sample.reason))
+    try:
+        images = tuple(ImageSource(data=image.read(), suffix=image.suffix) for image in sample.images)
+        sample = dataclasses.replace(sample, images=images)
+        return _Item(sample, teacher.encode(sample, max_tokens=options.max_tokens or None), None)
+    except SampleError as error:
+        return _Item(sample, None, error)
+    except (Stopped, KeyboardInterrupt):
+        raise
+    except Exception as error:  # a processor's or tokenizer's own; one sample must not end the job
+        return _Item(sample, None, SampleError(f"cannot be rendered: {type(error).__name__}: {plain_reason(error)}"))
+
+
+def plain_reason(error: Exception) -> str:
+    """An error's words without what differs from run to run."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(str(error).split()))
+
+
+def _tensor_bytes(encoded: Encoded | None) -> int:
+    return sum(value.nbytes for value in encoded.inputs.values()) if encoded is not None else 0
+
+
+class Stopped(Exception):
+    """Another shard of this process failed; the work on this one ends."""
+
+
+# --------------------------------------------------------------------------------------------------- the teacher, coding
+
+
+def _run_window(
+    teacher: Teacher, window: list[_Item], writer: ShardWriter, options: CacheOptions, threads: Threads, watch: Watch
+) -> dict[int, Any]:
+    """Run the window's batches; by place in the window, the coded record to come, or why there is none."""
+    lengths = {number: len(item.encoded) for number, item in enumerate(window) if item.encoded is not None}
+    usable = [(item.sample, item.encoded) for item in window if isinstance(item.sample, Sample) and item.encoded]
+    watch.prove(teacher, usable)
+    samples = {number: item.sample for number, item in enumerate(window) if isinstance(item.sample, Sample)}
+    results: dict[int, Any] = {}
+    uncoded: deque[list[Future[CodedRecord]]] = deque()
+    for batch in batches_by_length(lengths, options.batch_tokens):
+        while len(uncoded) >= UNCODED_BATCHES:
+            for future in uncoded.popleft():
+                future.exception()  # waits
+        encoded = [item.encoded for item in (window[number] for number in batch) if item.encoded is not None]
+        questions = [options.keeps_question(item.key) for item in encoded]
+        found = teacher.states(encoded, questions=questions, top_k=options.top_k, draws=options.draws)
+        watch.count(samples=len(batch), tokens=sum(len(item) for item in encoded))
+        started = []
+        for number, states in zip(batch, found, strict=True):
+            window[number].encoded = None  # its tensors are not needed any more
+            if isinstance(states, SampleError):
+                results[number] = states
+                continue
+            results[number] = threads.code.submit(_code, writer, samples[number], states, watch)
+            started.append(results[number])
+        uncoded.append(started)
+    return results
+
+
+def _code(writer: ShardWriter, sample: Sample, states: States, watch: Watch) -> CodedRecord:
+    with watch.timed("coding"):
+        return writer.code(Record(sample=sample, answer=states.answer, question=states.question))
+
+
+def _result(future: "Future[CodedRecord]") -> CodedRecord | SampleError:
+    try:
+        return future.result()
+    except SampleError as error:
+        return error
+
+
+def batches_by_length(lengths: dict[int, int], batch_tokens: int) -> Iterator[list[int]]:
+    """Ids of like length together, each batch at most `batch_tokens` with its padding (but at least one id).
+
+    The longest come first: what does not fit into memory shows at once, and the batch that is not full is of short ones.
+    """
+    batch: list[int] = []
+    longest = 0
+    for number in sorted(lengths, key=lambda n: (-lengths[n], n)):
+        if batch and longest * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        if not batch:
+            longest = lengths[number]
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+# --------------------------------------------------------------------------------------------------------------- writing
+
+
+def _write(writer: ShardWriter, item: _Item, result: CodedRecord | SampleError | None, watch: Watch) -> None:
+    """Append the record, or note why there is none."""
+    if isinstance(result, CodedRecord):
+        writer.append(result, [image.read() for image in result.sample.images])
+        return
+    assert result is not None, "a record that was rendered has a result"
+    reason = str(result)
+    writer.skip(item.sample, reason)
+    watch.skip(reason)
+
+
+def _commit(writer: ShardWriter, store: Store, shard: int) -> dict[str, Any]:
+    """Put the shard in place, unless another worker has done so in the meantime."""
+    facts = finished_facts(store, shard, size_of_store(store))
+    if facts is not None:
+        return facts
+    try:
+        return writer.commit()
+    except FileNotFoundError:  # who finishes a cache clears away what is unfinished: then this shard is there
+        facts = finished_facts(store, shard, size_of_store(store))
+        if facts is None:
+            raise
+        return facts
+
+
+@contextlib.contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """A full disk, a quota, a folder that became read-only: one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{what} cannot be written: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}; "
+            "finished shards are whole: make room (or let it be written) and run the same command again"
+        ) from error
+
+
+SizeOf = Callable[[str], int | None]  # bytes of a file by its name in the cache; None if it is not there
+
+
+def size_of_store(store: Store) -> SizeOf:
+    """Sizes as they are now."""
+
+    def size(name: str) -> int | None:
+        try:
+            return store.size(name)
+        except FileNotFoundError:
+            return None
+
+    return size
+
+
+def finished_facts(store: Store, shard: int, size_of: SizeOf) -> dict[str, Any] | None:
+    """The facts of a shard that is done: its manifest can be read and its tars have the size it says."""
+    if size_of(manifest_name(shard)) is None:
+        return None
+    try:
+        table, facts = read_shard_manifest(store, shard)
+    except DamageError:
+        return None
+    ends = {tier: 0 for tier in facts["sha256"]}
+    for members in table.column("members").to_pylist():
+        for member in members:
+            ends[member["tier"]] = max(ends[member["tier"]], member["offset"] + member["size"])
+    for tier, end in ends.items():
+        size = size_of(tar_name(tier, shard))
+        if size is None and tier == "questions":
+            continue  # the tier may be deleted after stage 1
+        if size is None or size < end:
+            return None
+    return facts

@@ -1,0 +1,156 @@
+"""How a run of the cache job goes: counts, rates, time by part, the progress shown, and the status file for schedulers."""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from genrecal.cache.proof import Proof
+from genrecal.cache.teacher import Teacher
+from genrecal.errors import DataError, UsageError
+from genrecal.files import write_whole
+from genrecal.progress import Progress
+from genrecal.samples import Sample
+from genrecal.vlm.rendering import Encoded
+
+STATUS_EVERY_SECONDS = 5.0
+PARTS = ("rendering", "teacher", "coding", "writing")
+
+
+class Watch:
+    """Counts what one run of the job does; its methods may be called by several threads. Use as a context manager.
+
+    Args:
+        total: input records of this run's shards.
+        done: how many of them were finished before, and `skipped` of those skipped.
+        num_samples: input records of the whole job.
+        max_skip: share of those that may be skipped; one more raises DataError.
+        status_file: where to write what `status` gives, every few seconds and at the end; None for nowhere.
+        facts: what else the status says.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        done: int = 0,
+        skipped: int = 0,
+        num_samples: int,
+        max_skip: float = 1.0,
+        status_file: Path | None = None,
+        facts: dict[str, Any] | None = None,
+    ):
+        self.total, self.num_samples, self.max_skip = total, num_samples, max_skip
+        self.status_file, self.facts = status_file, facts or {}
+        self.counts: Counter[str] = Counter(records=done, skipped=skipped)  # see `count`
+        self.reasons: Counter[str] = Counter()  # why this run skipped records
+        self.seconds = dict.fromkeys(PARTS, 0.0)  # of each of PARTS, over all threads
+        self.state = "running"
+        self._proof = Proof()
+        self._first = done
+        self._lock, self._proving = threading.Lock(), threading.Lock()
+        self._start, self._written = time.monotonic(), -float("inf")
+        self._progress = Progress("cache", total, "samples", done=done)
+
+    def count(self, **more: int) -> None:
+        """Count on: `records` of the input that are done with, `samples` and `tokens` that the teacher ran over (no
+        padding), `bytes` of finished shards."""
+        with self._lock:
+            self.counts.update(more)
+            if "records" in more:
+                self._progress.advance(more["records"], self._note())
+        self._write_status()
+
+    def skip(self, reason: str) -> None:
+        """Count a skipped record. Raises DataError when there are too many."""
+        with self._lock:
+            self.counts["skipped"] += 1
+            self.reasons[reason] += 1
+            check_skipped(self.counts["skipped"], self.num_samples, self.max_skip, self.reasons)
+
+    def prove(self, teacher: Teacher, items: Sequence[tuple[Sample, Encoded]]) -> None:
+        """Have the teacher prove itself on one of these conversations, if it has not yet. Raises ModelError."""
+        with self._proving:
+            self._proof.check(teacher, items)
+
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the block's time to that of a part."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.seconds[part] += time.perf_counter() - start
+
+    def status(self) -> dict[str, Any]:
+        """What the status file says; docs/quickstart.md names every field."""
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        records = self.counts["records"] - self._first
+        left = self.total - self.counts["records"]
+        return self.facts | {
+            "state": self.state,
+            "records": self.counts["records"],
+            "records_total": self.total,
+            "skipped": self.counts["skipped"],
+            "samples": self.counts["samples"],
+            "tokens": self.counts["tokens"],
+            "bytes": self.counts["bytes"],
+            "seconds": round(seconds, 1),
+            "samples_per_second": round(self.counts["samples"] / seconds, 3),
+            "tokens_per_second": round(self.counts["tokens"] / seconds, 1),
+            "megabytes_per_second": round(self.counts["bytes"] / 1e6 / seconds, 3),
+            "seconds_left": round(left * seconds / records, 1) if records else None,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "updated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+
+    def _note(self) -> str:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        tokens, megabytes = self.counts["tokens"] / seconds, self.counts["bytes"] / 1e6 / seconds
+        return f"{tokens:.0f} tokens/s, {megabytes:.1f} MB/s, {self.counts['skipped']} skipped"
+
+    def _write_status(self) -> None:
+        if self.status_file is None:
+            return
+        with self._lock:
+            if self.state == "running" and time.monotonic() - self._written < STATUS_EVERY_SECONDS:
+                return
+            first, self._written = self._written < 0, time.monotonic()
+            try:
+                write_whole(self.status_file, (json.dumps(self.status(), indent=2) + "\n").encode())
+            except OSError as error:
+                if first:
+                    raise UsageError(f"--status-file {self.status_file}: {error.strerror or error}") from None
+
+    def __enter__(self) -> "Watch":
+        self._write_status()
+        self._progress.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.__exit__(kind, error, trace)
+        if error is not None:
+            self.state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            self.facts = self.facts | {"error": " ".join(str(error).split())}
+        self._write_status()
+
+
+def check_skipped(skipped: int, num_samples: int, max_skip: float, reasons: Counter[str]) -> None:
+    """Raises DataError if more than this share of the input is skipped, with the commonest reasons of this run."""
+    if skipped > max_skip * num_samples:
+        most = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+        raise DataError(
+            f"{skipped} of {num_samples} samples cannot be used, over the limit of {max_skip:.2%} (--max-skip)"
+            + (f": {most}" if most else "; `genrecal inspect` on the cache lists the reasons")
+        )

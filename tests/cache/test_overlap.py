@@ -1,0 +1,288 @@
+"""Shards made side by side, rendering and coding in other threads: the same bytes, bounded memory, honest counts."""
+
+import dataclasses
+import json
+import random
+import threading
+import time
+import weakref
+
+import pytest
+import torch
+from conftest import conversation, mixed_samples, write_llava
+from made_cache import tree
+
+from genrecal.cache import job, shard
+from genrecal.cache.job import run_cache_job
+from genrecal.cache.options import CacheOptions, WorkOptions
+from genrecal.cache.shard import batches_by_length
+from genrecal.cache.teacher import HFTeacher
+from genrecal.cli import main
+from genrecal.errors import ModelError, SampleError, StorageError, UsageError
+from genrecal.samples import open_samples
+from genrecal.shards.reader import open_cache
+from genrecal.shards.verify import verify_cache
+
+OPTIONS = CacheOptions(samples_per_shard=6, batch_tokens=300, top_k=5)
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny):
+    return HFTeacher.load(tiny("qwen2_vl"), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_llava(tmp_path_factory.mktemp("overlap") / "d", mixed_samples(40))
+
+
+class Watched:
+    """A teacher that notes how it is used, and works after `delay()` seconds."""
+
+    def __init__(self, teacher, delay=lambda: 0.0):
+        self.teacher, self.delay = teacher, delay
+        self.threads, self.batches, self.alive, self.most_alive = set(), [], 0, 0
+        self._lock = threading.Lock()
+
+    def _count(self, more):
+        with self._lock:
+            self.alive += more
+            self.most_alive = max(self.alive, self.most_alive)
+
+    def encode(self, sample, *, max_tokens):
+        time.sleep(self.delay())
+        encoded = self.teacher.encode(sample, max_tokens=max_tokens)
+        self._count(1)
+        weakref.finalize(encoded, self._count, -1)
+        return encoded
+
+    def states(self, batch, **options):
+        time.sleep(self.delay())
+        self.threads.add(threading.current_thread())
+        self.batches.append([item.key for item in batch])
+        return self.teacher.states(batch, **options)
+
+    def evidence(self, encoded):
+        self.threads.add(threading.current_thread())
+        return self.teacher.evidence(encoded)
+
+    def __getattr__(self, name):
+        return getattr(self.teacher, name)
+
+
+def serially(teacher, data, out, monkeypatch):
+    """One shard after another, one thread of each kind."""
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "SHARDS_AT_ONCE", 1)
+        patch.setattr(shard, "CODERS", 1)
+        run_cache_job(teacher, open_samples([data]), out, OPTIONS, WorkOptions(threads=1))
+    return tree(out)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bytes_are_those_of_the_serial_order(teacher, data, tmp_path, monkeypatch, seed):
+    """Every step takes a random time, so that threads and shards overtake each other in every way."""
+    expected = serially(teacher, data, tmp_path / "serial", monkeypatch)
+    rng = random.Random(seed)
+    plain = shard.ShardWriter.code
+
+    def slow(writer, record):
+        time.sleep(rng.random() / 50)
+        return plain(writer, record)
+
+    monkeypatch.setattr(shard.ShardWriter, "code", slow)
+    watched = Watched(teacher, lambda: rng.random() / 50)
+    run_cache_job(watched, open_samples([data]), tmp_path / "cache", OPTIONS, WorkOptions(threads=4))
+    assert tree(tmp_path / "cache") == expected
+    assert watched.threads == {threading.current_thread()}  # the teacher itself sees no other
+
+
+def test_batches_are_of_a_whole_shard(teacher, data, tmp_path):
+    """And of one shard only: what stands in the others changes nothing."""
+    watched = Watched(teacher)
+    run_cache_job(watched, open_samples([data]), tmp_path / "cache", OPTIONS)
+    samples = open_samples([data])
+    lengths = {sample.key: len(teacher.encode(sample)) for sample in samples}
+    keys = [sample.key for sample in samples]
+    expected = []
+    for start in range(0, len(keys), 6):
+        of_shard = keys[start : start + 6]
+        for batch in batches_by_length({i: lengths[key] for i, key in enumerate(of_shard)}, 300):
+            expected.append([of_shard[i] for i in batch])
+    assert sorted(watched.batches) == sorted(expected)
+
+
+def test_records_in_memory_are_bounded(teacher, data, tmp_path, monkeypatch):
+    """A slow teacher does not let the renderers fill the memory."""
+    monkeypatch.setattr(shard, "WINDOW_SAMPLES", 4)
+    watched, threads = Watched(teacher), 2
+    plain = watched.states
+    watched.states = lambda *words, **options: (time.sleep(0.05), plain(*words, **options))[1]
+    options = dataclasses.replace(OPTIONS, samples_per_shard=20)
+    run_cache_job(watched, open_samples([data]), tmp_path / "cache", options, WorkOptions(threads=threads))
+    bound = job.SHARDS_AT_ONCE * (4 + 2 * threads + 1)
+    assert 4 < watched.most_alive <= bound < 40
+
+
+def test_a_window_closes_when_its_tensors_are_large(teacher, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard, "WINDOW_BYTES", 1)
+    watched = Watched(teacher)
+    run_cache_job(watched, open_samples([data]), tmp_path / "cache", OPTIONS)
+    assert [len(batch) for batch in watched.batches] == [1] * 40
+    assert verify_cache(tmp_path / "cache").whole
+
+
+def test_rendering_and_the_teacher_overlap(teacher, data, tmp_path):
+    """Both take 20 ms a sample here; one after the other they would take twice that."""
+    watched = Watched(teacher)
+    plain_encode, plain_states = watched.encode, watched.states
+    watched.encode = lambda *words, **options: (time.sleep(0.02), plain_encode(*words, **options))[1]
+    watched.states = lambda batch, **options: (time.sleep(0.02 * len(batch)), plain_states(batch, **options))[1]
+    options = dataclasses.replace(OPTIONS, samples_per_shard=4)
+    start = time.monotonic()
+    report = run_cache_job(watched, open_samples([data]), tmp_path / "cache", options, WorkOptions(threads=1))
+    seconds = time.monotonic() - start
+    # The first shard's rendering has nothing beside it.
+    assert seconds < 0.85 * sum(report.seconds.values())
+
+
+@pytest.mark.parametrize("broken", ["states", "encode", "head"])
+def test_an_error_in_one_shard_ends_the_job(teacher, data, tmp_path, broken):
+    """At once, with its own words, and without anything unfinished left."""
+    watched = Watched(teacher)
+    if broken == "states":
+        watched.states = lambda *_, **__: (_ for _ in ()).throw(ModelError("the GPU fell off the bus"))
+        expected = pytest.raises(ModelError, match="fell off")
+    elif broken == "encode":
+        watched.encode = lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        expected = pytest.raises(KeyboardInterrupt)
+    else:
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache" / "samples").write_bytes(b"no folder")
+        expected = pytest.raises(StorageError, match="shard 0 cannot be written|shard . cannot be written")
+    with expected:
+        run_cache_job(watched, open_samples([data]), tmp_path / "cache", OPTIONS)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.name.endswith(".tmp")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("shard", "render", "code"))]
+
+
+def test_what_a_processor_raises_is_a_reason_and_no_crash(teacher, data, tmp_path):
+    watched = Watched(teacher)
+    plain = watched.encode
+
+    def encode(sample, *, max_tokens):
+        if sample.sample_id == "s7":
+            raise AttributeError(f"<Broken object at {hex(id(sample))}> has no shape")
+        return plain(sample, max_tokens=max_tokens)
+
+    watched.encode = encode
+    options = dataclasses.replace(OPTIONS, max_skip=0.1)
+    report = run_cache_job(watched, open_samples([data]), tmp_path / "cache", options)
+    assert dict(report.reasons) == {"cannot be rendered: AttributeError: <Broken object> has no shape": 1}
+    assert (report.cached, report.skipped) == (39, 1)
+
+
+def test_a_state_that_a_codec_cannot_hold_is_a_reason(teacher, data, tmp_path, monkeypatch):
+    plain = shard.ShardWriter.code
+
+    def code(writer, record):
+        if record.sample.sample_id == "s3":
+            raise SampleError("a hidden state reaches 1e9")
+        return plain(writer, record)
+
+    monkeypatch.setattr(shard.ShardWriter, "code", code)
+    report = run_cache_job(
+        teacher, open_samples([data]), tmp_path / "cache", dataclasses.replace(OPTIONS, max_skip=0.1)
+    )
+    assert dict(report.reasons) == {"a hidden state reaches 1e9": 1}
+    assert [record.sample.sample_id for record in open_cache(tmp_path / "cache")] == [
+        f"s{i}" for i in range(40) if i != 3
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------- the status
+
+
+def test_the_status_file_says_what_was_done(teacher, data, tmp_path):
+    status = tmp_path / "status" / "0.json"
+    work = WorkOptions(status_file=status, workers=2, worker=1)
+    run_cache_job(teacher, open_samples([data]), tmp_path / "cache", OPTIONS, work)
+    said = json.loads(status.read_text())
+    assert (said["state"], said["worker"], said["workers"]) == ("waiting", 1, 2)
+    report = run_cache_job(teacher, open_samples([data]), tmp_path / "cache", OPTIONS, WorkOptions(status_file=status))
+    said = json.loads(status.read_text())
+    assert (said["state"], said["records"], said["records_total"], said["skipped"]) == ("finished", 40, 40, 0)
+    encoded = [teacher.encode(sample) for sample in open_samples([data])]
+    mine = [item for i, item in enumerate(encoded) if i // 6 % 2 == 0]
+    assert (said["samples"], said["tokens"]) == (len(mine), sum(map(len, mine)))
+    assert said["bytes"] == report.counts["bytes"] > 0
+    for name, count in (("samples", "samples"), ("tokens", "tokens")):
+        assert said[f"{name}_per_second"] == pytest.approx(said[count] / said["seconds"], rel=0.2)
+    assert verify_cache(tmp_path / "cache").whole
+
+
+def test_the_status_file_of_a_job_that_failed_says_why(teacher, tmp_path):
+    path = write_llava(tmp_path / "d", [conversation(("q", "a"), key="0")])
+    records = json.loads(path.read_text())
+    records[0]["conversations"][1]["value"] = " "
+    path.write_text(json.dumps(records))
+    status = tmp_path / "s.json"
+    with pytest.raises(Exception, match="--max-skip"):
+        run_cache_job(teacher, open_samples([path]), tmp_path / "c", OPTIONS, WorkOptions(status_file=status))
+    said = json.loads(status.read_text())
+    assert said["state"] == "failed" and "empty answer" in said["error"]
+
+
+def test_no_status_file_in_the_cache(teacher, data, tmp_path):
+    work = WorkOptions(status_file=tmp_path / "cache" / "status.json")
+    with pytest.raises(UsageError, match="--status-file .*outside the cache"):
+        run_cache_job(teacher, open_samples([data]), tmp_path / "cache", OPTIONS, work)
+    (tmp_path / "file").write_text("")
+    work = WorkOptions(status_file=tmp_path / "file" / "status.json")
+    with pytest.raises(UsageError, match="--status-file"):
+        run_cache_job(teacher, open_samples([data]), tmp_path / "cache", OPTIONS, work)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(workers=0), "--workers 0: expected at least 1"),
+        (dict(workers=2, worker=2), "--worker 2: expected 0 to 1 with --workers 2"),
+        (dict(worker=-1), "--worker -1: expected 0 to 0"),
+        (dict(threads=-1), "--threads -1: expected at least 1"),
+    ],
+)
+def test_wrong_work_options_are_refused(options, words):
+    with pytest.raises(UsageError, match=words):
+        WorkOptions(**options)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 7, 50])
+def test_every_shard_is_one_workers(workers):
+    shares = [WorkOptions(workers=workers, worker=i).shards(20) for i in range(workers)]
+    assert sorted(number for share in shares for number in share) == list(range(20))
+
+
+def test_workers_at_the_command_line(teacher, data, tmp_path, capsys):
+    """The first says what is missing and exits with 0; the second completes the cache."""
+    words = [
+        "cache",
+        "--teacher",
+        teacher.path,
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "c"),
+        "--dtype",
+        "float32",
+    ]
+    said = []
+    for worker in ("1", "0"):
+        with pytest.raises(SystemExit) as stop:
+            main([*words, "--samples-per-shard", "6", "--workers", "2", "--worker", worker])
+        assert stop.value.code == 0
+        said.append(" ".join(capsys.readouterr().out.split()))
+    assert "worker 1 of 2 is done: 18 samples cached, 0 skipped; 3 shards written, 0 were there. 4 shards of" in said[0]
+    assert "the last worker completes the cache" in said[0]
+    assert said[1].endswith("40 samples cached, 0 skipped; 4 shards written, 0 were there")
+    assert open_cache(tmp_path / "c").is_complete

@@ -1,0 +1,219 @@
+"""The forecast against what a real run writes, and the known teachers' sizes against what is known of them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SROIE, mixed_samples, write_llava
+
+from genrecal.cache.job import run_cache_job
+from genrecal.cache.options import CacheOptions
+from genrecal.cache.plan import PlanOptions, human_bytes, make_plan, plan_text
+from genrecal.cache.teacher import HFTeacher
+from genrecal.cache.teacher_shape import KNOWN, qwen2_vl_tokens, shape_of, tiles
+from genrecal.cli import main
+from genrecal.demo.data import write_dataset
+from genrecal.demo.pipeline import ASSETS
+from genrecal.errors import DataError, ModelError, UsageError
+from genrecal.samples import open_samples
+from genrecal.shards.reader import open_cache
+from genrecal.vlm.loading import load_processor
+from genrecal.vlm.rendering import Renderer
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return HFTeacher.load(ASSETS / "teacher")
+
+
+def bytes_written(cache: Path) -> dict[str, int]:
+    parts = {tier: sum(p.stat().st_size for p in (cache / tier).glob("*")) for tier in ("samples", "questions")}
+    parts["manifest"] = sum(p.stat().st_size for p in (cache / "manifest").iterdir())
+    return parts | {
+        "index": (cache / "index.parquet").stat().st_size,
+        "head": (cache / "head.safetensors").stat().st_size,
+    }
+
+
+def check_forecast(teacher, data, out, options, *, probe=10_000):
+    """Within 3 % of all bytes, 5 % of the larger tier, and exact counts where every record was probed."""
+    samples = open_samples([data])
+    plan = make_plan(
+        shape_of(ASSETS / "teacher"), teacher.vlm.renderer, samples, options, PlanOptions(probe=probe), out=str(out)
+    )
+    run_cache_job(teacher, samples, out, options)
+    written, description = bytes_written(out), open_cache(out).description
+    total = sum(written.values())
+    assert plan.total_bytes == pytest.approx(total, rel=0.03), (plan.bytes, written)
+    larger = max(("samples", "questions"), key=lambda tier: written[tier])
+    assert plan.bytes[larger] == pytest.approx(written[larger], rel=0.05), (plan.bytes, written)
+    assert plan.num_shards == description["num_shards"]
+    if probe >= len(samples):
+        for name in ("question_tokens", "answer_tokens", "skipped"):
+            assert getattr(plan, name) == description["totals"][name]
+    return plan, written
+
+
+OPTIONS = [
+    CacheOptions(samples_per_shard=128),
+    CacheOptions(samples_per_shard=64, answer_codec="bf16", question_codec="bf16", question_fraction=0.5),
+    CacheOptions(samples_per_shard=100, answer_codec="int4", question_codec="none", draws=20, top_k=16),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["defaults", "bf16", "int4-draws"])
+def test_the_demos_bytes(teacher, tmp_path, options):
+    data = write_dataset(tmp_path / "data", num_samples=256, split="train", seed=0)
+    check_forecast(teacher, data, tmp_path / "cache", options)
+
+
+def test_the_demos_bytes_from_a_part_of_it(teacher, tmp_path):
+    data = write_dataset(tmp_path / "data", num_samples=256, split="train", seed=1)
+    plan, written = check_forecast(teacher, data, tmp_path / "cache", CacheOptions(), probe=150)
+    assert 0 < plan.error_bytes < 0.03 * plan.total_bytes
+
+
+@pytest.mark.skipif(not SROIE.exists(), reason="the receipts are not here")
+def test_the_receipts_bytes(teacher, tmp_path):
+    check_forecast(teacher, SROIE, tmp_path / "cache", CacheOptions(samples_per_shard=16))
+
+
+def test_skipped_records_are_forecast_with_their_reasons(tiny, tmp_path):
+    data = write_llava(tmp_path / "d", mixed_samples(20))
+    records = json.loads(data.read_text())
+    for record in records[:5]:
+        record["conversations"][-1]["value"] = " "
+    data.write_text(json.dumps(records))
+    folder = tiny("qwen2_vl")
+    renderer, shape = Renderer(load_processor(folder)), shape_of(folder)
+    plan = make_plan(shape, renderer, open_samples([data]), CacheOptions(), PlanOptions(num_samples=4000))
+    assert plan.skipped == 1000 and sum(plan.reasons.values()) == 5
+    assert all("empty answer" in reason for reason in plan.reasons)
+    assert "empty answer" in plan_text(plan)
+    with pytest.raises(DataError, match="none of 5 probed records can be used: .*empty answer"):
+        make_plan(shape, renderer, open_samples([data], limit=5), CacheOptions(), PlanOptions())
+
+
+FAMILIES = [
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "internvl_qwen2",
+    "internvl_llama",
+    "llava_onevision",
+    "idefics3",
+    "gemma3",
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes_are_those_of_the_model(tiny, family):
+    """Counted on the loaded model, of which the forecast reads no weights."""
+    shape, vlm = shape_of(tiny(family)), HFTeacher.load(tiny(family)).vlm
+    assert (shape.head_rows, shape.hidden_size) == tuple(vlm.head.weight.shape)
+    assert shape.parameters == sum(p.numel() for p in vlm.model.parameters())
+    embeddings = vlm.model.get_input_embeddings().weight.numel()
+    tied = vlm.head.weight is vlm.model.get_input_embeddings().weight
+    expected = shape.text_parameters + shape.vision_parameters + embeddings + (0 if tied else vlm.head.weight.numel())
+    assert expected == shape.parameters
+    assert shape.layers == 2 and shape.vision_layers >= 1 and shape.vision_width == 32
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "internvl_qwen2", "internvl_llama"])
+def test_flops_are_those_that_torch_counts(tiny, family):
+    """A real forward under torch's own counter, which takes the text's attention for a full square."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from genrecal.cache.plan import _counted
+
+    teacher = HFTeacher.load(tiny(family), dtype=torch.float32, attention="eager")
+    shape = shape_of(tiny(family))
+    for sample in mixed_samples(4):
+        encoded = teacher.encode(sample)
+        counted = _counted(encoded, teacher.vlm.renderer)
+        tokens, targets = counted["question_tokens"] + counted["answer_tokens"], counted["answer_tokens"] + 1
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            teacher.vlm.hidden(teacher.vlm.renderer.collate([encoded]))
+        square = 2.0 * shape.layers * shape.attention_width * tokens**2
+        ours = shape.flops(tokens, 0, counted["patches"]) + square
+        # Biases and norms are parameters, but no products; the projector meets fewer tokens than the encoder patches.
+        assert 0.8 < counter.get_total_flops() / ours < 1.05
+        assert shape.flops(tokens, targets, ()) - shape.flops(tokens, 0, ()) == 2 * targets * shape.head_rows * 32
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("qwen2-vl-72b", 73.4), ("internvl2-76b", 76.3), ("internvl2.5-78b", 78.4), ("nvlm-d-72b", 79.4)],
+)
+def test_known_teachers_have_their_published_sizes(name, billions):
+    assert KNOWN[name].parameters / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_qwens_rule_is_its_processors():
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    rng = np.random.default_rng(0)
+    for width, height in np.exp(rng.uniform(np.log(30), np.log(6000), (200, 2))).round().astype(int).tolist():
+        if max(width, height) / min(width, height) > 199:
+            continue
+        rows, columns = smart_resize(height, width, factor=28, min_pixels=3136, max_pixels=12_845_056)
+        assert qwen2_vl_tokens(width, height) == (rows * columns // 784 + 2, [rows * columns // 196])
+
+
+def test_the_tiles_are_internvls():
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
+    rng = np.random.default_rng(0)
+    for most in (6, 12):
+        for width, height in np.exp(rng.uniform(np.log(30), np.log(6000), (200, 2))).round().astype(int).tolist():
+            columns, rows = get_optimal_tiled_canvas((height, width), (448, 448), 1, most)
+            count = columns * rows + (columns * rows > 1)
+            assert tiles(most)(width, height) == (256 * count + 2, [1025] * count)
+
+
+def test_a_known_teacher_needs_no_folder(tmp_path, capsys):
+    data = write_llava(tmp_path / "d", mixed_samples(8))
+    words = ["plan", "--teacher", "Qwen2-VL-72B", "--data", str(data), "--out", str(tmp_path / "c"), "--json"]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--num-samples", "1000"])
+    plan = json.loads(capsys.readouterr().out)
+    free = shutil.disk_usage(tmp_path).free
+    assert stop.value.code == (0 if plan["total_bytes"] <= free else 1)
+    assert plan["by_rule"] and plan["num_shards"] == 4 and plan["least_gpus"] == 2
+    assert plan["fits"] is (stop.value.code == 0)
+    # Head and states are what there is of an 8,192 wide teacher: 2.5 GB, and half a byte a channel in int4, less what zstd
+    # finds in codes that are not all equally frequent.
+    assert plan["bytes"]["head"] == 152_064 * 8192 * 2
+    assert 0.45 < plan["bytes_by_codec"]["int4"]["question"] / plan["question_tokens"] / 8192 < 0.53
+    assert 1.0 < plan["bytes_by_codec"]["int8"]["question"] / plan["question_tokens"] / 8192 < 1.1
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_disk_that_is_too_small_is_said_and_fails(tmp_path, capsys):
+    data = write_llava(tmp_path / "d", mixed_samples(4))
+    words = ["plan", "--teacher", "nvlm-d-72b", "--data", str(data), "--out", str(tmp_path / "c")]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--num-samples", "9000000000"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 1 and "NOT enough" in text and "PB" in text and "GPU-hours at 40% of 989" in text
+
+
+def test_a_teacher_that_is_none(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ModelError, match="its sizes cannot be told from its config.*qwen2-vl-72b"):
+        shape_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(probe=0), dict(num_samples=-1), dict(utilisation=0), dict(utilisation=1.5), dict(train_rate=0)]
+)
+def test_wrong_assumptions_are_refused(wrong):
+    with pytest.raises(UsageError, match=f"--{next(iter(wrong)).replace('_', '-')}"):
+        PlanOptions(**wrong)
+
+
+def test_human_bytes():
+    assert [human_bytes(n) for n in (0, 999, 1500, 2.5e12, 3e15)] == ["0 B", "999 B", "1.5 kB", "2.5 TB", "3 PB"]
