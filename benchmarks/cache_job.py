@@ -1,7 +1,7 @@
 """Wall time of the cache job against the bare teacher forward over the same batches, and where the time goes.
 
     python benchmarks/cache_job.py [--samples 160]
-    python benchmarks/cache_job.py --shape 7b --device cuda --dtype bfloat16 --samples 2000 --peak-tflops 989
+    python benchmarks/cache_job.py --shape 7b --device cuda --dtype bfloat16 --samples 512 --peak-tflops 989
 
 A randomly initialised Qwen2-VL: `small` runs on a CPU in about two minutes, `7b` has the sizes of Qwen2-VL-7B and is for
 whoever has the card. Three times are taken over the same batches: the body alone; body, head and top k (what a backend

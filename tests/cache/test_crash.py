@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -87,25 +88,29 @@ def interrupt(runner, out, kills):
     return hits
 
 
-def calls_and_seconds(runner, out):
-    import time
-
-    start = time.monotonic()
-    calls = runner.finish(out)["calls"]
-    return calls, time.monotonic() - start
+def calls_and_seconds(runner, out, *, times=1):
+    """File-system calls of an undisturbed job, and the least time it took."""
+    seconds = []
+    for number in range(times):
+        start = time.monotonic()
+        calls = runner.finish(out / str(number))["calls"]
+        seconds.append(time.monotonic() - start)
+    return calls, min(seconds)
 
 
 @pytest.mark.slow
 def test_killed_at_200_instants(runner, tmp_path):
     """Half of them in the middle of a file-system call, half by the clock."""
-    calls, seconds = calls_and_seconds(runner, tmp_path / "timed")
+    calls, seconds = calls_and_seconds(runner, tmp_path / "timed", times=5)
     rng = random.Random(0)
     hits = number = 0
     while hits < KILLS:
-        assert number < 2 * KILLS, "most kills came after the job's end"
+        assert number < 2 * KILLS, f"only {hits} of {number} kills came before the job's end"
         kills = [rng.choice([("at", calls), ("seconds", seconds)]) for _ in range(IN_A_ROW)]
-        hits += interrupt(runner, tmp_path / str(number), [(*kill, rng.random()) for kill in kills])
-        number += IN_A_ROW
+        hit = interrupt(runner, tmp_path / str(number), [(*kill, rng.random()) for kill in kills])
+        if hit < IN_A_ROW - 1:
+            seconds *= 0.9  # the machine has become faster: somebody else's work ended
+        hits, number = hits + hit, number + IN_A_ROW
 
 
 def test_killed_in_the_middle_of_calls(runner, tmp_path):
