@@ -25,7 +25,7 @@ from genrecal.errors import DataError, SampleError
 
 IMAGE_TAG = "<image>"
 # What is decoded, by Pillow's names: other formats come with programs (EPS runs Ghostscript), or hold many pictures.
-IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 LONGEST_PATH = 4096  # characters; a longer one is a picture pasted in without its data: prefix
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
