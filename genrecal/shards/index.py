@@ -79,8 +79,9 @@ class Index:
 
     def count(self, shard: int) -> int:
         """Records of a shard."""
-        start, end = np.searchsorted(self.shard, [shard, shard + 1])
-        return int(end - start)
+        number = int(np.searchsorted(self._numbers, shard))
+        end = self._starts[number + 1] if number + 1 < len(self._starts) else len(self.shard)
+        return int(end - self._starts[number])
 
 
 Scan = Sequence[tuple[pa.Table, dict[str, Any]]]  # of each shard, the index's columns and the facts of its manifest
