@@ -179,7 +179,7 @@ def test_merged_lora_computes_the_same(tiny, family):
         merge_lora(student)
         merged = student.hidden(inputs)
     assert not torch.allclose(with_lora, before, atol=1e-2)
-    assert torch.allclose(merged, with_lora, atol=1e-4)
+    assert (merged - with_lora).abs().max() < 1e-3 * with_lora.abs().max()  # float32's rounding, through the layers
     assert list(student.model.state_dict()) == names
 
 
