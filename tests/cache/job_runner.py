@@ -83,6 +83,9 @@ def obey_permissions():
 
 def run(teacher, data, job, answer):
     """One job, in a child; it never returns."""
+    # torch makes its thread pool anew at the first use after a fork. Two threads that come first together find none
+    # ("Invalid thread pool!"); so this thread uses it before there are others.
+    torch.set_num_threads(1)
     point = Point(job.get("at"), getattr(errno, job["error"]) if job.get("error") else None)
     watch_calls(point)
     if job.get("largest_file"):
