@@ -15,6 +15,7 @@ import tiny_models
 import torch
 from PIL import Image
 
+from genrecal.cache.teacher import HFTeacher
 from genrecal.samples import ImageRef, ImageSource, Message, Sample
 
 torch.set_num_threads(1)
@@ -31,6 +32,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`tiny("qwen2_vl")`: the folder of that family's tiny model."""
     root = tmp_path_factory.mktemp("models")
     return lambda family: tiny_models.make(family, root / family)
+
+
+@pytest.fixture(scope="session")
+def teacher(tiny: Callable[[str], Path]) -> HFTeacher:
+    """The tiny Qwen2-VL as a teacher, in float32. Who changes one loads another."""
+    return HFTeacher.load(tiny("qwen2_vl"), dtype=torch.float32)
 
 
 def picture(seed: int = 0, width: int = 90, height: int = 60) -> Image.Image:

@@ -239,6 +239,8 @@ class LocalStore(Store):
         return self._file(name)[0]
 
     def discard_temporaries(self, folder: str) -> None:
+        if (self.root / folder).is_symlink():
+            return  # not ours, wherever it leads
         for path in (self.root / folder).glob(".*.tmp"):
             path.unlink(missing_ok=True)
 

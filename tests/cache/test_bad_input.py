@@ -11,7 +11,6 @@ from made_cache import tree
 
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions, WorkOptions
-from genrecal.cache.teacher import HFTeacher
 from genrecal.errors import DataError, ModelError, SampleError
 from genrecal.samples import open_samples
 from genrecal.shards.inspect import summarize
@@ -20,11 +19,6 @@ from genrecal.shards.verify import verify_cache
 
 COUNT = 500
 OPTIONS = dict(max_tokens=2000, samples_per_shard=64, top_k=4, batch_tokens=4096)
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny):
-    return HFTeacher.load(tiny("qwen2_vl"), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -25,11 +25,6 @@ from genrecal.shards.reader import open_cache
 
 
 @pytest.fixture(scope="module")
-def teacher(tiny):
-    return HFTeacher.load(tiny("qwen2_vl"), dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_llava(tmp_path_factory.mktemp("data") / "d", mixed_samples(20))
 

@@ -8,7 +8,6 @@ import time
 import weakref
 
 import pytest
-import torch
 from conftest import conversation, mixed_samples, write_llava
 from made_cache import tree
 
@@ -16,7 +15,6 @@ from genrecal.cache import job, shard
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions, WorkOptions
 from genrecal.cache.shard import batches_by_length
-from genrecal.cache.teacher import HFTeacher
 from genrecal.cli import main
 from genrecal.errors import ModelError, SampleError, StorageError, UsageError
 from genrecal.samples import open_samples
@@ -24,11 +22,6 @@ from genrecal.shards.reader import open_cache
 from genrecal.shards.verify import verify_cache
 
 OPTIONS = CacheOptions(samples_per_shard=6, batch_tokens=300, top_k=5)
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny):
-    return HFTeacher.load(tiny("qwen2_vl"), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -914,6 +914,10 @@ def test_clearing_away_unfinished_files_leaves_those_of_a_linked_folder(cache, o
     (cache / "linked").symlink_to(outside)
     open_store(cache).prepare()
     assert (outside / name).exists() and not (cache / "samples" / name).exists()
+    (cache / "samples" / name).touch()
+    for folder in ("linked", "samples"):
+        open_store(cache).discard_temporaries(folder)
+    assert (outside / name).exists() and not (cache / "samples" / name).exists()
 
 
 def test_quarantine_through_a_linked_folder_is_refused(cache, outside):

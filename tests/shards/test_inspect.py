@@ -23,7 +23,6 @@ from tokenizers import Tokenizer
 
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
-from genrecal.cache.teacher import HFTeacher
 from genrecal.cli import main
 from genrecal.errors import DamageError, FormatError, UsageError
 from genrecal.samples import open_samples
@@ -51,11 +50,6 @@ ODD = [
     conversation(("Turn\u202earound?", "ab \u202e cd \\xf0 \\"), key="00000002"),
     conversation(("Long?", "word " * 60 + "end"), key="00000003"),
 ]
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny):
-    return HFTeacher.load(tiny("qwen2_vl"), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

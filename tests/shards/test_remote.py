@@ -19,7 +19,6 @@ from s3_server import BUCKET, environment, proxy_to, s3_server
 import genrecal
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
-from genrecal.cache.teacher import HFTeacher
 from genrecal.errors import DamageError, FormatError, StorageError, UsageError
 from genrecal.samples import open_samples
 from genrecal.shards import storage
@@ -69,11 +68,6 @@ def names(url: str) -> set[str]:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("made") / "cache")
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny):
-    return HFTeacher.load(tiny("qwen2_vl"), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from made_cache import PER_SHARD, make_cache, make_head, make_record, tree, writ
 
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
-from genrecal.cache.teacher import HFTeacher
 from genrecal.cli import main
 from genrecal.errors import DamageError
 from genrecal.samples import open_samples
@@ -464,11 +463,6 @@ def test_damaged_shards_are_set_aside_and_no_earlier_ones_overwritten(cache):
     damage(cache, 1)
     assert quarantine(verify_cache(cache)) == [f"{cache}/quarantine/00001.1"]
     assert len(tree(cache / "quarantine")) == 6
-
-
-@pytest.fixture(scope="module")
-def teacher(tiny):
-    return HFTeacher.load(tiny("qwen2_vl"), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
