@@ -28,7 +28,7 @@ from genrecal.shards.writer import CodedRecord, ShardWriter
 from genrecal.vlm.rendering import Encoded
 
 WINDOW_SAMPLES = 256  # records of a shard that are rendered before their batches are formed
-WINDOW_BYTES = 2**31  # of rendered tensors, after which a window closes with fewer
+WINDOW_BYTES = 2**31  # of rendered tensors and pictures, after which a window closes with fewer
 CODERS = 2  # threads that code records
 UNCODED_BATCHES = 2  # batches whose states may wait for a coder
 
@@ -140,7 +140,7 @@ def _windows(
         while waiting and (last or len(waiting) > 2 * threads.num_renderers):
             item = waiting.popleft().result()
             window.append(item)
-            held += _tensor_bytes(item.encoded)
+            held += item.encoded.num_bytes if item.encoded is not None else 0
             if len(window) == WINDOW_SAMPLES or held >= WINDOW_BYTES:
                 yield window
                 window, held = [], 0
@@ -167,10 +167,6 @@ def _render(teacher: Teacher, sample: Sample | BadRecord, options: CacheOptions)
 def plain_reason(error: Exception) -> str:
     """An error's words without what differs from run to run."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(str(error).split()))
-
-
-def _tensor_bytes(encoded: Encoded | None) -> int:
-    return sum(value.nbytes for value in encoded.inputs.values()) if encoded is not None else 0
 
 
 class Stopped(Exception):

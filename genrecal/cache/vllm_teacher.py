@@ -58,6 +58,11 @@ class EnginePrompt(Encoded):
     raw_ids: list[int]
     images: tuple[Image.Image, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        """With the decoded pictures, three bytes a pixel."""
+        return super().num_bytes + sum(3 * image.width * image.height for image in self.images)
+
 
 class VLLMTeacher:
     """A teacher run by vLLM, teacher-forced, one engine over all its GPUs."""

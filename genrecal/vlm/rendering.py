@@ -73,6 +73,11 @@ class Encoded:
     def __len__(self) -> int:
         return int(self.inputs["input_ids"].shape[1])
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes, but for its ids."""
+        return sum(value.nbytes for value in self.inputs.values())
+
     def segments(self) -> list[tuple[int, int, bool]]:
         """(start, end, is_answer) of Q1, A1, ..., QT, AT."""
         result, start = [], 0

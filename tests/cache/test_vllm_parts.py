@@ -5,11 +5,11 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from conftest import conversation, mixed_samples, write_llava
+from conftest import conversation, mixed_samples, picture, write_llava
 
 from genrecal.cache.extract import answer_positions, answer_rows, answer_targets, question_rows
 from genrecal.cache.teacher import HFTeacher
-from genrecal.cache.vllm_teacher import VLLMTeacher, engine_arguments, engine_reason
+from genrecal.cache.vllm_teacher import EnginePrompt, VLLMTeacher, engine_arguments, engine_reason
 from genrecal.cache.vllm_worker import (
     REQUEST_KEY,
     RowsHead,
@@ -169,3 +169,14 @@ def test_wrong_usage_is_one_line(tiny, tmp_path, capsys, words, reason):
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and reason in message and message.count("\n") == 1
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_prompts_pictures_count_for_what_may_be_in_memory(teacher):
+    """The job's windows close by these bytes; pictures that the engine prepares itself are no tensors yet."""
+    encoded = teacher.encode(conversation(("What?", "a"), images={0: 1}), max_tokens=None)
+    text = {name: encoded.inputs[name] for name in teacher.renderer.text_keys}
+    fields = vars(encoded) | {"inputs": text}
+    bare = EnginePrompt(**fields, raw_ids=[1], images=())
+    pictured = EnginePrompt(**fields, raw_ids=[1], images=(picture(0, 90, 60), picture(1, 10, 20)))
+    assert pictured.num_bytes == bare.num_bytes + 3 * (90 * 60 + 10 * 20)
+    assert encoded.num_bytes == sum(value.nbytes for value in encoded.inputs.values()) > bare.num_bytes
