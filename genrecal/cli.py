@@ -1,6 +1,7 @@
 """The command line: parse, call one run function, print errors. Heavy libraries are imported by the command that needs them."""
 
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -206,13 +207,21 @@ def cache(
     status_file: Annotated[
         Path | None, typer.Option(help="Write here, as JSON, how far the job is; outside the cache.")
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Run on the Ray cluster at host:port; auto for this machine's, local for a new one."),
+    ] = None,
+    ray_actors: Annotated[int, typer.Option(help="Teachers on the cluster; 0 for what its GPUs allow.")] = 0,
+    ray_gpus: Annotated[
+        float | None, typer.Option(help="GPUs that one teacher takes; else one, or none with --device cpu.")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Run the teacher once over the data and write its states as shards."""
     from genrecal.cache.job import run_cache_job
-    from genrecal.cache.options import CacheOptions, WorkOptions
+    from genrecal.cache.options import CacheOptions, RayOptions, WorkOptions
     from genrecal.samples import open_samples
     from genrecal.shards.manifest import SKIPPED
     from genrecal.shards.reader import open_cache
@@ -233,8 +242,19 @@ def cache(
         max_skip=max_skip,
     )
     work = WorkOptions(workers=workers, worker=worker, threads=threads, status_file=status_file)
-    samples = open_samples(data, image_root=image_root, limit=limit)
-    report = run_cache_job(_teacher(teacher, dtype, device, trust_remote_code), samples, out, settings, work)
+    load_teacher = functools.partial(_teacher, teacher, dtype, device, trust_remote_code)
+    load_samples = functools.partial(open_samples, data, image_root=image_root, limit=limit)
+    if ray is not None:
+        from genrecal.cache.ray_job import run_ray_job
+
+        gpus = 0.0 if ray_gpus is None and device == "cpu" else ray_gpus
+        cluster = RayOptions(address=ray, actors=ray_actors, gpus=gpus)
+        report = run_ray_job(load_teacher, load_samples, out, settings, work, cluster)
+    elif ray_actors or ray_gpus is not None:
+        raise UsageError("--ray-actors and --ray-gpus: expected --ray ADDRESS with them")
+    else:
+        samples = load_samples()
+        report = run_cache_job(load_teacher(), samples, out, settings, work)
     done = f"{report.shards_done} shards written, {report.shards_found} were there"
     if report.shards_missing:
         console.print(

@@ -73,6 +73,15 @@ class Watch:
             self.reasons[reason] += 1
             check_skipped(self.counts["skipped"], self.num_samples, self.max_skip, self.reasons)
 
+    def add(self, counts: dict[str, int], reasons: dict[str, int], seconds: dict[str, float]) -> None:
+        """Count what a watch in another process counted. Raises DataError when there are too many skipped records."""
+        with self._lock:
+            self.reasons.update(reasons)
+            for part in PARTS:
+                self.seconds[part] += seconds[part]
+        self.count(**counts)
+        check_skipped(self.counts["skipped"], self.num_samples, self.max_skip, self.reasons)
+
     def prove(self, teacher: Teacher, encoded: Encoded) -> None:
         """Have the teacher prove itself on a sample, once a run. Raises ModelError."""
         with self._proving:
