@@ -6,9 +6,11 @@ lost node or process took with it are missing in it, and the next round of calls
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,7 @@ from genrecal.shards.storage import Store, open_store
 
 SHARDS_A_CALL = 8  # at most; the shards of a call overlap as those of a process do, and go on in one place
 CALLS_AN_ACTOR = 4  # at least, where there are shards enough: so that no actor waits long for the last one
+CONNECT_SECONDS = 10
 ROUNDS = 3  # in a row that finish no shard, before the job fails
 
 
@@ -104,7 +107,8 @@ def _make_shards(
         new = finished_shards(store, missing)
         done |= new
         records = sum(len(job.options.records(shard, num_samples)) for shard in done)
-        watch.count(records=before + records - watch.counts["records"])  # of calls whose answer was lost
+        if lost := before + records - watch.counts["records"]:  # answers of shards that are there
+            watch.count(records=lost)
         if len(done) == len(shards):
             return done
         idle = 0 if new else idle + 1
@@ -124,18 +128,19 @@ def _answers(job: Job, shards: list[int], gpus: float, actors: int) -> Iterator[
 
     size = max(1, min(SHARDS_A_CALL, len(shards) // (CALLS_AN_ACTOR * actors)))
     calls = [{"shards": shards[start : start + size]} for start in range(0, max(len(shards), 1), size)]
-    answers = ray.data.from_items(
-        calls, override_num_blocks=len(calls)
-    ).map_batches(
-        ShardMaker,
-        fn_constructor_args=(job,),
-        batch_size=None,
-        compute=ray.data.ActorPoolStrategy(size=min(actors, len(calls)), max_tasks_in_flight_per_actor=1),
-        num_gpus=gpus or None,
-        num_cpus=job.work.threads or 1,
-        max_restarts=-1,  # wherever there is room
-        max_task_retries=0,  # a call would wait for its own actor, forever if no node can take it; the next round does not
-    )
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # Ray Data's, of the last arguments: a name of its own has none of them
+        answers = ray.data.from_items(calls, override_num_blocks=len(calls)).map_batches(
+            ShardMaker,
+            fn_constructor_args=(job,),
+            batch_size=None,
+            compute=ray.data.ActorPoolStrategy(size=min(actors, len(calls)), max_tasks_in_flight_per_actor=1),
+            num_gpus=gpus or None,
+            num_cpus=job.work.threads or 1,
+            max_restarts=-1,  # wherever there is room
+            max_task_retries=0,  # a call would wait for its own actor, forever if no node can take it
+        )
     try:
         for row in answers.iter_rows():
             yield json.loads(row["answer"])
@@ -201,17 +206,22 @@ def _connected(ray: Any, address: str) -> Iterator[None]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = -1  # calls that were lost; `_make_shards` makes what they were to make
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):  # Ray's own log files hold everything
+            handler.setLevel(logging.CRITICAL)
     if ray.is_initialized():
         yield
         return
     try:
-        ray.init(
-            address, log_to_driver=False, logging_level="ERROR", include_dashboard=False if address == "local" else None
-        )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+        if address not in ("auto", "local"):
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()  # Ray itself would try for minutes
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError, OverflowError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(
-            f"--ray {address}: no Ray cluster there ({reason}); start one with `ray start --head`, or use --ray local"
+            f"--ray {address}: no Ray cluster can be reached there ({reason}); expected auto, local or host:port; "
+            "start one with `ray start --head`, or use --ray local"
         ) from None
     try:
         yield
