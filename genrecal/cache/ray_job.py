@@ -128,9 +128,7 @@ def _answers(job: Job, shards: list[int], gpus: float, actors: int) -> Iterator[
 
     size = max(1, min(SHARDS_A_CALL, len(shards) // (CALLS_AN_ACTOR * actors)))
     calls = [{"shards": shards[start : start + size]} for start in range(0, max(len(shards), 1), size)]
-    with warnings.catch_warnings(
-        action="ignore"
-    ):  # Ray Data's, of the last arguments: a name of its own has none of them
+    with warnings.catch_warnings(action="ignore"):  # the last two have no names of their own any more
         answers = ray.data.from_items(calls, override_num_blocks=len(calls)).map_batches(
             ShardMaker,
             fn_constructor_args=(job,),
