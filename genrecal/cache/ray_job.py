@@ -95,8 +95,9 @@ def _make_shards(
     """Make these shards in rounds; their facts. Without any, one teacher is still asked whether the cache is its own."""
     gpus, actors = _resources(cluster)
     before, done, idle, failure = watch.counts["records"], dict[int, dict[str, Any]](), 0, None
+    failed: set[int] = set()  # they come last: a call that fails takes the next one of its actor with it
     while True:
-        missing = [shard for shard in shards if shard not in done]
+        missing = sorted((shard for shard in shards if shard not in done), key=lambda shard: (shard in failed, shard))
         for answer in _answers(job, missing, gpus, actors):
             if "error" not in answer:
                 watch.add(**answer)
@@ -104,6 +105,7 @@ def _make_shards(
                 raise getattr(genrecal.errors, answer["kind"])(answer["error"])
             else:
                 failure = answer["error"]
+                failed.update(answer["shards"])
         new = finished_shards(store, missing)
         done |= new
         records = sum(len(job.options.records(shard, num_samples)) for shard in done)
@@ -166,10 +168,8 @@ class ShardMaker:
             return {"error": f"{error} (on node {socket.gethostname()})", "kind": type(error).__name__}
         except Exception as error:
             self.failed = True
-            return {
-                "error": f"{type(error).__name__}: {plain_reason(error)} (on node {socket.gethostname()})",
-                "kind": "",
-            }
+            reason = f"{type(error).__name__}: {plain_reason(error)} (on node {socket.gethostname()})"
+            return {"error": reason, "kind": "", "shards": shards}
 
     def _make(self, shards: list[int]) -> dict[str, Any]:
         job = self.job

@@ -20,7 +20,7 @@ class Teacher(HFTeacher):
         import ray
 
         (self.folder / f"{ray.get_runtime_context().get_node_id()}-{time.time_ns()}").touch()
-        time.sleep(0.3)
+        time.sleep(0.2)
         if self.fault and any(self.key in encoded.key for encoded in batch):
             if self.fault == "killed":
                 os._exit(9)

@@ -17,12 +17,13 @@ from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions, RayOptions, WorkOptions
 from genrecal.cache.ray_job import run_ray_job
 from genrecal.cache.teacher import HFTeacher
+from genrecal.cli import main
 from genrecal.errors import DataError, ModelError, StorageError, UsageError
 from genrecal.samples import open_samples
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 OPTIONS = CacheOptions(samples_per_shard=2, top_k=5)
-SHARDS = 10
+SHARDS = 8
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,36 @@ def nodes_of(folder):
     return {path.name.split("-")[0] for path in folder.iterdir()}
 
 
+def words_of(data, model, out, *more):
+    return ["cache", "--teacher", str(model), "--data", str(data), "--out", str(out), *more]
+
+
+def test_without_ray(data, model, tmp_path):
+    code = "import sys; sys.modules['ray'] = None; from genrecal.cli import main; main()"
+    words = words_of(data, model, tmp_path / "c", "--ray", "local")
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 2 and 'pip install "genrecal[ray]"' in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--ray", "127.0.0.1:1"], "--ray 127.0.0.1:1: no Ray cluster can be reached there"),
+        (["--ray", "here"], "expected auto, local or host:port"),
+        (["--ray", "local", "--workers", "2"], "--workers 2 with --ray: expected one of the two"),
+        (["--ray-actors", "2"], "expected --ray ADDRESS with them"),
+        (["--ray", "local", "--ray-gpus", "1.5"], "a share of a GPU from 0 to 1, or a whole number"),
+    ],
+)
+def test_wrong_use(data, model, tmp_path, capsys, words, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(words_of(data, model, tmp_path / "c", *words))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "c").exists()
+
+
 def test_two_nodes_make_the_same_bytes(run, whole, tmp_path):
     report = run()
     assert (report.shards_done, report.shards_found, report.cached) == (SHARDS, 0, 2 * SHARDS)
@@ -122,30 +153,8 @@ def test_what_fails_says_why(run):
 @pytest.mark.parametrize("fault", ["a device-side assert", "killed"])
 def test_a_shard_that_goes_on_failing(run, tmp_path, monkeypatch, fault):
     """The others are made; then the job fails, with the reason if there is one."""
-    monkeypatch.setattr(ray_job, "ROUNDS", 2)
+    monkeypatch.setattr(ray_job, "ROUNDS", 1)
     kind, words = (StorageError, "lost each time") if fault == "killed" else (ModelError, f"RuntimeError: {fault}")
-    with pytest.raises(kind, match=rf"1 shards \(3\) were not made in 2 rounds: .*{words}.*run the same command again"):
+    with pytest.raises(kind, match=rf"1 shards \(3\) were not made in 1 rounds: .*{words}.*run the same command again"):
         run(actors=1, fault=fault, key="00000006")
     assert len(list((tmp_path / "cache/manifest").glob("*.parquet"))) == SHARDS - 1
-
-
-def command(*words, before=""):
-    code = f"{before}\nfrom genrecal.cli import main; main()"
-    return subprocess.run([sys.executable, "-c", code, "cache", *words], capture_output=True, text=True)
-
-
-@pytest.mark.parametrize(
-    "words, before, message",
-    [
-        (["--ray", "local"], "import sys; sys.modules['ray'] = None", 'pip install "genrecal[ray]"'),
-        (["--ray", "127.0.0.1:1"], "", "--ray 127.0.0.1:1: no Ray cluster can be reached there"),
-        (["--ray", "here"], "", "expected auto, local or host:port"),
-        (["--ray", "local", "--workers", "2"], "", "--workers 2 with --ray: expected one of the two"),
-        (["--ray-actors", "2"], "", "expected --ray ADDRESS with them"),
-        (["--ray", "local", "--ray-gpus", "1.5"], "", "a share of a GPU from 0 to 1, or a whole number"),
-    ],
-)
-def test_wrong_use(data, model, tmp_path, words, before, message):
-    done = command("--teacher", str(model), "--data", str(data), "--out", str(tmp_path / "c"), *words, before=before)
-    assert done.returncode == 2 and message in done.stderr, done.stderr
-    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "c").exists()
