@@ -1,13 +1,14 @@
 """The command line: parse, call one run function, print errors. Heavy libraries are imported by the command that needs them."""
 
 import dataclasses
+import functools
 import io
 import json
 import math
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -211,6 +212,14 @@ def cache(
     status_file: Annotated[
         Path | None, typer.Option(help="Write here, as JSON, how far the job is; outside the cache.")
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Run on the Ray cluster at host:port; auto for this machine's, local for a new one."),
+    ] = None,
+    ray_actors: Annotated[int, typer.Option(help="Teachers on the cluster; 0 for what its GPUs allow.")] = 0,
+    ray_gpus: Annotated[
+        float | None, typer.Option(help="GPUs that one teacher takes; else one, or none with --device cpu.")
+    ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
@@ -233,7 +242,7 @@ def cache(
 ) -> None:
     """Run the teacher once over the data and write its states as shards."""
     from genrecal.cache.job import run_cache_job
-    from genrecal.cache.options import CacheOptions, WorkOptions
+    from genrecal.cache.options import CacheOptions, RayOptions, WorkOptions
     from genrecal.samples import open_samples
     from genrecal.shards.manifest import SKIPPED
     from genrecal.shards.reader import open_cache
@@ -254,10 +263,11 @@ def cache(
         max_skip=max_skip,
     )
     work = WorkOptions(workers=workers, worker=worker, threads=threads, status_file=status_file)
-    samples = open_samples(data, image_root=image_root, limit=limit)
-    model: Any
+    load_teacher: Callable[[], Any]
     if backend == "vllm":
-        model = _vllm_teacher(teacher, dtype, device, trust_remote_code, tensor_parallel, pipeline_parallel, engine_arg)
+        load_teacher = functools.partial(
+            _vllm_teacher, teacher, dtype, device, trust_remote_code, tensor_parallel, pipeline_parallel, engine_arg
+        )
     elif backend != "hf":
         raise UsageError(f"--backend {backend!r}: expected hf or vllm")
     elif tensor_parallel > 1 or pipeline_parallel > 1 or engine_arg or compare_hf:
@@ -266,15 +276,33 @@ def cache(
             "--device split spreads a teacher of the hf backend over the GPUs of a machine"
         )
     else:
-        model = _teacher(teacher, dtype, device, trust_remote_code)
-    if compare_hf:
-        from genrecal.cache.proof import compare_backends
+        load_teacher = functools.partial(_teacher, teacher, dtype, device, trust_remote_code)
+    load_samples = functools.partial(open_samples, data, image_root=image_root, limit=limit)
+    if ray is not None:
+        from genrecal.cache.ray_job import run_ray_job
 
-        reference = _teacher(teacher, str(model.head.weight.dtype).removeprefix("torch."), "cpu", trust_remote_code)
-        console.print(f"hf against vllm: {compare_backends(model, reference, samples, compare_hf)}")
-    if blank_check:
-        _blank_check(model, samples, blank_check)
-    report = run_cache_job(model, samples, out, settings, work)
+        if blank_check or compare_hf:
+            raise UsageError(
+                "--blank-check and --compare-hf: expected no --ray with them; make these checks on one machine first, "
+                "with --limit"
+            )
+        if ray_gpus is None and device != "cpu" and backend == "vllm":
+            ray_gpus = float(tensor_parallel * pipeline_parallel)
+        gpus = 0.0 if ray_gpus is None and device == "cpu" else ray_gpus
+        cluster = RayOptions(address=ray, actors=ray_actors, gpus=gpus)
+        report = run_ray_job(load_teacher, load_samples, out, settings, work, cluster)
+    elif ray_actors or ray_gpus is not None:
+        raise UsageError("--ray-actors and --ray-gpus: expected --ray ADDRESS with them")
+    else:
+        samples, model = load_samples(), load_teacher()
+        if compare_hf:
+            from genrecal.cache.proof import compare_backends
+
+            reference = _teacher(teacher, str(model.head.weight.dtype).removeprefix("torch."), "cpu", trust_remote_code)
+            console.print(f"hf against vllm: {compare_backends(model, reference, samples, compare_hf)}")
+        if blank_check:
+            _blank_check(model, samples, blank_check)
+        report = run_cache_job(model, samples, out, settings, work)
     done = f"{report.shards_done} shards written, {report.shards_found} were there"
     if report.shards_missing:
         console.print(

@@ -7,7 +7,7 @@ shards that have no manifest, and makes the same bytes.
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,11 +81,32 @@ def run_cache_job(
             again.
     """
     work, store = work or WorkOptions(), open_store(cache)
-    _check_status_file(work, store)
+    check_status_file(work, store)
+    prepare_directory(teacher, samples, store, options)
+    return run_job(
+        lambda shards, watch: run_shards(teacher, samples, store, shards, options, work, watch),
+        samples,
+        store,
+        options,
+        work,
+    )
+
+
+def run_job(
+    make: Callable[[list[int], Watch], dict[int, dict[str, Any]]],
+    samples: SampleSet,
+    store: Store,
+    options: CacheOptions,
+    work: WorkOptions,
+) -> CacheReport:
+    """Have `make` make the shards that are missing, and complete the cache if all are there; see `run_cache_job`.
+
+    Args:
+        make: makes these shards, tells the watch, and gives their facts.
+    """
     num_shards = options.num_shards(len(samples))
-    _prepare_directory(teacher, samples, store, options, num_shards)
     mine = work.shards(num_shards)
-    found = _finished_shards(store, mine)
+    found = finished_shards(store, mine)
     report = CacheReport(store.url, shards_found=len(found))
     with Watch(
         sum(len(options.records(shard, len(samples))) for shard in mine),
@@ -96,13 +117,12 @@ def run_cache_job(
         status_file=work.status_file,
         facts={"worker": work.worker, "workers": work.workers},
     ) as watch:
-        missing = [shard for shard in mine if shard not in found]
-        done = _run_shards(teacher, samples, store, missing, options, work, watch)
+        done = make([shard for shard in mine if shard not in found], watch)
         report.shards_done = len(done)
         report.reasons, report.seconds, report.counts = watch.reasons, watch.seconds, watch.counts
         every = found | done
         others = [shard for shard in range(num_shards) if shard not in every]
-        every |= _finished_shards(store, others)
+        every |= finished_shards(store, others)
         report.shards_missing = num_shards - len(every)
         if not report.shards_missing:
             with storage_errors(f"{store.url}: the index and the totals"):
@@ -114,7 +134,7 @@ def run_cache_job(
     return report
 
 
-def _run_shards(
+def run_shards(
     teacher: Teacher,
     samples: SampleSet,
     store: Store,
@@ -145,7 +165,7 @@ def _run_shards(
     return done
 
 
-def _finished_shards(store: Store, shards: Sequence[int]) -> dict[int, dict[str, Any]]:
+def finished_shards(store: Store, shards: Sequence[int]) -> dict[int, dict[str, Any]]:
     """The facts of those that are finished."""
     sizes = {f"{folder}/{name}": size for folder in ("manifest", *TIERS) for name, size in store.sizes(folder).items()}
     with ThreadPoolExecutor(READERS) as pool:
@@ -156,16 +176,14 @@ def _finished_shards(store: Store, shards: Sequence[int]) -> dict[int, dict[str,
 # ------------------------------------------------------------------------------------------------------- the directory
 
 
-def _check_status_file(work: WorkOptions, store: Store) -> None:
+def check_status_file(work: WorkOptions, store: Store) -> None:
     """It changes as the job goes, and a finished cache is the same bytes whoever made it."""
     if work.status_file is not None and isinstance(store, LocalStore):
         if work.status_file.resolve().is_relative_to(store.root.resolve()):
             raise UsageError(f"--status-file {work.status_file}: expected a place outside the cache {store.url}")
 
 
-def _prepare_directory(
-    teacher: Teacher, samples: SampleSet, store: Store, options: CacheOptions, num_shards: int
-) -> None:
+def prepare_directory(teacher: Teacher, samples: SampleSet, store: Store, options: CacheOptions) -> None:
     """Write cache.json, the head and the teacher's files, or check that the ones there are of the same job."""
     source = model_folder(teacher.path)
     files = [source / "config.json", *processor_files(source)]
@@ -175,7 +193,7 @@ def _prepare_directory(
         head_digest = _write_head(teacher, store, exists)
     except (OSError, StorageError) as error:
         raise UsageError(f"--out {store.url}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
-    description = _description(teacher, samples, options, num_shards, files, head_digest)
+    description = _description(teacher, samples, options, files, head_digest)
     if exists:
         _refuse_another_job(store, description)
         return
@@ -193,7 +211,6 @@ def _description(
     teacher: Teacher,
     samples: SampleSet,
     options: CacheOptions,
-    num_shards: int,
     files: list[Path],
     head_digest: str,
 ) -> dict[str, Any]:
@@ -229,7 +246,7 @@ def _description(
         "batch_tokens": options.batch_tokens,
         "max_tokens": options.max_tokens,
         "num_samples": len(samples),
-        "num_shards": num_shards,
+        "num_shards": options.num_shards(len(samples)),
         "data": [{"name": file.path.name, "sha256": file_digest(file.path)} for file in samples.files],
     }  # fmt: skip
 

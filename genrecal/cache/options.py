@@ -110,3 +110,27 @@ class WorkOptions:
     def shards(self, num_shards: int) -> range:
         """The shards that are this worker's to do."""
         return range(self.worker, num_shards, self.workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayOptions:
+    """How the job uses a Ray cluster; nothing here changes a byte of the cache.
+
+    Args:
+        address: of the cluster: host:port, "auto" for the one that runs on this machine, "local" for a new one on it.
+        actors: teachers that work side by side; 0 for as many as the GPUs of the cluster allow, or one a node where the
+            teacher takes none.
+        gpus: that one teacher takes; None for one if the cluster has any.
+    """
+
+    address: str
+    actors: int = 0
+    gpus: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.actors < 0:
+            raise UsageError(f"--ray-actors {self.actors}: expected at least 1, or 0 for what the cluster allows")
+        if self.gpus is not None and not (0 <= self.gpus <= 1 or self.gpus == int(self.gpus) > 0):
+            raise UsageError(
+                f"--ray-gpus {self.gpus}: expected a share of a GPU from 0 to 1, or a whole number of them"
+            )

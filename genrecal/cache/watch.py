@@ -34,6 +34,7 @@ class Watch:
         max_skip: share of those that may be skipped; one more raises DataError.
         status_file: where to write what `status` gives, every few seconds and at the end; None for nowhere.
         facts: what else the status says.
+        proof: what the teacher has proved already; None for nothing.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Watch:
         max_skip: float = 1.0,
         status_file: Path | None = None,
         facts: dict[str, Any] | None = None,
+        proof: Proof | None = None,
     ):
         self.total, self.num_samples, self.max_skip = total, num_samples, max_skip
         self.status_file, self.facts = status_file, facts or {}
@@ -53,7 +55,7 @@ class Watch:
         self.reasons: Counter[str] = Counter()  # why this run skipped records
         self.seconds = dict.fromkeys(PARTS, 0.0)  # of each of PARTS, over all threads
         self.state = "running"
-        self._proof = Proof()
+        self._proof = proof or Proof()
         self._first = done
         self._lock, self._proving = threading.Lock(), threading.Lock()
         self._start, self._written = time.monotonic(), -float("inf")
@@ -74,6 +76,15 @@ class Watch:
             self.counts["skipped"] += 1
             self.reasons[reason] += 1
             check_skipped(self.counts["skipped"], self.num_samples, self.max_skip, self.reasons)
+
+    def add(self, counts: dict[str, int], reasons: dict[str, int], seconds: dict[str, float]) -> None:
+        """Count what a watch in another process counted. Raises DataError when there are too many skipped records."""
+        with self._lock:
+            self.reasons.update(reasons)
+            for part in PARTS:
+                self.seconds[part] += seconds[part]
+        self.count(**counts)
+        check_skipped(self.counts["skipped"], self.num_samples, self.max_skip, self.reasons)
 
     def prove(self, teacher: Teacher, items: Sequence[tuple[Sample, Encoded]]) -> None:
         """Have the teacher prove itself on one of these conversations, if it has not yet. Raises ModelError."""

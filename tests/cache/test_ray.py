@@ -1,0 +1,160 @@
+"""The cache job on a real Ray cluster of two nodes on this machine: same bytes, nodes lost, errors told."""
+
+import functools
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import mixed_samples, write_llava
+from made_cache import tree
+
+from genrecal.cache import ray_job
+from genrecal.cache.job import run_cache_job
+from genrecal.cache.options import CacheOptions, RayOptions, WorkOptions
+from genrecal.cache.ray_job import run_ray_job
+from genrecal.cache.teacher import HFTeacher
+from genrecal.cli import main
+from genrecal.errors import DataError, ModelError, StorageError, UsageError
+from genrecal.samples import open_samples
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+OPTIONS = CacheOptions(samples_per_shard=2, top_k=5)
+SHARDS = 8
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return tiny("qwen2_vl")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_llava(tmp_path_factory.mktemp("data") / "d", mixed_samples(2 * SHARDS))
+
+
+@pytest.fixture(scope="module")
+def whole(model, data, tmp_path_factory):
+    """The bytes of the cache that one process makes."""
+    out = tmp_path_factory.mktemp("whole")
+    run_cache_job(HFTeacher.load(model, dtype=torch.float32), open_samples([data]), out, OPTIONS)
+    return tree(out)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes with room for one actor each; tests may take the second away, and get it back."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    memory = 100 * 2**20
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{Path(__file__).parents[2]}")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        head = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": memory}
+        head["_system_config"] = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
+        cluster = Cluster(True, head_node_args=head)
+        cluster.second = lambda: cluster.add_node(num_cpus=1, num_gpus=0, object_store_memory=memory)
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.fixture
+def run(cluster, model, data, tmp_path):
+    """Run the job with two actors; its report. `tmp_path / "calls"` says which node worked when."""
+    if len(cluster.list_all_nodes()) < 2:
+        cluster.second()
+    (tmp_path / "calls").mkdir()
+    sys.path.insert(0, str(Path(__file__).parent))
+    import ray_teachers
+
+    def run(options=OPTIONS, work=WorkOptions(threads=1), actors=2, model=model, **fault):  # noqa: B008
+        load = functools.partial(ray_teachers.load, str(model), str(tmp_path / "calls"), **fault)
+        ray = RayOptions(address=cluster.address, actors=actors)
+        return run_ray_job(load, functools.partial(open_samples, [data]), tmp_path / "cache", options, work, ray)
+
+    yield run
+    sys.path.remove(str(Path(__file__).parent))
+
+
+def nodes_of(folder):
+    return {path.name.split("-")[0] for path in folder.iterdir()}
+
+
+def words_of(data, model, out, *more):
+    return ["cache", "--teacher", str(model), "--data", str(data), "--out", str(out), *more]
+
+
+def test_without_ray(data, model, tmp_path):
+    code = "import sys; sys.modules['ray'] = None; from genrecal.cli import main; main()"
+    words = words_of(data, model, tmp_path / "c", "--ray", "local")
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 2 and 'pip install "genrecal[ray]"' in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--ray", "127.0.0.1:1"], "--ray 127.0.0.1:1: no Ray cluster can be reached there"),
+        (["--ray", "here"], "expected auto, local or host:port"),
+        (["--ray", "local", "--workers", "2"], "--workers 2 with --ray: expected one of the two"),
+        (["--ray-actors", "2"], "expected --ray ADDRESS with them"),
+        (["--ray", "local", "--ray-gpus", "1.5"], "a share of a GPU from 0 to 1, or a whole number"),
+    ],
+)
+def test_wrong_use(data, model, tmp_path, capsys, words, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(words_of(data, model, tmp_path / "c", *words))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "c").exists()
+
+
+def test_two_nodes_make_the_same_bytes(run, whole, tmp_path):
+    report = run()
+    assert (report.shards_done, report.shards_found, report.cached) == (SHARDS, 0, 2 * SHARDS)
+    assert tree(tmp_path / "cache") == whole
+    assert len(nodes_of(tmp_path / "calls")) == 2
+    (tmp_path / "cache/manifest/00003.parquet").unlink()
+    report = run()
+    assert (report.shards_done, report.shards_found) == (1, SHARDS - 1)
+    assert tree(tmp_path / "cache") == whole
+    with pytest.raises(UsageError, match="top_k was 5, now 6"):
+        run(CacheOptions(samples_per_shard=2, top_k=6))
+
+
+def test_a_node_is_lost(cluster, run, whole, tmp_path):
+    (second,) = [node for node in cluster.list_all_nodes() if not node.head]
+    reports = []
+    thread = threading.Thread(target=lambda: reports.append(run()))
+    thread.start()
+    end = time.monotonic() + 60
+    while second.node_id not in nodes_of(tmp_path / "calls") and time.monotonic() < end:
+        time.sleep(0.02)
+    cluster.remove_node(second, allow_graceful=False)
+    done = len(list((tmp_path / "cache/manifest").glob("*.parquet")))
+    thread.join(90)
+    assert done < SHARDS and reports and reports[0].shards_done == SHARDS
+    assert tree(tmp_path / "cache") == whole
+
+
+def test_what_fails_says_why(run):
+    with pytest.raises(ModelError, match="nowhere: the model cannot be loaded: .*on node"):
+        run(actors=1, model="nowhere")
+    with pytest.raises(DataError, match=r"shard \d: answer states as int4 cost a mean KL .*on node"):
+        run(CacheOptions(samples_per_shard=2, top_k=5, answer_codec="int4", kl_budget=1e-9), actors=1)
+
+
+@pytest.mark.parametrize("fault", ["a device-side assert", "killed"])
+def test_a_shard_that_goes_on_failing(run, tmp_path, monkeypatch, fault):
+    """The others are made; then the job fails, with the reason if there is one."""
+    monkeypatch.setattr(ray_job, "ROUNDS", 1)
+    kind, words = (StorageError, "lost each time") if fault == "killed" else (ModelError, f"RuntimeError: {fault}")
+    with pytest.raises(kind, match=rf"1 shards \(3\) were not made in 1 rounds: .*{words}.*run the same command again"):
+        run(actors=1, fault=fault, key="00000006")
+    assert len(list((tmp_path / "cache/manifest").glob("*.parquet"))) == SHARDS - 1
