@@ -1,6 +1,7 @@
 """Wall time of the cache job against the bare teacher forward over the same batches, and where the time goes.
 
     python benchmarks/cache_job.py [--samples 160]
+    python benchmarks/cache_job.py --backend vllm [--samples 160]            in an environment with vLLM
     python benchmarks/cache_job.py --shape 7b --device cuda --dtype bfloat16 --samples 512 --peak-tflops 989
 
 A randomly initialised Qwen2-VL: `small` runs on a CPU in about two minutes, `7b` has the sizes of Qwen2-VL-7B and is for
@@ -13,6 +14,7 @@ is left over is the job's own, as it is beside an accelerator.
 import argparse
 import io
 import json
+import os
 import shutil
 import tempfile
 import threading
@@ -76,15 +78,29 @@ def make_folder(shape: str, folder: Path) -> Path:
 
 
 def hf_teacher(folder: Path, device: str, dtype: torch.dtype) -> Teacher:
+    model = random_model(folder, device, dtype)
+    return HFTeacher(split_vlm(model.eval(), Renderer(load_processor(folder)), path=str(folder)))
+
+
+def vllm_teacher(folder: Path, device: str, dtype: torch.dtype) -> Teacher:
+    """The engine in this process, so that its memory is measured."""
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    random_model(folder, device, dtype).save_pretrained(folder)
+    from genrecal.cache.vllm_teacher import VLLMTeacher
+
+    return VLLMTeacher(folder, dtype=dtype, engine_args={"max_model_len": 4096})
+
+
+def random_model(folder: Path, device: str, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
-    return HFTeacher(split_vlm(model.eval(), Renderer(load_processor(folder)), path=str(folder)))
+        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
 
 
-TEACHERS: dict[str, Callable[[Path, str, torch.dtype], Teacher]] = {"hf": hf_teacher}  # another backend is a line here
+TEACHERS: dict[str, Callable[[Path, str, torch.dtype], Teacher]] = {"hf": hf_teacher, "vllm": vllm_teacher}
 
 
 def make_data(folder: Path, count: int, side: int) -> Path:
@@ -217,7 +233,7 @@ def main() -> None:
         plan = make_plan(shape_of(model), Renderer(load_processor(model)), samples, options, PlanOptions())
         rows = []
         for label, found in (
-            ("body alone", body),
+            *([("body alone", body)] if body["seconds"] else []),
             ("body, head, top k", whole),
             ("cache job", job),
             ("cache job, teacher waiting", beside),
