@@ -22,7 +22,7 @@ test-vllm:
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/cache/test_vllm.py
 
 slow: $(READY)
-	$(BIN)/python -m pytest -m slow tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow tests
 
 check: $(READY)
 	$(BIN)/ruff check .

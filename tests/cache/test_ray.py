@@ -21,7 +21,7 @@ from genrecal.cli import main
 from genrecal.errors import DataError, ModelError, StorageError, UsageError
 from genrecal.samples import open_samples
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.xdist_group("ray")]  # one cluster for all
 OPTIONS = CacheOptions(samples_per_shard=2, top_k=5)
 SHARDS = 8
 
