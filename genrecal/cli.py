@@ -633,6 +633,25 @@ def evaluate(
     console.print(table)
 
 
+# ----------------------------------------------------------------------------------------------------------------- doctor
+
+
+@app.command()
+def doctor(
+    out: Annotated[Path, typer.Option(help="A folder of the disk that caches and runs are to lie on.")] = Path(),
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what this machine and environment have, and what each command lacks here; exit status 1 if all lack something."""
+    from genrecal.doctor import examine, report_text
+
+    if not out.is_dir():
+        raise UsageError(f"--out {out}: expected a folder that exists")
+    report = examine(out)
+    typer.echo(json.dumps(report.to_json(), indent=2) if json_ else report_text(report))
+    if not report.healthy:
+        raise typer.Exit(1)
+
+
 # ------------------------------------------------------------------------------------------------------------------- demo
 
 
