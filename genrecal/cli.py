@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import genrecal
-from genrecal.errors import GenrecalError, UsageError
+from genrecal.errors import GenrecalError, OtherRankError, StoppedError, UsageError
 
 app = typer.Typer(
     help="Cache a large vision-language model's states once, then distil it into small models from the shards.",
@@ -44,19 +45,30 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rendering may run in forked workers
     words = list(sys.argv[1:] if args is None else args)
+    words = [
+        word for word in words if not re.fullmatch(r"--local[-_]rank=\d+", word)
+    ]  # launchers add it; so says LOCAL_RANK
     debug = "--debug" in words
+    other_rank = os.environ.get("RANK", "0") != "0"  # each rank finds the same fault in its command; the first says so
     try:
         status = app(args=[word for word in words if word != "--debug"] or ["--help"], standalone_mode=False)
+    except OtherRankError as error:
+        status = error.exit_status
+    except StoppedError as error:
+        status = error.exit_status
+        sys.stderr.write(f"genrecal: {error}\n")
     except GenrecalError as error:
         status = error.exit_status
-        _print_error(str(error), debug=debug)
+        if not (isinstance(error, UsageError) and other_rank):
+            _print_error(str(error), debug=debug)
     except typer.Abort:
         status = INTERRUPTED
     except Exception as error:
         if not hasattr(error, "format_message"):  # the parser's own kinds have it
             raise
         status = 2
-        _print_error(f"{error.format_message()} (--help lists the options)", debug=debug)
+        if not other_rank:
+            _print_error(f"{error.format_message()} (--help lists the options)", debug=debug)
     if status == INTERRUPTED:
         sys.stderr.write("genrecal: interrupted; run the same command again to go on from what is finished\n")
     sys.exit(status or 0)
@@ -526,6 +538,7 @@ def train(
 
     # These take seconds: only once the settings are known to be right.
     from genrecal.train.loop import train
+    from genrecal.train.ranks import own_device, world_size
     from genrecal.train.run import Run
 
     run = Run(
@@ -536,8 +549,13 @@ def train(
         teacher=teacher or "cache",
         trust_remote_code=trust_remote_code,
     )
-    live = _live_teacher(teacher.removeprefix("live:"), cache, settings.device, trust_remote_code) if teacher else None
+    live = None
+    if teacher:
+        device = str(own_device(settings.device))
+        live = _live_teacher(teacher.removeprefix("live:"), cache, device, trust_remote_code)
     train(run, stages=numbers, live_teacher=live)
+    if world_size() and os.environ["RANK"] != "0":
+        return
     done = run.last_finished_stage()
     following = (
         f"`genrecal export {out} --out DIR` writes the student" if done > 1 else "the student is trained in stage 2"
