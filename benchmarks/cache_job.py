@@ -31,7 +31,7 @@ from genrecal.cache.options import CacheOptions, WorkOptions
 from genrecal.cache.plan import PlanOptions, human_bytes, make_plan
 from genrecal.cache.shard import batches_by_length
 from genrecal.cache.teacher import HFTeacher, Teacher
-from genrecal.cache.teacher_shape import shape_of
+from genrecal.vlm.shape import shape_of
 from genrecal.demo.pipeline import ASSETS
 from genrecal.report.summary import markdown_table
 from genrecal.samples import SampleSet, open_samples

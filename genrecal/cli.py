@@ -124,7 +124,7 @@ def plan(
     """Forecast a cache's bytes and the teacher's cost, from a sample of the data and the teacher's config alone."""
     from genrecal.cache.options import CacheOptions
     from genrecal.cache.plan import PlanOptions, make_plan, plan_text
-    from genrecal.cache.teacher_shape import KNOWN, shape_of
+    from genrecal.cache.teacher_shape import KNOWN, teacher_shape
     from genrecal.samples import open_samples
 
     top_k, draws = _targets(targets, top_k, top_k_given=False)
@@ -156,7 +156,7 @@ def plan(
         folder = model_folder(teacher)
         renderer = Renderer(load_processor(folder, trust_remote_code=trust_remote_code))
         forecast = make_plan(
-            shape_of(folder, trust_remote_code=trust_remote_code),
+            teacher_shape(folder, trust_remote_code=trust_remote_code),
             renderer,
             samples,
             settings,

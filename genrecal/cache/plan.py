@@ -21,7 +21,6 @@ from PIL import Image
 
 from genrecal.cache.draws import count_draws, draw, uniforms
 from genrecal.cache.options import CacheOptions
-from genrecal.cache.teacher_shape import TeacherShape
 from genrecal.errors import DataError, SampleError, UsageError
 from genrecal.samples import BadRecord, Sample, SampleSet
 from genrecal.shards.codecs import CODECS, Codec, round_to_bf16
@@ -29,6 +28,7 @@ from genrecal.shards.manifest import CACHED, SKIPPED, ManifestRow, Member, manif
 from genrecal.shards.record import NO_TARGET, AnswerRows, QuestionRows, SampledTargets, to_arrow
 from genrecal.shards.storage import LocalStore, open_store
 from genrecal.vlm.rendering import Encoded, Renderer
+from genrecal.vlm.shape import ModelShape
 
 BLOCK, RECORD = 512, 10_240  # of a tar: members are padded to the one, files to the other
 CODED_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # numbers of rows that are coded for real; between them, a line
@@ -116,7 +116,7 @@ class Plan:
 
 
 def make_plan(
-    shape: TeacherShape,
+    shape: ModelShape,
     renderer: Renderer | None,
     samples: SampleSet,
     options: CacheOptions,
@@ -227,7 +227,7 @@ def human_bytes(count: int) -> str:
 
 
 def probe_record(
-    sample: Sample | BadRecord, shape: TeacherShape, renderer: Renderer | None, options: CacheOptions
+    sample: Sample | BadRecord, shape: ModelShape, renderer: Renderer | None, options: CacheOptions
 ) -> ProbedRecord:
     """Render one record, or count it by rule; one that the job would skip gives its reason."""
     names: dict[str, Any] = {
@@ -277,7 +277,7 @@ def _patches(encoded: Encoded, patch_size: Any) -> tuple[int, ...]:
     return ((height // side) * (width // side),) * int(np.prod(leading))
 
 
-def _counted_by_rule(sample: Sample, images: Sequence[bytes], shape: TeacherShape, max_tokens: int) -> dict[str, Any]:
+def _counted_by_rule(sample: Sample, images: Sequence[bytes], shape: ModelShape, max_tokens: int) -> dict[str, Any]:
     assert shape.image_rule is not None
     patches: list[int] = []
     question = SYSTEM_TOKENS
@@ -307,7 +307,7 @@ def _counted_by_rule(sample: Sample, images: Sequence[bytes], shape: TeacherShap
 class Sizes:
     """Bytes of members for one teacher and one set of options."""
 
-    def __init__(self, shape: TeacherShape, options: CacheOptions):
+    def __init__(self, shape: ModelShape, options: CacheOptions):
         self.shape, self.options = shape, options
 
     def members(self, record: ProbedRecord, *, question: bool = True) -> list[int]:
@@ -367,7 +367,7 @@ def made_states(rng: np.random.Generator, rows: int, width: int) -> np.ndarray:
     return round_to_bf16(states)
 
 
-def made_question(rows: int, shape: TeacherShape) -> QuestionRows:
+def made_question(rows: int, shape: ModelShape) -> QuestionRows:
     """Question rows of a teacher of that shape."""
     rng = np.random.default_rng(0)
     return QuestionRows(
@@ -378,7 +378,7 @@ def made_question(rows: int, shape: TeacherShape) -> QuestionRows:
     )
 
 
-def made_answer(rows: int, shape: TeacherShape, options: CacheOptions) -> AnswerRows:
+def made_answer(rows: int, shape: ModelShape, options: CacheOptions) -> AnswerRows:
     """Answer rows of a teacher of that shape. Its most probable tokens come back from row to row, as they do in text."""
     import torch
 
@@ -499,7 +499,7 @@ def _manifest_row(record: ProbedRecord, number: int, sizes: Sizes, rng: np.rando
 
 
 def _by_codec(
-    used: Sequence[ProbedRecord], shape: TeacherShape, options: CacheOptions, scale: float
+    used: Sequence[ProbedRecord], shape: ModelShape, options: CacheOptions, scale: float
 ) -> dict[str, dict[str, int]]:
     """Bytes of the answer and the question states in each codec, whatever the options chose."""
     answer, question = made_answer(CODED_ROWS[-1], shape, options), made_question(CODED_ROWS[-1], shape)
