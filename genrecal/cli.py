@@ -485,6 +485,14 @@ def train(
     teacher: Annotated[
         str | None, typer.Option(help="live:MODEL runs that teacher beside the student in place of the shards.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Forecast memory, steps, time and disk from configs alone; train nothing.")
+    ] = False,
+    gpus: Annotated[int, typer.Option(help="Of --dry-run: processes that train together, one a GPU.")] = 1,
+    gpu_gigabytes: Annotated[float, typer.Option(help="Of --dry-run: memory of a GPU.")] = 80.0,
+    peak_tflops: Annotated[float, typer.Option(help="Of --dry-run: a GPU's dense peak, TFLOP/s.")] = 989.0,
+    utilisation: Annotated[float, typer.Option(help="Of --dry-run: share of the peak that is reached.")] = 0.4,
+    json_: Annotated[bool, typer.Option("--json", help="Of --dry-run: print JSON.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train a student from a cache, in three stages."""
@@ -495,6 +503,24 @@ def train(
     settings = load_config(config, [*(set_ or []), *(f"{name}={value}" for name, value in short.items() if value)])
     if teacher is not None and not teacher.startswith("live:"):
         raise UsageError(f"--teacher {teacher!r}: expected live:MODEL")
+    if dry_run:
+        from genrecal.shards.reader import open_cache
+        from genrecal.train.forecast import ForecastOptions, forecast_text, make_forecast
+
+        assumed = ForecastOptions(
+            gpus=gpus, gpu_gigabytes=gpu_gigabytes, peak_tflops=peak_tflops, utilisation=utilisation
+        )
+        forecast = make_forecast(
+            settings,
+            student,
+            open_cache(cache),
+            assumed,
+            stages=numbers,
+            out=out,
+            trust_remote_code=trust_remote_code,
+        )
+        typer.echo(json.dumps(forecast.to_json(), indent=2) if json_ else forecast_text(forecast))
+        raise typer.Exit(0 if forecast.fits else 1)
 
     # These take seconds: only once the settings are known to be right.
     from genrecal.train.loop import train

@@ -22,13 +22,14 @@ from PIL import Image
 from genrecal.cache.draws import count_draws, draw, uniforms
 from genrecal.cache.options import CacheOptions
 from genrecal.errors import DataError, SampleError, UsageError
+from genrecal.progress import human_bytes
 from genrecal.samples import BadRecord, Sample, SampleSet
 from genrecal.shards.codecs import CODECS, Codec, round_to_bf16
 from genrecal.shards.manifest import CACHED, SKIPPED, ManifestRow, Member, manifest_bytes
 from genrecal.shards.record import NO_TARGET, AnswerRows, QuestionRows, SampledTargets, to_arrow
 from genrecal.shards.storage import LocalStore, open_store
 from genrecal.vlm.rendering import Encoded, Renderer
-from genrecal.vlm.shape import ModelShape
+from genrecal.vlm.shape import ModelShape, patches_of
 
 BLOCK, RECORD = 512, 10_240  # of a tar: members are padded to the one, files to the other
 CODED_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # numbers of rows that are coded for real; between them, a line
@@ -213,16 +214,6 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def human_bytes(count: int) -> str:
-    """A size in decimal units, three digits."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB" if size < 1000 else f"{size / 1000:.3g} PB"
-
-
 # ------------------------------------------------------------------------------------------------------------- the probe
 
 
@@ -257,24 +248,11 @@ def probe_record(
 
 
 def _counted(encoded: Encoded, renderer: Renderer) -> dict[str, Any]:
-    processor = getattr(renderer.processor, "image_processor", None)
     return {
         "question_tokens": sum(encoded.question_lengths),
         "answer_tokens": sum(encoded.answer_lengths),
-        "patches": _patches(encoded, getattr(processor, "patch_size", None) or 14),
+        "patches": patches_of(encoded.inputs, renderer.processor),
     }
-
-
-def _patches(encoded: Encoded, patch_size: Any) -> tuple[int, ...]:
-    """Patches of each picture (`pixel_values` `[patches, ...]` with a grid each) or tile (`[..., C, H, W]`)."""
-    pixels = encoded.inputs.get("pixel_values")
-    if pixels is None:
-        return ()
-    if (grid := encoded.inputs.get("image_grid_thw")) is not None:
-        return tuple(int(count) for count in grid.prod(-1))
-    side = patch_size if isinstance(patch_size, int) else int(next(iter(dict(patch_size).values())))
-    *leading, _, height, width = pixels.shape
-    return ((height // side) * (width // side),) * int(np.prod(leading))
 
 
 def _counted_by_rule(sample: Sample, images: Sequence[bytes], shape: ModelShape, max_tokens: int) -> dict[str, Any]:

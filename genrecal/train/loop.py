@@ -26,7 +26,7 @@ from genrecal.train.checkpoint import (
 )
 from genrecal.train.config import StageConfig, TrainConfig
 from genrecal.train.logs import RunLog, term_means
-from genrecal.train.recalibrator import Recalibrator
+from genrecal.train.recalibrator import Recalibrator, checkpoint_activations
 from genrecal.train.run import Run
 from genrecal.train.stages import Denominators, Distiller, add_lora, select_trainable, wanted_by
 from genrecal.vlm.loading import resolve_device
@@ -212,7 +212,7 @@ def build_distiller(run: Run, cache: Cache, stage: int, device: torch.device, co
         head = cache.head(str(device))
     student.model.train(stage > 1)
     if config.gradient_checkpointing:
-        _checkpoint_activations(student.model if stage > 1 else None, recalibrator)
+        checkpoint_activations(student.model if stage > 1 else None, recalibrator)
     distiller = Distiller(
         stage,
         student,
@@ -225,21 +225,6 @@ def build_distiller(run: Run, cache: Cache, stage: int, device: torch.device, co
         parameters = {f"recalibrator.{name}": value for name, value in recalibrator.named_parameters()}
         copy_weights(run.load_result(1), parameters, where=str(run.stage_result(1)))
     return distiller
-
-
-def _checkpoint_activations(model: Any, recalibrator: Recalibrator | None) -> None:
-    import logging
-
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns that a body without embeddings has none to make differentiable
-    try:
-        for module in (model, recalibrator.rec_body if recalibrator is not None else None):
-            if module is not None:
-                # transformers 5.19, which vLLM's pin allows, knows it by its older name.
-                (getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable)()
-    finally:
-        logger.setLevel(level)
 
 
 def train_step(

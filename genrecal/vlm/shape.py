@@ -3,6 +3,7 @@
 Formulas are the usual ones: two FLOPs a parameter and token, and the attention's own products, causal in the text.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,3 +128,16 @@ def _experts_used(text: Any) -> float:
 
 def _first(config: Any, *names: str) -> int:
     return next((int(value) for name in names if (value := getattr(config, name, None))), 0)
+
+
+def patches_of(inputs: dict[str, Any], processor: Any) -> tuple[int, ...]:
+    """Patches of each picture (`pixel_values` `[patches, ...]` with a grid each) or tile (`[..., C, H, W]`)."""
+    pixels = inputs.get("pixel_values")
+    if pixels is None:
+        return ()
+    if (grid := inputs.get("image_grid_thw")) is not None:
+        return tuple(int(count) for count in grid.prod(-1))
+    size = getattr(getattr(processor, "image_processor", None), "patch_size", None) or 14
+    side = size if isinstance(size, int) else int(next(iter(dict(size).values())))
+    *leading, _, height, width = pixels.shape
+    return ((height // side) * (width // side),) * math.prod(leading)
