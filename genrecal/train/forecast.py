@@ -19,7 +19,7 @@ from genrecal.progress import human_bytes
 from genrecal.shards.reader import Cache
 from genrecal.train.activations import StepShape, TeacherSide, activation_bytes
 from genrecal.train.config import TrainConfig
-from genrecal.train.loop import plan_stage, resolve_precision
+from genrecal.train.loop import plan_stage
 from genrecal.train.recalibrator import Recalibrator
 from genrecal.train.stages import add_lora, select_trainable, wanted_by
 from genrecal.vlm.loading import load_processor, model_folder, processor_files
@@ -29,6 +29,7 @@ from genrecal.vlm.shape import ModelShape, meta_model, patches_of, shape_of_mode
 FLOAT32 = 4
 ENGINES = ("none", "ddp", "zero1", "zero2", "zero3")
 BYTES_PROBE = 256  # samples whose members' sizes are looked up
+CONTEXT_BYTES = 1_500_000_000  # of a GPU's memory: what the driver's context and fragmentation take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +126,11 @@ class Forecast:
 
     @property
     def fits(self) -> bool:
-        room = self.assumed["gpu_gigabytes"] * 1e9
-        return self.disk_bytes <= self.free_bytes and all(stage.total(self.engine) <= room for stage in self.stages)
+        return self.disk_bytes <= self.free_bytes and all(self.has_room(stage) for stage in self.stages)
+
+    def has_room(self, stage: "StageForecast") -> bool:
+        """Whether a GPU holds the stage under the engine asked for, beside the driver's own 1.5 GB."""
+        return stage.total(self.engine) + CONTEXT_BYTES <= self.assumed["gpu_gigabytes"] * 1e9
 
     @property
     def disk_bytes(self) -> int:
@@ -187,7 +191,7 @@ def _stage(
 ) -> StageForecast:
     settings, wanted = config.stage(stage), wanted_by(stage, config)
     plan = plan_stage(settings, cache)
-    dtype = resolve_precision(config)
+    dtype = _dtype(config)
     model = meta_model(student, trust_remote_code=trust_remote_code)
     parameters = count_parameters(stage, model, config, cache, dtype)
     shape = lengths.longest(plan.indices, settings.batch_size, wanted.teacher, wanted.questions)
@@ -227,6 +231,12 @@ def _stage(
         read_rate=per_second * read / 1e6,
         disk_bytes=kept * checkpoint + FLOAT32 * parameters.num_trained,
     )
+
+
+def _dtype(config: TrainConfig) -> torch.dtype:
+    """What "auto" is on the GPUs that the forecast is for, wherever it runs."""
+    narrow = config.precision == "bf16" or (config.precision == "auto" and config.device != "cpu")
+    return torch.bfloat16 if narrow else torch.float32
 
 
 # ------------------------------------------------------------------------------------------------- parameters and memory
@@ -280,7 +290,8 @@ def count_parameters(
 def memory_of(engine: str, parameters: Parameters, activations: int, gpus: int) -> dict[str, int]:
     """Bytes of one process by part, under an engine (ZeRO: Rajbhandari et al. 2020, stages 1 to 3).
 
-    AdamW keeps two float32 moments. ZeRO shares out the optimizer's state over the processes (1), the gradients too (2)
+    AdamW keeps two float32 moments, and where it updates many tensors at once makes one more array of that size for a
+    moment, which stands under activations where it is larger than those. ZeRO shares out the optimizer's state over the processes (1), the gradients too (2)
     and the weights too (3), where the largest module's weights are whole while it computes.
     """
     trained = FLOAT32 * parameters.num_trained
@@ -293,7 +304,7 @@ def memory_of(engine: str, parameters: Parameters, activations: int, gpus: int) 
         "weights": share(parameters.frozen_bytes + trained, 3),
         "gradients": share(trained, 2),
         "optimizer": share(2 * trained, 1),
-        "activations": activations,
+        "activations": max(activations, share(trained, 1)),
         "gathered": FLOAT32 * parameters.largest if shares == 3 and gpus > 1 else 0,
     }
 
@@ -507,7 +518,6 @@ def forecast_text(forecast: Forecast) -> str:
 def _stage_lines(stage: StageForecast, forecast: Forecast) -> list[str]:
     shape, parameters = stage.shape, stage.parameters
     other = "without" if forecast.gradient_checkpointing else "with"
-    fits = stage.total(forecast.engine) <= forecast.assumed["gpu_gigabytes"] * 1e9
     spliced = f", splices of {shape.splice}" if shape.splice else ""
     lines = [
         f"stage {stage.stage}   {stage.samples} samples, {stage.steps} steps of {stage.global_batch}; longest micro-step: "
@@ -518,8 +528,8 @@ def _stage_lines(stage: StageForecast, forecast: Forecast) -> list[str]:
     ]
     for engine, parts in stage.memory.items():
         cells = "".join(f"{human_bytes(size):>12}" for size in (*parts.values(), stage.total(engine)))
-        mark = ("" if fits else "  NOT enough room") if engine == forecast.engine else ""
-        lines.append(f"    {engine:<10}{cells}{'  <' if engine == forecast.engine else ''}{mark}")
+        chosen = "  < NOT enough room" if not forecast.has_room(stage) else "  <"
+        lines.append(f"    {engine:<10}{cells}{chosen if engine == forecast.engine else ''}")
     return [
         *lines,
         f"  activations {other} gradient checkpointing: {human_bytes(stage.other_activations)}",
