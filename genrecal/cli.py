@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import genrecal
-from genrecal.errors import GenrecalError, UsageError
+from genrecal.errors import GenrecalError, OtherRankError, StoppedError, UsageError
 
 app = typer.Typer(
     help="Cache a large vision-language model's states once, then distil it into small models from the shards.",
@@ -46,9 +46,16 @@ def main(args: Sequence[str] | None = None) -> None:
     debug = "--debug" in words
     try:
         status = app(args=[word for word in words if word != "--debug"] or ["--help"], standalone_mode=False)
+    except OtherRankError as error:
+        status = error.exit_status
+    except StoppedError as error:
+        status = error.exit_status
+        sys.stderr.write(f"genrecal: {error}\n")
     except GenrecalError as error:
         status = error.exit_status
-        _print_error(str(error), debug=debug)
+        # Of the ranks that a launcher started, each finds the same fault in its command; one says so.
+        if not (isinstance(error, UsageError) and os.environ.get("RANK", "0") != "0"):
+            _print_error(str(error), debug=debug)
     except typer.Abort:
         status = INTERRUPTED
     except Exception as error:
@@ -524,6 +531,7 @@ def train(
 
     # These take seconds: only once the settings are known to be right.
     from genrecal.train.loop import train
+    from genrecal.train.ranks import own_device, world_size
     from genrecal.train.run import Run
 
     run = Run(
@@ -534,8 +542,13 @@ def train(
         teacher=teacher or "cache",
         trust_remote_code=trust_remote_code,
     )
-    live = _live_teacher(teacher.removeprefix("live:"), cache, settings.device, trust_remote_code) if teacher else None
+    live = None
+    if teacher:
+        device = str(own_device(settings.device))
+        live = _live_teacher(teacher.removeprefix("live:"), cache, device, trust_remote_code)
     train(run, stages=numbers, live_teacher=live)
+    if world_size() and os.environ["RANK"] != "0":
+        return
     done = run.last_finished_stage()
     following = (
         f"`genrecal export {out} --out DIR` writes the student" if done > 1 else "the student is trained in stage 2"

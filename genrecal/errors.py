@@ -45,3 +45,17 @@ class StorageError(GenrecalError, RuntimeError):
 
 class TrainingError(GenrecalError, RuntimeError):
     """Training cannot go on: non-finite numbers, or a checkpoint of something else."""
+
+
+class StoppedError(GenrecalError):
+    """A signal asked the run to stop; it saved a checkpoint and did. The status is what shells give for SIGTERM."""
+
+    exit_status: ClassVar[int] = 143
+
+
+class OtherRankError(GenrecalError):
+    """Another process of the same run says what went wrong; this one only ends, with the same status."""
+
+    def __init__(self, cause: GenrecalError):
+        super().__init__(str(cause))
+        self.exit_status = cause.exit_status  # type: ignore[misc]

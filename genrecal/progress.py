@@ -19,14 +19,15 @@ class Progress:
         total: how many there are.
         unit: what is counted, in the plural.
         done: how many were done before, by an earlier run.
+        shown: whether it is printed at all; of several processes, one prints.
     """
 
-    def __init__(self, title: str, total: int, unit: str, *, done: int = 0):
-        self.title, self.total, self.unit, self.done = title, total, unit, done
+    def __init__(self, title: str, total: int, unit: str, *, done: int = 0, shown: bool = True):
+        self.title, self.total, self.unit, self.done, self.shown = title, total, unit, done, shown
         self._first, self._start = done, time.monotonic()
         self._last_line = self._start
         self._bar: RichProgress | None = None
-        if sys.stderr.isatty():
+        if shown and sys.stderr.isatty():
             columns = (
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
                 TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
@@ -41,7 +42,7 @@ class Progress:
         rate = (self.done - self._first) / max(seconds, 1e-9)
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, rate=f"{rate:.1f} {self.unit}/s", note=note)
-        elif time.monotonic() - self._last_line >= LINE_EVERY_SECONDS or self.done >= self.total:
+        elif self.shown and (time.monotonic() - self._last_line >= LINE_EVERY_SECONDS or self.done >= self.total):
             self._last_line = time.monotonic()
             left = (self.total - self.done) / max(rate, 1e-9)
             text = f"{self.title}: {self.done}/{self.total} {self.unit}, {rate:.1f}/s, {left:.0f} s left"

@@ -1,16 +1,18 @@
 """Records and student renderings -> what one micro-step computes on."""
 
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from genrecal.errors import DamageError, GenrecalError, SampleError
-from genrecal.samples import Sample
+from genrecal.samples import ImageRef, Message, Sample
 from genrecal.shards.order import SampleOrder, micro_batches
 from genrecal.shards.reader import Cache
 from genrecal.shards.record import Record
@@ -157,8 +159,37 @@ class Loaded:
     error: GenrecalError | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class StandIn:
+    """A made conversation that keeps a rank busy where it has no sample, or none with a picture. No row of it is read.
+
+    Ranks that work together run the same modules in every micro-step, or they wait for each other for ever. Behind the
+    stand-in all gradients are zeros, so it changes no number.
+
+    Args:
+        encoded: the conversation, in the student's rendering.
+        with_text: whether it also stands beside samples that have no pictures; it has one then.
+        teacher_size: D_t, for teacher states of zero rows.
+    """
+
+    encoded: Encoded
+    with_text: bool
+    teacher_size: int
+
+    @classmethod
+    def make(cls, renderer: Renderer, teacher_size: int, *, picture: bool) -> "StandIn":
+        parts = (ImageRef(0), "?") if picture else ("?",)
+        messages = [Message(role="user", parts=parts), Message(role="assistant", parts=("!",))]
+        encoded = renderer.encode_messages(messages, [Image.new("RGB", (56, 56))] if picture else [])
+        return cls(encoded=encoded, with_text=picture, teacher_size=teacher_size)
+
+
 class BatchBuilder(Dataset[Loaded]):
-    """Indices of samples -> MicroBatch; a Dataset so that torch's DataLoader can do it in worker processes."""
+    """Indices of samples -> MicroBatch; a Dataset so that torch's DataLoader can do it in worker processes.
+
+    Args:
+        stand_in: put beside samples without pictures, and in the place of none at all.
+    """
 
     def __init__(
         self,
@@ -168,8 +199,9 @@ class BatchBuilder(Dataset[Loaded]):
         *,
         max_tokens: int = 0,
         on_damage: str = "fail",
+        stand_in: StandIn | None = None,
     ):
-        self.source, self.renderer, self.wanted = source, renderer, wanted
+        self.source, self.renderer, self.wanted, self.stand_in = source, renderer, wanted, stand_in
         self.max_tokens, self.on_damage = max_tokens, on_damage
 
     def __getitem__(self, indices: Sequence[int]) -> Loaded:  # type: ignore[override]
@@ -195,16 +227,47 @@ class BatchBuilder(Dataset[Loaded]):
                 records.append(record)
             except SampleError as error:
                 skipped.append(f"{sample.key}: {error}")
+        lost = Loaded(skipped=tuple(skipped), damaged=tuple(damaged))
+        extra = self.stand_in
         if not encoded:
-            return Loaded(skipped=tuple(skipped), damaged=tuple(damaged))
-        batch = _student_part(encoded, self.renderer)
+            return replace(lost, batch=_empty_batch(extra, self.renderer, self.wanted) if extra else None)
+        beside = [extra.encoded] if extra and extra.with_text and not any(e.num_images for e in encoded) else []
+        batch = _student_part(encoded, self.renderer, beside=beside)
         if self.wanted.teacher:
             _add_teacher_part(batch, encoded, [r for r in records if r is not None], self.wanted)
-        return Loaded(batch=batch, skipped=tuple(skipped), damaged=tuple(damaged))
+            if self.wanted.questions and batch.reg_splice is None and extra:
+                _add_empty_regularisation(batch, extra)
+        return replace(lost, batch=batch)
 
 
-def _student_part(encoded: Sequence[Encoded], renderer: Renderer) -> MicroBatch:
-    inputs = renderer.collate(encoded)
+def _empty_batch(stand_in: StandIn, renderer: Renderer, wanted: Wanted) -> MicroBatch:
+    """A micro-batch of no samples: the stand-in goes through every module, and no row of it is read."""
+    inputs = renderer.collate([stand_in.encoded])
+    none = torch.zeros(0, dtype=torch.int64)
+    batch = MicroBatch(keys=[], student_inputs=inputs, sft_rows=none, sft_ids=none, sft_first=none.bool())
+    if wanted.teacher:
+        batch.answer_states = torch.zeros(0, stand_in.teacher_size)
+        batch.splice = Splice(rows=torch.arange(inputs["input_ids"].shape[1])[None], predicts=none)
+        batch.target_ids, batch.first = none, none.bool()
+        batch.topk_ids, batch.topk_log_probs = none[:, None], torch.zeros(0, 1)
+        batch.exact_states = torch.zeros(0, stand_in.teacher_size) if wanted.exact else None
+        if wanted.sampled:
+            batch.sample_ids, batch.sample_counts, batch.entropy = none[:, None], torch.zeros(0, 1), torch.zeros(0)
+        if wanted.questions:
+            _add_empty_regularisation(batch, stand_in)
+    return batch
+
+
+def _add_empty_regularisation(batch: MicroBatch, stand_in: StandIn) -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    batch.question_states = torch.zeros(1, stand_in.teacher_size)
+    batch.reg_splice = Splice(rows=torch.zeros(1, 1, dtype=torch.int64), predicts=none)
+    batch.reg_rows = none
+
+
+def _student_part(encoded: Sequence[Encoded], renderer: Renderer, *, beside: Sequence[Encoded] = ()) -> MicroBatch:
+    """`beside` goes through the student too, after the samples; no row of it is read."""
+    inputs = renderer.collate([*encoded, *beside])
     length = inputs["input_ids"].shape[1]
     rows, first = [], []
     for number, item in enumerate(encoded):
@@ -234,7 +297,7 @@ def _add_teacher_part(batch: MicroBatch, encoded: Sequence[Encoded], records: Se
         [np.arange(s, e) + number * length for s, e, is_answer in item.segments() if not is_answer]
         for number, item in enumerate(encoded)
     ]
-    index = splice_index(questions, lengths, len(encoded) * length)
+    index = splice_index(questions, lengths, batch.student_inputs["input_ids"].numel())
     batch.splice = Splice(rows=torch.from_numpy(index.rows), predicts=torch.from_numpy(index.predicts))
     predicts = [a.predicts for a in answers]
 
@@ -312,11 +375,18 @@ def _first_of(count: int) -> np.ndarray:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """The micro-batches of an optimizer step, and why samples of it were left out."""
+    """A rank's share of an optimizer step.
 
-    batches: list[MicroBatch]
+    Args:
+        batches: its micro-batches; as many on every rank, unless one is None for want of samples.
+        skipped, damaged: why samples of it were left out.
+        error: what stopped the loading.
+    """
+
+    batches: list[MicroBatch | None]
     skipped: list[str]
     damaged: list[str]
+    error: GenrecalError | None = None
 
 
 def micro_batch_stream(
@@ -329,20 +399,21 @@ def micro_batch_stream(
     last_sample: int,
     batch_size: int,
     workers: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator["Step"]:
-    """The micro-batches of each optimizer step of `steps` and the samples it skips, read ahead in worker processes.
+    """This rank's micro-batches of each optimizer step of `steps`, read ahead in worker processes.
 
     Args:
         last_sample: where the stage ends in the endless stream of samples; the last step takes what is left.
     """
 
-    ranges = [(step * global_batch, min((step + 1) * global_batch, last_sample)) for step in steps]
+    def plan() -> Iterator[list[np.ndarray]]:
+        for step in steps:
+            batch = order.slice(step * global_batch, min((step + 1) * global_batch, last_sample))
+            yield micro_batches(batch, lengths, batch_size=batch_size, rank=rank, world_size=world_size)
 
-    def plan() -> Iterator[np.ndarray]:
-        for start, end in ranges:
-            yield from micro_batches(order.slice(start, end), lengths, batch_size=batch_size)
-
-    sampler: Any = plan()
+    sampler: Any = (indices for share in plan() for indices in share)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch's advice on the number of workers
         loader = iter(
@@ -353,16 +424,22 @@ def micro_batch_stream(
                 num_workers=workers,
                 prefetch_factor=2 if workers else None,
                 multiprocessing_context="fork" if workers else None,  # processors and readers are shared, not pickled
+                worker_init_fn=_ignore_stop_signals,
                 generator=torch.Generator(),  # its own: a draw from the global one would change dropout after a resume
             )
         )
-    for start, end in ranges:
-        loaded = [next(loader) for _ in range(-(-(end - start) // batch_size))]
-        for item in loaded:
-            if item.error is not None:
-                raise item.error
+    for step in steps:
+        samples = min((step + 1) * global_batch, last_sample) - step * global_batch
+        loaded = [next(loader) for _ in range(-(-samples // (batch_size * world_size)))]
         yield Step(
-            batches=[item.batch for item in loaded if item.batch],
+            batches=[item.batch for item in loaded],
             skipped=[text for item in loaded for text in item.skipped],
             damaged=[text for item in loaded for text in item.damaged],
+            error=next((item.error for item in loaded if item.error is not None), None),
         )
+
+
+def _ignore_stop_signals(_: int) -> None:
+    """A scheduler signals every process of a job; what the training process makes of it still needs its workers."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

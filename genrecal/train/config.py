@@ -13,6 +13,8 @@ from typing import Any
 
 from genrecal.errors import UsageError
 
+ENGINES = ("auto", "none", "ddp", "zero1", "zero2", "zero3")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
@@ -109,7 +111,10 @@ class TrainConfig:
         seed: of the order, the Recalibrator's first weights and dropout.
         objective: "genrecal", or "sft": stages 2 and 3 with the student's own cross-entropy alone.
         precision: "bf16" computes in bfloat16 with float32 trained weights; "fp32"; "auto" is bf16 on CUDA, else fp32.
-        device: "auto", "cpu", "cuda".
+        device: "auto", "cpu", "cuda"; under a launcher, each process takes the CUDA device of its local rank.
+        engine: "none", one process; "ddp", torch's DistributedDataParallel; "zero1", "zero2", "zero3", DeepSpeed's; "auto"
+            is ddp where a launcher started several processes, and none otherwise.
+        offload: ZeRO keeps optimizer state (zero3: frozen and trained weights too) in the CPU's memory.
         attention: of the student and the Recalibrator; "auto" lets transformers choose.
         gradient_checkpointing: compute activations of the student's and Recalibrator's blocks again in the backward pass.
         max_tokens: longest conversation the student is given, in its tokens; 0 for no limit.
@@ -121,6 +126,8 @@ class TrainConfig:
     objective: str = "genrecal"
     precision: str = "auto"
     device: str = "auto"
+    engine: str = "auto"
+    offload: bool = False
     attention: str = "auto"
     gradient_checkpointing: bool = True
     max_tokens: int = 0
@@ -134,9 +141,12 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
-        for name, choices in (("objective", ("genrecal", "sft")), ("precision", ("auto", "bf16", "fp32"))):
-            if getattr(self, name) not in choices:
-                raise UsageError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(choices)}")
+        choices = {"objective": ("genrecal", "sft"), "precision": ("auto", "bf16", "fp32"), "engine": ENGINES}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise UsageError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        if self.offload and not self.engine.startswith("zero"):
+            raise UsageError(f"offload is for engine zero1, zero2 and zero3; engine is {self.engine}")
 
     def stage(self, number: int) -> StageConfig:
         return (self.stage1, self.stage2, self.stage3)[number - 1]

@@ -1,8 +1,10 @@
 """The training loop, from top to bottom: for each stage, set up, step through the samples, keep the result."""
 
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,29 +13,41 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from genrecal.errors import TrainingError, UsageError
+from genrecal.errors import GenrecalError, StoppedError, TrainingError, UsageError
 from genrecal.progress import Progress
 from genrecal.shards.order import SampleOrder
 from genrecal.shards.reader import Cache
-from genrecal.train.batches import BatchBuilder, LiveSource, MicroBatch, RecordSource, ShardSource, micro_batch_stream
+from genrecal.train.batches import (
+    BatchBuilder,
+    LiveSource,
+    MicroBatch,
+    RecordSource,
+    ShardSource,
+    StandIn,
+    Step,
+    micro_batch_stream,
+)
 from genrecal.train.checkpoint import (
     copy_weights,
     find_checkpoints,
-    load_checkpoint,
+    read_checkpoint,
     remove_unfinished,
     save_checkpoint,
-    trained_parameters,
 )
 from genrecal.train.config import StageConfig, TrainConfig
-from genrecal.train.logs import RunLog, term_means
+from genrecal.train.engine import Engine, resolve_engine, start_engine
+from genrecal.train.logs import RunLog, term_means, term_sums
+from genrecal.train.ranks import Ranks, StopSignals, joined, own_device, world_size
 from genrecal.train.recalibrator import Recalibrator, checkpoint_activations
-from genrecal.train.run import Run
+from genrecal.train.run import RUN_FILE, Run
 from genrecal.train.stages import Denominators, Distiller, add_lora, select_trainable, wanted_by
 from genrecal.vlm.loading import resolve_device
 
 
 def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = None) -> None:
     """Train the stages asked for, going on from where an earlier call of the same run stopped.
+
+    Under a launcher every process calls this, and each trains on its share of every global batch.
 
     Args:
         live_teacher: a `genrecal.cache.teacher.LiveTeacher` that makes the records in place of the shards; handed in,
@@ -42,7 +56,37 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
     Raises:
         UsageError: settings, student or cache are not those the run's folder was begun with.
         TrainingError: a loss or gradient is not finite, or an earlier stage's result is missing.
+        StoppedError: a signal asked the run to stop.
+        OtherRankError: on the ranks that leave it to another to say what is wrong.
     """
+    with all_ranks(run.config) as ranks, StopSignals() as signals:
+        device = ranks.together(lambda: own_device(run.config.device))
+        if device.index is not None:
+            torch.cuda.set_device(device)
+        cache = ranks.together(lambda: open_for(run, stages))
+        begun = ranks.together(lambda: run.begin(cache, ranks.size), first_alone=True)
+        ranks.wait_for(run.path / RUN_FILE)
+        for stage in sorted(set(stages)):
+            if run.config.objective == "sft" and stage == 1:
+                continue  # there is no Recalibrator to align
+            if not ranks.gather(run.stage_result(stage).exists())[0]:
+                source = LiveSource(cache, live_teacher) if live_teacher else ShardSource(cache)
+                job = StageJob(run=run, cache=cache, stage=stage, ranks=ranks, device=device, begun=begun)
+                _train_stage(job, source, signals)
+            ranks.wait_for(run.stage_result(stage))
+
+
+def all_ranks(config: TrainConfig) -> AbstractContextManager[Ranks]:
+    """The processes of the run, connected. Without a launcher, and without an engine that needs one, there is this one."""
+    processes = world_size()
+    if not processes and resolve_engine(config.engine, processes) == "none":
+        return nullcontext(Ranks())
+    return joined(resolve_device(config.device).type, launched=processes > 0)
+
+
+def open_for(run: Run, stages: Sequence[int]) -> Cache:
+    """The run's cache. Raises UsageError if it, or the launcher, cannot serve what the run asks for."""
+    resolve_engine(run.config.engine, world_size())
     cache = Cache(run.cache)
     if not cache.is_complete:
         raise UsageError(
@@ -54,12 +98,27 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
             f"--cache {run.cache}: loss.target sample needs sampled targets, and this cache has none; "
             "make one with `genrecal cache --targets sample:50`, or set loss.target to topk or exact"
         )
-    run.begin(cache)
-    for stage in sorted(set(stages)):
-        if run.config.objective == "sft" and stage == 1:
-            continue  # there is no Recalibrator to align
-        if not run.stage_result(stage).exists():
-            _train_stage(run, cache, stage, LiveSource(cache, live_teacher) if live_teacher else ShardSource(cache))
+    return cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageJob:
+    """One stage of a run on this rank. `begun` is the content of run.json."""
+
+    run: Run
+    cache: Cache
+    stage: int
+    ranks: Ranks
+    device: torch.device
+    begun: dict[str, Any]
+
+    @property
+    def settings(self) -> StageConfig:
+        return self.run.config.stage(self.stage)
+
+    @property
+    def global_batch(self) -> int:
+        return int(self.begun["global_batch"][f"stage{self.stage}"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +131,12 @@ class StagePlan:
     num_steps: int
 
 
-def plan_stage(config: StageConfig, cache: Cache) -> StagePlan:
-    """Steps of a stage over a cache. The last step takes what is left, so that no sample is dropped."""
+def plan_stage(config: StageConfig, cache: Cache, *, global_batch: int | None = None) -> StagePlan:
+    """Steps of a stage over a cache. The last step takes what is left, so that no sample is dropped.
+
+    Args:
+        global_batch: samples of an optimizer step; None for one process with the stage's own settings.
+    """
     indices = np.arange(len(cache))
     if config.exclude_categories:
         categories = cache.arrow_column("category").cast(pa.string())
@@ -87,7 +150,7 @@ def plan_stage(config: StageConfig, cache: Cache) -> StagePlan:
         indices = np.flatnonzero(~np.asarray(excluded.to_numpy()))
     if not len(indices):
         raise UsageError(f"{cache.path}: no sample is left to train on")
-    global_batch = config.batch_size * config.accumulation
+    global_batch = global_batch or config.batch_size * config.accumulation
     num_samples = round(len(indices) * config.epochs)
     if not num_samples:
         raise UsageError(f"epochs = {config.epochs}: no step to train")
@@ -101,28 +164,120 @@ def plan_stage(config: StageConfig, cache: Cache) -> StagePlan:
     )
 
 
-def _train_stage(run: Run, cache: Cache, stage: int, source: RecordSource) -> None:
-    config, settings = run.config, run.config.stage(stage)
-    plan = plan_stage(settings, cache)
-    if wanted_by(stage, config).questions and not cache.column("has_question").any():
-        raise UsageError(
-            f"{cache.path}: stage 1's regularisation needs the teacher's question states, and this cache has none; "
-            "set loss.reg_weight=0 to train without it"
+def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> None:
+    run, stage, ranks, config, settings = job.run, job.stage, job.ranks, job.run.config, job.settings
+    plan, engine, stream, first_step = _prepare(job, source)
+    with (
+        RunLog(run.path, stage, first_step=first_step, writes=ranks.first) as log,
+        Progress(f"stage {stage}", plan.num_steps, "steps", done=first_step, shown=ranks.first) as progress,
+    ):
+        skipped, damaged = (ranks.gather(log.left_out)[0][name] for name in ("skipped", "damaged"))
+        started = time.perf_counter()
+        for step in range(first_step, plan.num_steps):
+            loaded = next(stream)
+            shares = ranks.gather(Share.of(loaded, time.perf_counter() - started, signals.received))
+            if received := next((share.signal for share in shares if share.signal), None):
+                if step > first_step:
+                    _save(job, engine, step)
+                ranks.stop(
+                    StoppedError(f"stopped by {received} after step {step} of stage {stage}; the same command goes on")
+                )
+            if error := next((share.error for share in shares if share.error), None):
+                ranks.stop(error)
+            left_out = {
+                name: texts
+                for name in ("skipped", "damaged")
+                if (texts := [text for share in shares for text in getattr(share, name)])
+            }
+            skipped += len(left_out.get("skipped", ()))
+            damaged += len(left_out.get("damaged", ()))
+            if skipped + damaged > config.data.max_skip * plan.num_samples:
+                ranks.stop(
+                    TrainingError(
+                        f"stage {stage}: the student cannot take {skipped} of {plan.num_samples} samples, and {damaged} "
+                        f"are damaged, over the limit of {config.data.max_skip:.2%} (data.max_skip): "
+                        f"{'; '.join([text for texts in left_out.values() for text in texts][:3])}"
+                    )
+                )
+            if not any(share.samples for share in shares):
+                log.write(step, {"samples": 0, **left_out})
+                continue
+            rate = learning_rate(settings, step, plan.num_steps)
+            seed_step(config.seed, stage, step, ranks.rank)
+            values = train_step(engine, loaded.batches, Share.denominators(shares), rate, ranks)
+            seconds = time.perf_counter() - started
+            tokens = sum(share.tokens for share in shares)
+            values |= {
+                "lr": rate, "samples": sum(share.samples for share in shares), "student_tokens": tokens,
+                "seconds": seconds, "data_wait": max(share.waited for share in shares) / seconds,
+            }  # fmt: skip
+            values |= left_out
+            if step % config.log_every == 0 or step == plan.num_steps - 1 or left_out:
+                log.write(step, values)
+            if settings.checkpoint_every and (step + 1) % settings.checkpoint_every == 0 and step + 1 < plan.num_steps:
+                _save(job, engine, step + 1)
+            progress.advance(1, f"loss {values['loss']:.3f}, {tokens / seconds:.0f} tokens/s")
+            started = time.perf_counter()
+    if damaged and ranks.first:
+        sys.stderr.write(
+            f"genrecal: stage {stage}: {damaged} of {plan.num_samples} samples were skipped since they are damaged; "
+            f"metrics.jsonl names them under damaged, and `genrecal verify {job.cache.path}` the shards\n"
         )
-    device, compute_dtype = resolve_device(config.device), resolve_precision(config)
-    torch.manual_seed(config.seed * 4 + stage)
-    distiller = build_distiller(run, cache, stage, device, compute_dtype)
-    parameters = trained_parameters(distiller)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
-    remove_unfinished(run.checkpoints)
-    checkpoints = find_checkpoints(run.checkpoints, stage)
-    first_step = load_checkpoint(checkpoints[-1], parameters, optimizer) if checkpoints else 0
+    state = engine.state()
+    if state is not None:
+        run.save_result(stage, state.weights)
+
+
+def _prepare(job: StageJob, source: RecordSource) -> tuple[StagePlan, Engine, Iterator[Step], int]:
+    """The stage's plan; its engine, where the newest checkpoint left it; the samples from there on; and the first step."""
+    run, cache, stage, ranks, config, settings = job.run, job.cache, job.stage, job.ranks, job.run.config, job.settings
+    compute_dtype = resolve_precision(config)
+
+    def build() -> tuple[StagePlan, Distiller]:
+        plan = plan_stage(settings, cache, global_batch=job.global_batch)
+        if wanted.questions and not cache.column("has_question").any():
+            raise UsageError(
+                f"{cache.path}: stage 1's regularisation needs the teacher's question states, and this cache has none; "
+                "set loss.reg_weight=0 to train without it"
+            )
+        torch.manual_seed(config.seed * 4 + stage)
+        return plan, build_distiller(run, cache, stage, job.device, compute_dtype)
+
+    wanted = wanted_by(stage, config)
+    plan, distiller = ranks.together(build)
+    engine = start_engine(
+        config,
+        settings,
+        distiller,
+        ranks,
+        device=job.device,
+        compute_dtype=compute_dtype,
+        micro_steps=-(-plan.global_batch // (settings.batch_size * ranks.size)),
+    )
+
+    def resume() -> int:
+        if not (checkpoints := find_checkpoints(run.checkpoints, stage)):
+            return 0
+        checkpoint = read_checkpoint(checkpoints[-1])
+        run.check_checkpoint(checkpoint, stage, cache)
+        engine.load(checkpoint.state, where=str(checkpoint.path))
+        return checkpoint.step
+
+    if ranks.first:
+        remove_unfinished(run.checkpoints)
+    first_step = ranks.together(resume)
+    renderer = distiller.student.renderer
     builder = BatchBuilder(
         _Subset(source, plan.indices),
-        distiller.student.renderer,
-        wanted_by(stage, config),
+        renderer,
+        wanted,
         max_tokens=config.max_tokens,
         on_damage=config.data.on_damage,
+        stand_in=StandIn.make(
+            renderer, cache.hidden_size, picture=engine.same_modules and bool(cache.column("images").any())
+        )
+        if ranks.size > 1
+        else None,
     )
     stream = micro_batch_stream(
         builder,
@@ -133,50 +288,73 @@ def _train_stage(run: Run, cache: Cache, stage: int, source: RecordSource) -> No
         last_sample=plan.num_samples,
         batch_size=settings.batch_size,
         workers=config.data.workers if isinstance(source, ShardSource) else 0,  # a live teacher stays in this process
+        rank=ranks.rank,
+        world_size=ranks.size,
     )
-    with (
-        RunLog(run.path, stage, first_step=first_step) as log,
-        Progress(f"stage {stage}", plan.num_steps, "steps", done=first_step) as progress,
-    ):
-        skipped, damaged = log.left_out["skipped"], log.left_out["damaged"]
-        started = time.perf_counter()
-        for step in range(first_step, plan.num_steps):
-            loaded = next(stream)
-            batches = loaded.batches
-            left_out = {name: texts for name in ("skipped", "damaged") if (texts := getattr(loaded, name))}
-            skipped += len(loaded.skipped)
-            damaged += len(loaded.damaged)
-            if skipped + damaged > config.data.max_skip * plan.num_samples:
-                raise TrainingError(
-                    f"stage {stage}: the student cannot take {skipped} of {plan.num_samples} samples, and {damaged} are "
-                    f"damaged, over the limit of {config.data.max_skip:.2%} (data.max_skip): "
-                    f"{'; '.join([*loaded.skipped, *loaded.damaged][:3])}"
-                )
-            if not batches:
-                log.write(step, {"samples": 0, **left_out})
-                continue
-            waited = time.perf_counter() - started
-            set_learning_rate(optimizer, settings, step, plan.num_steps)
-            values = train_step(distiller, batches, optimizer, parameters, settings, device, compute_dtype)
-            seconds = time.perf_counter() - started
-            tokens = sum(int(batch.student_inputs["attention_mask"].sum()) for batch in batches)
-            values |= {
-                "lr": optimizer.param_groups[0]["lr"], "samples": sum(len(batch.keys) for batch in batches),
-                "student_tokens": tokens, "seconds": seconds, "data_wait": waited / seconds,
-            }  # fmt: skip
-            values |= left_out
-            if step % config.log_every == 0 or step == plan.num_steps - 1 or left_out:
-                log.write(step, values)
-            if settings.checkpoint_every and (step + 1) % settings.checkpoint_every == 0 and step + 1 < plan.num_steps:
-                save_checkpoint(run.checkpoints, stage, step + 1, parameters, optimizer, config.keep_checkpoints)
-            progress.advance(1, f"loss {values['loss']:.3f}, {tokens / seconds:.0f} tokens/s")
-            started = time.perf_counter()
-    if damaged:
-        sys.stderr.write(
-            f"genrecal: stage {stage}: {damaged} of {plan.num_samples} samples were skipped since they are damaged; "
-            f"metrics.jsonl names them under damaged, and `genrecal verify {cache.path}` the shards\n"
+    return plan, engine, stream, first_step
+
+
+def _save(job: StageJob, engine: Engine, step: int) -> None:
+    """A checkpoint, which rank 0 writes; the others wait, and stop too if it cannot be written."""
+    state, run = engine.state(), job.run
+
+    def write() -> None:
+        if state is not None:
+            save_checkpoint(
+                run.checkpoints,
+                job.stage,
+                step,
+                state,
+                run=run.description(job.cache, job.ranks.size),
+                keep=run.config.keep_checkpoints,
+            )
+
+    job.ranks.together(write)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one rank brings to an optimizer step; gathered before anything is computed.
+
+    Args:
+        rows: its part of the denominators.
+        waited: seconds for its data.
+        error: what stopped its loading; signal: what told it to stop.
+    """
+
+    rows: Denominators
+    samples: int
+    tokens: int
+    waited: float
+    skipped: list[str]
+    damaged: list[str]
+    error: GenrecalError | None
+    signal: str | None
+
+    @classmethod
+    def of(cls, loaded: Step, waited: float, signal: str | None) -> "Share":
+        batches = [batch for batch in loaded.batches if batch is not None]
+        return cls(
+            rows=Denominators(
+                teacher_rows=sum(len(batch.target_ids) for batch in batches if batch.target_ids is not None),
+                student_rows=sum(len(batch.sft_ids) for batch in batches),
+            ),
+            samples=sum(len(batch.keys) for batch in batches),
+            tokens=sum(int(b.student_inputs["attention_mask"][: len(b.keys)].sum()) for b in batches),
+            waited=waited,
+            skipped=loaded.skipped,
+            damaged=loaded.damaged,
+            error=loaded.error,
+            signal=signal,
         )
-    run.save_result(stage, parameters)
+
+    @staticmethod
+    def denominators(shares: Sequence["Share"]) -> Denominators:
+        """Those of the global batch."""
+        return Denominators(
+            teacher_rows=sum(share.rows.teacher_rows for share in shares),
+            student_rows=sum(share.rows.student_rows for share in shares),
+        )
 
 
 class _Subset:
@@ -228,47 +406,41 @@ def build_distiller(run: Run, cache: Cache, stage: int, device: torch.device, co
 
 
 def train_step(
-    distiller: Distiller,
-    batches: Sequence[MicroBatch],
-    optimizer: torch.optim.Optimizer,
-    parameters: dict[str, torch.nn.Parameter],
-    settings: StageConfig,
-    device: torch.device,
-    compute_dtype: torch.dtype,
+    engine: Engine,
+    batches: Sequence[MicroBatch | None],
+    denominators: Denominators,
+    learning_rate: float,
+    ranks: Ranks,
 ) -> dict[str, Any]:
-    """One optimizer step over the micro-batches of a global batch; the means of its terms.
+    """One optimizer step over this rank's micro-batches of a global batch; the means of its terms, over all ranks.
 
-    Raises TrainingError, before anything is changed, if a loss or the gradient is not finite.
+    Stops all ranks with a TrainingError, before anything is changed, if a loss or the gradient is not finite.
     """
-    denominators = Denominators(
-        teacher_rows=sum(len(batch.target_ids) for batch in batches if batch.target_ids is not None),
-        student_rows=sum(len(batch.sft_ids) for batch in batches),
-    )
-    outputs = []
-    for batch in batches:
-        with torch.autocast(device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32):
-            output = distiller(batch.to(device, compute_dtype), denominators)
-        if not torch.isfinite(output.loss):
-            raise TrainingError(
-                f"the loss is {output.loss.item()} on samples {', '.join(batch.keys)}; nothing was updated"
-            )
-        output.loss.backward()
-        outputs.append(output)
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm or float("inf"))
-    if not torch.isfinite(norm):
-        keys = ", ".join(key for batch in batches for key in batch.keys)
-        raise TrainingError(f"the gradient's norm is {norm.item()} on samples {keys}; nothing was updated")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    loss = sum(output.loss.item() for output in outputs)
-    return {"loss": loss, "grad_norm": norm.item(), **term_means(outputs)}
+    given = [batch for batch in batches if batch is not None]
+    outputs = [
+        engine.micro_step(batch, denominators, last=number == len(given)) for number, batch in enumerate(given, 1)
+    ]
+    losses = [output.loss.item() for output in outputs]
+    bad = [(loss, batch.keys) for loss, batch in zip(losses, given, strict=True) if not math.isfinite(loss)]
+    found = ranks.gather((sum(losses), term_sums(outputs), bad, [key for batch in given for key in batch.keys]))
+    if broken := next((first for _, _, (*first,), _ in found if first), None):
+        loss, keys = broken[0]
+        ranks.stop(TrainingError(f"the loss is {loss} on samples {', '.join(keys)}; nothing was updated"))
+    norm = engine.step(learning_rate)
+    if not math.isfinite(norm):
+        keys = [key for *_, keys in found for key in keys]
+        ranks.stop(TrainingError(f"the gradient's norm is {norm} on samples {', '.join(keys)}; nothing was updated"))
+    return {"loss": sum(loss for loss, *_ in found), "grad_norm": norm, **term_means([sums for _, sums, *_ in found])}
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, settings: StageConfig, step: int, num_steps: int) -> None:
+def learning_rate(settings: StageConfig, step: int, num_steps: int) -> float:
     """Linear from `lr` at step 0 towards `lr_end` at step `num_steps` (paper, section 4.1(c))."""
-    rate = settings.lr + (settings.lr_end - settings.lr) * step / num_steps
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    return settings.lr + (settings.lr_end - settings.lr) * step / num_steps
+
+
+def seed_step(seed: int, stage: int, step: int, rank: int) -> None:
+    """Dropout's random state of a step: the same after a resume, another on every rank."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, stage, step, rank]).generate_state(1, np.uint64)[0]))
 
 
 def resolve_precision(config: TrainConfig) -> torch.dtype:

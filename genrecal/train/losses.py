@@ -263,16 +263,16 @@ def chunked_cross_entropy(
     """Cross-entropy of each row through a head that may be trained itself, float32 `[N]`.
 
     The student's own loss. A chunk's logits are thrown away and computed again in the backward pass, so that `[N, V]`
-    never exists whole; autograd does the rest, the head's gradient included.
+    never exists whole; autograd does the rest, the head's gradient included. Without rows that gradient is zeros.
     """
     pieces = [
         torch.utils.checkpoint.checkpoint(
             _cross_entropy, hidden[start : start + chunk_rows], head, transform, target_ids[start : start + chunk_rows],
             use_reentrant=False,
         )
-        for start in range(0, hidden.shape[0], chunk_rows)
+        for start in range(0, max(hidden.shape[0], 1), chunk_rows)
     ]  # fmt: skip
-    return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
+    return torch.cat(pieces)
 
 
 def _cross_entropy(

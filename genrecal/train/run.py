@@ -10,8 +10,10 @@ import dataclasses
 import hashlib
 import json
 import platform
+import re
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,16 @@ from genrecal.errors import TrainingError, UsageError
 from genrecal.files import put_in_place, temporary_path, write_whole
 from genrecal.shards.layout import CACHE_FILE
 from genrecal.shards.reader import Cache
-from genrecal.train.checkpoint import copy_weights, read_tensors
+from genrecal.train.checkpoint import Checkpoint, copy_weights, read_tensors
 from genrecal.train.config import TrainConfig, config_from
 from genrecal.train.stages import add_lora, merge_lora, select_trainable
 from genrecal.vlm.loading import VLM, file_digest, load_vlm, model_folder
 
 RUN_FILE = "run.json"
+# Who computes it, and how: the global batch and all that follows from it stay as they were.
+MAY_CHANGE = re.compile(
+    r"(software|command|processes|global_batch)\b|config\.(engine|offload|device|stage\d\.(batch_size|accumulation))$"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +66,12 @@ class Run:
         """The latest stage that has a result; 0 for none."""
         return max((stage for stage in (1, 2, 3) if self.stage_result(stage).exists()), default=0)
 
-    def save_result(self, stage: int, parameters: dict[str, torch.nn.Parameter]) -> None:
-        """Write a finished stage's trained parameters."""
+    def save_result(self, stage: int, weights: Mapping[str, torch.Tensor]) -> None:
+        """Write a finished stage's trained parameters, on the CPU."""
         path = self.stage_result(stage)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_path(path)
-        save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, temporary)
+        save_file(dict(weights), temporary)
         put_in_place(temporary, path)
 
     def load_result(self, stage: int) -> dict[str, torch.Tensor]:
@@ -80,29 +86,60 @@ class Run:
 
     # --------------------------------------------------------------------------------------------------------- identity
 
-    def begin(self, cache: Cache) -> None:
-        """Write run.json, or check that the one there is of the same run. Raises UsageError naming what differs."""
-        description = self._description(cache)
+    def begin(self, cache: Cache, processes: int = 1) -> dict[str, Any]:
+        """Write run.json, or check that the one there is of the same run; its content.
+
+        The global batch of each stage is the run's: what it was begun with, on that many processes. On another number of
+        processes it stays, and accumulation gives way.
+
+        Raises UsageError naming what differs.
+        """
+        now = self.description(cache, processes)
         path = self.path / RUN_FILE
         if path.exists():
             found = _read_run_file(path)
-            different = [
-                f"{name} was {_at(found, name)!r}, now {_at(description, name)!r}"
-                for name in sorted(_leaves(found) | _leaves(description))
-                if _at(found, name) != _at(description, name) and not name.startswith(("software", "command"))
-            ]
-            if different:
+            if different := differences(found, now):
                 raise UsageError(f"--out {self.path} holds another run: {'; '.join(different)}. Use another --out")
-            return
+            self._check_global_batches(found, processes)
+            return found
         self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(path, (json.dumps(description, indent=2, sort_keys=True) + "\n").encode())
+        write_whole(path, (json.dumps(now, indent=2, sort_keys=True) + "\n").encode())
+        return now
 
-    def _description(self, cache: Cache) -> dict[str, Any]:
+    def _check_global_batches(self, found: dict[str, Any], processes: int) -> None:
+        for number in (1, 2, 3):
+            name, settings = f"stage{number}", self.config.stage(number)
+            before = _at(found, f"config.{name}")
+            if (settings.batch_size, settings.accumulation) == (before["batch_size"], before["accumulation"]):
+                continue
+            product, global_batch = settings.batch_size * settings.accumulation * processes, found["global_batch"][name]
+            if product != global_batch:
+                raise UsageError(
+                    f"--out {self.path}: the run's global batch in stage {number} is {global_batch} samples; {name}.batch_size "
+                    f"{settings.batch_size} x {name}.accumulation {settings.accumulation} x {processes} processes is {product}"
+                )
+
+    def check_checkpoint(self, checkpoint: Checkpoint, stage: int, cache: Cache) -> None:
+        """Raises TrainingError, naming what differs, for a checkpoint of another run or stage."""
+        different = differences(checkpoint.run, self.description(cache))
+        if checkpoint.stage != stage:
+            different.insert(0, f"stage was {checkpoint.stage}, now {stage}")
+        if different:
+            raise TrainingError(f"{checkpoint.path}: a checkpoint of another run: {'; '.join(different)}; delete it")
+
+    def description(self, cache: Cache, processes: int = 1) -> dict[str, Any]:
+        """What a run and its checkpoints are of, as run.json has it."""
         student = model_folder(self.student)
         return json.loads(
             json.dumps(
                 {
                     "config": dataclasses.asdict(self.config),
+                    "global_batch": {
+                        f"stage{number}": settings.batch_size * settings.accumulation * processes
+                        for number in (1, 2, 3)
+                        for settings in (self.config.stage(number),)
+                    },
+                    "processes": processes,
                     "student": str(Path(self.student).resolve()) if Path(self.student).is_dir() else self.student,
                     "student_config_sha256": file_digest(student / "config.json"),
                     "teacher": self.teacher,
@@ -170,6 +207,15 @@ def _read_run_file(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"{path.parent}: not a run: {RUN_FILE}: {error}; `genrecal train --out {path.parent}` makes one"
         ) from None
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What sets two runs apart, in words; what may change while a run goes on is no difference."""
+    return [
+        f"{name} was {_at(before, name)!r}, now {_at(now, name)!r}"
+        for name in sorted(_leaves(before) | _leaves(now))
+        if _at(before, name) != _at(now, name) and not MAY_CHANGE.match(name)
+    ]
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> set[str]:
