@@ -7,7 +7,9 @@ from typing import Any
 QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 
 
-def _qwen2_vl(width: int, intermediate: int, heads: int, key_heads: int, vocabulary: int, *, tied: bool) -> dict[str, Any]:
+def _qwen2_vl(
+    width: int, intermediate: int, heads: int, key_heads: int, vocabulary: int, *, tied: bool
+) -> dict[str, Any]:
     text = {
         "model_type": "qwen2_vl_text", "hidden_size": width, "intermediate_size": intermediate, "num_hidden_layers": 28,
         "num_attention_heads": heads, "num_key_value_heads": key_heads, "vocab_size": vocabulary,
@@ -20,7 +22,9 @@ def _qwen2_vl(width: int, intermediate: int, heads: int, key_heads: int, vocabul
     }  # fmt: skip
 
 
-def _internvl(kind: str, width: int, intermediate: int, layers: int, heads: int, key_heads: int, vocabulary: int) -> Any:
+def _internvl(
+    kind: str, width: int, intermediate: int, layers: int, heads: int, key_heads: int, vocabulary: int
+) -> Any:
     text = {
         "model_type": kind, "hidden_size": width, "intermediate_size": intermediate, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": key_heads, "vocab_size": vocabulary,

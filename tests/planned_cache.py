@@ -21,7 +21,9 @@ def planned_cache(folder: Path, *, head_rows: int, categories: tuple[str, ...] =
         question, answer = int(rng.integers(280, 3200)), int(rng.integers(4, 300))
         sizes = {"json": 900, "0.jpg": 150_000, "answer.arrow": 9000 * (answer + 1), "question.arrow": 4300 * question}
         members = [
-            Member(name=f"{key}.{name}", tier="questions" if "question" in name else "samples", offset=0, size=size, xxh3=0)
+            Member(
+                name=f"{key}.{name}", tier="questions" if "question" in name else "samples", offset=0, size=size, xxh3=0
+            )
             for name, size in sizes.items()
         ]
         rows.append(

@@ -19,6 +19,7 @@ from genrecal.progress import human_bytes
 from genrecal.shards.reader import Cache
 from genrecal.train.activations import StepShape, TeacherSide, activation_bytes
 from genrecal.train.config import TrainConfig
+from genrecal.train.engine import resolve_engine
 from genrecal.train.loop import plan_stage
 from genrecal.train.recalibrator import Recalibrator
 from genrecal.train.stages import add_lora, select_trainable, wanted_by
@@ -27,7 +28,8 @@ from genrecal.vlm.rendering import Renderer
 from genrecal.vlm.shape import ModelShape, meta_model, patches_of, shape_of_model
 
 FLOAT32 = 4
-ENGINES = ("none", "ddp", "zero1", "zero2", "zero3")
+SHOWN_ENGINES = ("none", "ddp", "zero1", "zero2", "zero3")
+ZERO_BUCKET = 500_000_000  # gradients that ZeRO reduces at once, as genrecal.train.engine sets it
 BYTES_PROBE = 256  # samples whose members' sizes are looked up
 CONTEXT_BYTES = 1_500_000_000  # of a GPU's memory: what the driver's context and fragmentation take
 
@@ -63,13 +65,14 @@ class Parameters:
 
     Args:
         trained, frozen: by whose they are: student, LoRA, Recalibrator, teacher's head.
-        largest: of the module whose weights are gathered at once under ZeRO-3.
+        head_bytes: of the teacher's and the student's head; largest_bytes: of the largest other module's own weights.
     """
 
     trained: dict[str, int]
     frozen: dict[str, int]
     frozen_bytes: int
-    largest: int
+    head_bytes: int
+    largest_bytes: int
 
     @property
     def num_trained(self) -> int:
@@ -170,7 +173,7 @@ def make_forecast(
         student=student,
         student_parameters=sizes.parameters,
         teacher=str(cache.description["teacher"]["name"]),
-        engine=getattr(config, "engine", "none"),
+        engine=resolve_engine(config.engine, options.gpus),
         gradient_checkpointing=config.gradient_checkpointing,
         stages=forecasts,
         rendered=lengths.rendered,
@@ -190,7 +193,7 @@ def _stage(
     trust_remote_code: bool,
 ) -> StageForecast:
     settings, wanted = config.stage(stage), wanted_by(stage, config)
-    plan = plan_stage(settings, cache)
+    plan = plan_stage(settings, cache, global_batch=settings.batch_size * settings.accumulation * options.gpus)
     dtype = _dtype(config)
     model = meta_model(student, trust_remote_code=trust_remote_code)
     parameters = count_parameters(stage, model, config, cache, dtype)
@@ -221,8 +224,10 @@ def _stage(
         shape=shape,
         parameters=parameters,
         memory={
-            engine: memory_of(engine, parameters, activations[config.gradient_checkpointing], options.gpus)
-            for engine in ENGINES
+            engine: memory_of(
+                engine, parameters, activations[config.gradient_checkpointing], options.gpus, offload=config.offload
+            )
+            for engine in SHOWN_ENGINES
         },
         other_activations=activations[not config.gradient_checkpointing],
         flops=flops,
@@ -264,48 +269,58 @@ def count_parameters(
             add_lora(student, config.lora)
         names = set(select_trainable(stage, student, config.lora))
         recalibrator = Recalibrator(model.config, cache.hidden_size) if wanted_by(stage, config).teacher else None
+    base = FLOAT32 if names and not uses_lora else dtype.itemsize
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     trained = {"LoRA" if uses_lora else "student": sum(sizes[name] for name in names)} if names else {}
     frozen = {"student": sum(size for name, size in sizes.items() if name not in names)}
-    frozen_bytes = frozen["student"] * (FLOAT32 if names and not uses_lora else dtype.itemsize)
-    modules = [model]
+    frozen_bytes = base * frozen["student"]
+    head = model.get_output_embeddings()
+    head_bytes = base * head.weight.numel()
+    parts = [part for part in model.modules() if part is not head]
+    largest = base * max(_own_size(part) for part in parts)
     if recalibrator is not None:
         trained["Recalibrator"] = sum(parameter.numel() for parameter in recalibrator.parameters())
         frozen["teacher's head"] = int(cache.description["head_rows"]) * cache.hidden_size
-        frozen_bytes += frozen["teacher's head"] * getattr(torch, cache.description["teacher"]["dtype"]).itemsize
-        modules.append(recalibrator)
-    largest = max(
-        sum(parameter.numel() for parameter in part.parameters(recurse=False))
-        for module in modules
-        for part in module.modules()
-    )
+        teacher_bytes = frozen["teacher's head"] * getattr(torch, cache.description["teacher"]["dtype"]).itemsize
+        frozen_bytes += teacher_bytes
+        head_bytes += teacher_bytes
+        largest = max(largest, FLOAT32 * max(_own_size(part) for part in recalibrator.modules()))
     return Parameters(
-        trained=trained,
-        frozen=frozen,
-        frozen_bytes=frozen_bytes,
-        largest=max(largest, frozen.get("teacher's head", 0)),
+        trained=trained, frozen=frozen, frozen_bytes=frozen_bytes, head_bytes=head_bytes, largest_bytes=largest
     )
 
 
-def memory_of(engine: str, parameters: Parameters, activations: int, gpus: int) -> dict[str, int]:
+def _own_size(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
+
+
+def memory_of(
+    engine: str, parameters: Parameters, activations: int, gpus: int, *, offload: bool = False
+) -> dict[str, int]:
     """Bytes of one process by part, under an engine (ZeRO: Rajbhandari et al. 2020, stages 1 to 3).
 
     AdamW keeps two float32 moments, and where it updates many tensors at once makes one more array of that size for a
-    moment, which stands under activations where it is larger than those. ZeRO shares out the optimizer's state over the processes (1), the gradients too (2)
-    and the weights too (3), where the largest module's weights are whole while it computes.
+    moment, which stands under activations where it is larger than those. ZeRO shares out the optimizer's state over the
+    processes (1), the gradients too (2) and the student's and Recalibrator's weights too (3); DeepSpeed adds a copy of its
+    share of the trained weights and a bucket for gradients on their way. Under ZeRO-3 the largest module's weights are
+    whole while it computes, and both heads always. Offloading keeps the optimizer's state, and under ZeRO-3 the shares of
+    the weights, in the CPU's memory.
     """
     trained = FLOAT32 * parameters.num_trained
-    shares = {"none": 0, "ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}[engine]
+    zero = int(engine.removeprefix("zero")) if engine.startswith("zero") else 0
 
     def share(size: int, from_stage: int) -> int:
-        return math.ceil(size / gpus) if shares >= from_stage else size
+        return math.ceil(size / gpus) if zero >= from_stage else size
 
+    whole = parameters.head_bytes if zero == 3 else 0
+    weights = share(parameters.frozen_bytes + trained - whole, 3)
     return {
-        "weights": share(parameters.frozen_bytes + trained, 3),
+        "weights": whole + (0 if zero == 3 and offload else weights),
         "gradients": share(trained, 2),
-        "optimizer": share(2 * trained, 1),
+        "optimizer": 0 if zero and offload else share((3 if zero else 2) * trained, 1),
         "activations": max(activations, share(trained, 1)),
-        "gathered": FLOAT32 * parameters.largest if shares == 3 and gpus > 1 else 0,
+        "buffers": FLOAT32 * min(parameters.num_trained, ZERO_BUCKET) * (zero > 0)
+        + parameters.largest_bytes * (zero == 3),
     }
 
 
