@@ -56,6 +56,12 @@ class Checkpoint:
     run: dict[str, Any]
     state: TrainedState
 
+    def put_weights(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Copy its weights into place. Raises TrainingError if it is of other parameters, its moments included."""
+        copy_weights(self.state.weights, parameters, where=str(self.path))
+        moments = {f"{name}|{key}": None for name in parameters for key in MOMENTS if self.state.updates}
+        check_names(self.state.moments, moments, where=str(self.path))
+
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The module's parameters that get a gradient, by name."""

@@ -7,9 +7,12 @@ zero, not none: AdamW's moments fade in every step, whatever the step's samples 
 """
 
 import contextlib
+import logging
 import math
+import os
+import warnings
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,7 +20,7 @@ from torch import nn
 
 from genrecal.errors import TrainingError, UsageError
 from genrecal.train.batches import MicroBatch
-from genrecal.train.checkpoint import MOMENTS, TrainedState, check_names, copy_weights, fitting, trained_parameters
+from genrecal.train.checkpoint import MOMENTS, TrainedState, fitting, trained_parameters
 from genrecal.train.config import StageConfig, TrainConfig
 from genrecal.train.ranks import Ranks, peers_may_end, world_size
 from genrecal.train.stages import Denominators, Distiller, StepOutput
@@ -43,8 +46,11 @@ class Engine(Protocol):
     def state(self) -> TrainedState | None:
         """On rank 0; None on the others."""
 
-    def load(self, state: TrainedState, *, where: str) -> None:
-        """Go on from a state, given on every rank. Raises TrainingError, naming `where`, if it is of other parameters."""
+    def load_moments(self, state: TrainedState, *, where: str) -> None:
+        """Go on from a state, given on every rank, whose weights the Distiller had when the engine started.
+
+        Raises TrainingError, naming `where`, if its moments are of other parameters.
+        """
 
 
 def resolve_engine(name: str, processes: int) -> str:
@@ -89,7 +95,16 @@ def start_engine(
         return TorchEngine(
             distiller, settings, ranks, device=device, compute_dtype=compute_dtype, parallel=name == "ddp"
         )
-    raise UsageError(f"engine {name}: not there yet")
+    return ZeroEngine(
+        int(name.removeprefix("zero")),
+        distiller,
+        settings,
+        ranks,
+        device=device,
+        compute_dtype=compute_dtype,
+        micro_steps=micro_steps,
+        offload=config.offload,
+    )
 
 
 class TorchEngine:
@@ -160,9 +175,7 @@ class TorchEngine:
         weights = {name: parameter.detach().cpu() for name, parameter in self.parameters.items()}
         return TrainedState(weights=weights, moments=moments, updates=self.updates)
 
-    def load(self, state: TrainedState, *, where: str) -> None:
-        copy_weights(state.weights, self.parameters, where=where)
-        check_names(state.moments, moment_names(state, self.parameters), where=where)
+    def load_moments(self, state: TrainedState, *, where: str) -> None:
         self.updates = state.updates
         for name, parameter in self.parameters.items() if state.updates else ():
             moments = {key: fitting(state.moments, f"{name}|{key}", parameter.shape, where=where) for key in MOMENTS}
@@ -172,9 +185,202 @@ class TorchEngine:
             }
 
 
-def moment_names(state: TrainedState, parameters: Iterable[str]) -> dict[str, None]:
-    """Names of the moments that a state of these parameters has."""
-    return {f"{name}|{key}": None for name in parameters for key in MOMENTS if state.updates}
+class ZeroEngine:
+    """DeepSpeed's ZeRO, stage 1, 2 or 3, around torch's AdamW.
+
+    Trained weights stay float32 and frozen ones what they are, under DeepSpeed's own autocast, so that bf16 means here what
+    it means in the other engines. DeepSpeed's API for single parameters makes the whole tensors of a checkpoint.
+    """
+
+    def __init__(
+        self,
+        stage: int,
+        distiller: Distiller,
+        settings: StageConfig,
+        ranks: Ranks,
+        *,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        micro_steps: int,
+        offload: bool,
+    ):
+        deepspeed = import_deepspeed(device)
+        self.stage, self.ranks, self.device, self.compute_dtype = stage, ranks, device, compute_dtype
+        # Only where a parameter has no gradient at all do ranks get out of step: with partitioned weights, when a module
+        # runs on some of them; with others, when a projector that is trained does.
+        self.same_modules = stage == 3 or distiller.stage == 3
+        self.parameters = trained_parameters(distiller)
+        self.shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        self.updates = 0
+        on_cpu = device.type == "cpu" or offload
+        optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=on_cpu or None
+        )
+        with peers_may_end():
+            self.engine, self.optimizer, *_ = deepspeed.initialize(
+                model=distiller,
+                optimizer=optimizer,
+                config=zero_config(
+                    stage,
+                    settings,
+                    device=device,
+                    compute_dtype=compute_dtype,
+                    micro_steps=micro_steps,
+                    offload=offload,
+                    num_trained=sum(shape.numel() for shape in self.shapes.values()),
+                    num_parameters=sum(parameter.numel() for parameter in distiller.parameters()),
+                ),
+            )
+            if stage == 3 and distiller.stage > 1:
+                self._keep_whole(distiller.student.head.parameters())
+        self._check(offload)
+
+    def _keep_whole(self, parameters: Iterable[nn.Parameter]) -> None:
+        """The head is used once for every chunk of rows, and ranks have different numbers of rows: it cannot be gathered
+        at each use, as other weights of ZeRO-3 are."""
+        for parameter in parameters:
+            if not parameter.ds_persist:  # type: ignore[attr-defined]
+                parameter.ds_persist = True  # type: ignore[attr-defined]
+                self.optimizer.persistent_parameters.append(parameter)
+                parameter.all_gather([parameter])  # type: ignore[attr-defined]
+
+    def _check(self, offload: bool) -> None:
+        """Raises TrainingError if DeepSpeed runs something else than what it was asked for."""
+        name = f"zero{self.stage}"
+        check_processes(name, self.ranks)
+        engine, optimizer = self.engine, self.optimizer
+        facts = {
+            "ZeRO stage": (engine.zero_optimization_stage(), self.stage),
+            "processes": (engine.dp_world_size, self.ranks.size),
+            "gradients partitioned": (bool(engine.zero_optimization_partition_gradients()), self.stage >= 2),
+            "weights partitioned": (bool(engine.zero_optimization_partition_weights()), self.stage == 3),
+            "offload": (bool(getattr(optimizer, "offload_optimizer" if self.stage == 3 else "cpu_offload")), offload),
+        }
+        if self.stage == 3:
+            whole = {id(parameter) for parameter in optimizer.persistent_parameters}
+            held = sum(p.numel() for p in engine.module.parameters() if id(p) not in whole)
+            facts["weights held whole"] = (held, 0)
+            facts["weights partitioned at all"] = (len(whole) < len(list(engine.module.parameters())), True)
+        else:
+            held = sum(flat.numel() for flat in optimizer.single_partition_of_fp32_groups)
+            total = sum(shape.numel() for shape in self.shapes.values())
+            facts["optimizer state partitioned"] = (held < total // self.ranks.size + ALIGNMENT * self.ranks.size, True)
+        for fact, (found, wanted) in facts.items():
+            if found != wanted:
+                raise TrainingError(
+                    f"engine {name}: DeepSpeed says {fact} {found}, expected {wanted}; nothing was trained"
+                )
+
+    def micro_step(self, batch: MicroBatch, denominators: Denominators, *, last: bool) -> StepOutput:
+        with peers_may_end():
+            self.engine.set_gradient_accumulation_boundary(last)
+            output: StepOutput = self.engine(batch.to(self.device, self.compute_dtype), denominators)
+            self.engine.backward(output.loss * self.ranks.size, scale_wrt_gas=False)
+        return output
+
+    def step(self, learning_rate: float) -> float:
+        set_learning_rate(self.optimizer, learning_rate)
+        with peers_may_end():
+            self.engine.step()
+        if self.optimizer.overflow:
+            return math.nan
+        self.updates += 1
+        return float(self.engine.get_global_grad_norm())
+
+    def state(self) -> TrainedState | None:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        weights: dict[str, torch.Tensor] = {}
+        moments: dict[str, torch.Tensor] = {}
+        with peers_may_end():
+            for name, parameter in self.parameters.items():
+                whole = {name: safe_get_full_fp32_param(parameter)}
+                for key in MOMENTS if self.updates else ():
+                    whole[f"{name}|{key}"] = safe_get_full_optimizer_state(parameter, key)
+                if self.ranks.first:
+                    whole = {key: value.detach().to("cpu", copy=True) for key, value in whole.items()}
+                    weights[name] = whole.pop(name)
+                    moments |= whole
+        return TrainedState(weights=weights, moments=moments, updates=self.updates) if self.ranks.first else None
+
+    def load_moments(self, state: TrainedState, *, where: str) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        self.updates = state.updates
+        if not state.updates:
+            return
+        optimizer = self.optimizer
+        flats = optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
+        for flat in flats:
+            step = torch.tensor(float(state.updates), device=flat.device)
+            optimizer.optimizer.state[flat] = {"step": step, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+        if self.stage < 3:
+            optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self.parameters.items():
+            for key in MOMENTS:
+                value = fitting(state.moments, f"{name}|{key}", self.shapes[name], where=where)
+                if self.stage == 3:
+                    size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+                    padded = nn.functional.pad(value.flatten(), (0, size * self.ranks.size - value.numel()))
+                    own = padded[self.ranks.rank * size :][:size]
+                    safe_set_local_optimizer_state(parameter, own, key)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, key)
+
+
+ALIGNMENT = 1024  # more elements than ZeRO adds to a rank's partition to make partitions equal
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, told to be quiet. Raises UsageError if it is not installed."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UsageError(
+            'engines zero1, zero2 and zero3 need DeepSpeed: pip install "genrecal[deepspeed]" ' + f"({error})"
+        ) from None
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    warnings.filterwarnings(
+        "ignore", r".*torch\.distributed\.\w+. is deprecated", FutureWarning
+    )  # it calls older names
+    if device.type == "cpu":
+        # Between processes of one machine; it would be compiled for a minute, and gloo does the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def zero_config(
+    stage: int,
+    settings: StageConfig,
+    *,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    micro_steps: int,
+    offload: bool,
+    num_trained: int,
+    num_parameters: int,
+) -> dict[str, Any]:
+    """DeepSpeed's own settings for a stage."""
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(num_trained, 500_000_000)}
+    if stage == 3:  # norms and biases are not worth gathering; DeepSpeed's own 100,000 would keep all of a small model
+        zero["stage3_param_persistence_threshold"] = min(100_000, num_parameters // 10_000)
+    if device.type == "cpu":
+        zero["overlap_comm"] = False  # it needs CUDA's streams
+    if offload:
+        cpu = {"device": "cpu", "pin_memory": device.type == "cuda"}
+        zero |= {"offload_optimizer": cpu} | ({"offload_param": cpu} if stage == 3 else {})
+    return {
+        "train_micro_batch_size_per_gpu": settings.batch_size,
+        "gradient_accumulation_steps": micro_steps,
+        "gradient_clipping": settings.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # torch's AdamW
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs without a compiler
+        "torch_autocast": {"enabled": compute_dtype != torch.float32, "dtype": "bfloat16"},
+        "steps_per_print": None,
+    }
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -28,14 +28,16 @@ from genrecal.train.batches import (
     micro_batch_stream,
 )
 from genrecal.train.checkpoint import (
+    Checkpoint,
     copy_weights,
     find_checkpoints,
     read_checkpoint,
     remove_unfinished,
     save_checkpoint,
+    trained_parameters,
 )
 from genrecal.train.config import StageConfig, TrainConfig
-from genrecal.train.engine import Engine, resolve_engine, start_engine
+from genrecal.train.engine import Engine, import_deepspeed, resolve_engine, start_engine
 from genrecal.train.logs import RunLog, term_means, term_sums
 from genrecal.train.ranks import Ranks, StopSignals, joined, own_device, world_size
 from genrecal.train.recalibrator import Recalibrator, checkpoint_activations
@@ -86,7 +88,8 @@ def all_ranks(config: TrainConfig) -> AbstractContextManager[Ranks]:
 
 def open_for(run: Run, stages: Sequence[int]) -> Cache:
     """The run's cache. Raises UsageError if it, or the launcher, cannot serve what the run asks for."""
-    resolve_engine(run.config.engine, world_size())
+    if resolve_engine(run.config.engine, world_size()).startswith("zero"):
+        import_deepspeed(resolve_device(run.config.device))
     cache = Cache(run.cache)
     if not cache.is_complete:
         raise UsageError(
@@ -245,6 +248,19 @@ def _prepare(job: StageJob, source: RecordSource) -> tuple[StagePlan, Engine, It
 
     wanted = wanted_by(stage, config)
     plan, distiller = ranks.together(build)
+
+    def newest() -> Checkpoint | None:
+        """The newest checkpoint, its weights in place."""
+        if not (paths := find_checkpoints(run.checkpoints, stage)):
+            return None
+        checkpoint = read_checkpoint(paths[-1])
+        run.check_checkpoint(checkpoint, stage, cache)
+        checkpoint.put_weights(trained_parameters(distiller))
+        return checkpoint
+
+    if ranks.first:
+        remove_unfinished(run.checkpoints)
+    checkpoint = ranks.together(newest)
     engine = start_engine(
         config,
         settings,
@@ -254,18 +270,9 @@ def _prepare(job: StageJob, source: RecordSource) -> tuple[StagePlan, Engine, It
         compute_dtype=compute_dtype,
         micro_steps=-(-plan.global_batch // (settings.batch_size * ranks.size)),
     )
-
-    def resume() -> int:
-        if not (checkpoints := find_checkpoints(run.checkpoints, stage)):
-            return 0
-        checkpoint = read_checkpoint(checkpoints[-1])
-        run.check_checkpoint(checkpoint, stage, cache)
-        engine.load(checkpoint.state, where=str(checkpoint.path))
-        return checkpoint.step
-
-    if ranks.first:
-        remove_unfinished(run.checkpoints)
-    first_step = ranks.together(resume)
+    if checkpoint is not None:
+        engine.load_moments(checkpoint.state, where=str(checkpoint.path))
+    first_step = checkpoint.step if checkpoint is not None else 0
     renderer = distiller.student.renderer
     builder = BatchBuilder(
         _Subset(source, plan.indices),

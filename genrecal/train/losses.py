@@ -254,7 +254,7 @@ def _as(bias: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
 
 def chunked_cross_entropy(
     hidden: torch.Tensor,
-    head: torch.nn.Module,
+    head: torch.nn.Linear,
     transform: Callable[[torch.Tensor], torch.Tensor],
     target_ids: torch.Tensor,
     *,
@@ -276,7 +276,8 @@ def chunked_cross_entropy(
 
 
 def _cross_entropy(
-    hidden: torch.Tensor, head: torch.nn.Module, transform: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor
+    hidden: torch.Tensor, head: torch.nn.Linear, transform: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor
 ) -> torch.Tensor:
-    logits = transform(head(hidden))
+    # Not a call of the module: ZeRO-3 wants the same calls on all ranks, and they have different numbers of chunks.
+    logits = transform(F.linear(hidden, head.weight, head.bias))
     return F.cross_entropy(logits.float(), ids, reduction="none")

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -27,8 +27,7 @@ class Denominators:
     student_rows: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepOutput:
+class StepOutput(NamedTuple):
     """A micro-step's part of the global batch's loss, and sums of its terms over rows for the log.
 
     sums: name -> float32 scalar; counts: name -> rows summed. A term's mean is sums / counts.
