@@ -572,11 +572,19 @@ def _live_teacher(path: str, cache: str, device: str, trust_remote_code: bool) -
     """The co-resident teacher; with the cache's dtype and head, or else it is another teacher."""
     from genrecal.cache.teacher import LiveTeacher
     from genrecal.shards.reader import open_cache
+    from genrecal.vlm.loading import file_digest, model_folder, processor_files
 
     opened = open_cache(cache)
     teacher = _teacher(path, opened.description["teacher"]["dtype"], device, trust_remote_code)
     if not teacher.head.weight.cpu().equal(opened.head().weight):
         raise UsageError(f"--teacher live:{path}: its head is not the one that the cache {cache} was made with")
+    made_with = opened.description["teacher"]["files_sha256"]
+    for file in processor_files(model_folder(path)):
+        if made_with.get(file.name) != file_digest(file):
+            raise UsageError(
+                f"--teacher live:{path}: its {file.name} is not the one that the cache {cache} was made with (sha256 "
+                f"{made_with.get(file.name)}, got {file_digest(file)}): its tokens would be others; make another cache with it"
+            )
     return LiveTeacher(teacher, top_k=opened.description["top_k"], draws=opened.draws)
 
 

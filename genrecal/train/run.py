@@ -156,6 +156,7 @@ class Run:
                     "teacher": self.teacher,
                     "trust_remote_code": self.trust_remote_code,
                     "cache": cache.store.absolute,
+                    "cache_tokenizer_sha256": _tokenizer_digest(cache),
                     "cache_sha256": hashlib.sha256(cache.store.read(CACHE_FILE)).hexdigest(),
                     "command": shlex.join(sys.argv),
                     "software": {
@@ -218,6 +219,13 @@ def _read_run_file(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"{path.parent}: not a run: {RUN_FILE}: {error}; `genrecal train --out {path.parent}` makes one"
         ) from None
+
+
+def _tokenizer_digest(cache: Cache) -> str:
+    """sha256 over the names and digests of the teacher's tokenizer files: a cache made anew with another says so."""
+    files = cache.description["teacher"]["files_sha256"]
+    names = sorted(name for name in files if name != "config.json" and "processor" not in name)
+    return hashlib.sha256("".join(f"{name} {files[name]}\n" for name in names).encode()).hexdigest()
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
