@@ -249,4 +249,4 @@ def test_a_recipe_of_one_gpu_fits_on_it_as_it_says(tmp_path, name, student, room
     assert forecast.fits and {stage.global_batch for stage in forecast.stages} == {64}
     assert max(stage.shape.student_tokens for stage in forecast.stages) == 3333
     for stage, size in zip(forecast.stages, said.groups(), strict=True):
-        assert stage.total("none") / 1e9 == pytest.approx(float(size), rel=0.03)
+        assert stage.total("none") / 1e9 == pytest.approx(float(size), rel=0.06)
