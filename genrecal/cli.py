@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -43,7 +44,11 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # rendering may run in forked workers
     words = list(sys.argv[1:] if args is None else args)
+    words = [
+        word for word in words if not re.fullmatch(r"--local[-_]rank=\d+", word)
+    ]  # launchers add it; so says LOCAL_RANK
     debug = "--debug" in words
+    other_rank = os.environ.get("RANK", "0") != "0"  # each rank finds the same fault in its command; the first says so
     try:
         status = app(args=[word for word in words if word != "--debug"] or ["--help"], standalone_mode=False)
     except OtherRankError as error:
@@ -53,8 +58,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.stderr.write(f"genrecal: {error}\n")
     except GenrecalError as error:
         status = error.exit_status
-        # Of the ranks that a launcher started, each finds the same fault in its command; one says so.
-        if not (isinstance(error, UsageError) and os.environ.get("RANK", "0") != "0"):
+        if not (isinstance(error, UsageError) and other_rank):
             _print_error(str(error), debug=debug)
     except typer.Abort:
         status = INTERRUPTED
@@ -62,7 +66,8 @@ def main(args: Sequence[str] | None = None) -> None:
         if not hasattr(error, "format_message"):  # the parser's own kinds have it
             raise
         status = 2
-        _print_error(f"{error.format_message()} (--help lists the options)", debug=debug)
+        if not other_rank:
+            _print_error(f"{error.format_message()} (--help lists the options)", debug=debug)
     if status == INTERRUPTED:
         sys.stderr.write("genrecal: interrupted; run the same command again to go on from what is finished\n")
     sys.exit(status or 0)

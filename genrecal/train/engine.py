@@ -60,10 +60,15 @@ def resolve_engine(name: str, processes: int) -> str:
         processes: as `world_size` counts them.
 
     Raises:
-        UsageError: engine none, and several processes: each would train the whole run.
+        UsageError: engine none, and several processes: each would train the whole run; ddp, and no launcher.
     """
     if name == "auto":
         return "ddp" if processes > 1 else "none"
+    if name == "ddp" and not processes:
+        raise UsageError(
+            "engine ddp trains in several processes, and none were launched; start it with torchrun --nproc-per-node N -m "
+            "genrecal train ..., or set engine=none"
+        )
     if name == "none" and processes > 1:
         raise UsageError(
             f"engine none trains in one process, and the launcher started {processes}; set engine to ddp, zero1, zero2 or "

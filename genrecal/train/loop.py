@@ -240,7 +240,9 @@ def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> N
                 if step > first_step:
                     _save(job, engine, step)
                 ranks.stop(
-                    StoppedError(f"stopped by {received} after step {step} of stage {stage}; the same command goes on")
+                    StoppedError(
+                        f"stopped by {received} after step {step} of stage {stage}, which is saved; the same command goes on"
+                    )
                 )
             if error := next((share.error for share in shares if share.error), None):
                 ranks.stop(error)
@@ -335,6 +337,7 @@ def _prepare(job: StageJob, source: RecordSource) -> tuple[StagePlan, Engine, VL
     if ranks.first:
         remove_unfinished(run.checkpoints)
     checkpoint = ranks.together(newest)
+    micro_steps = -(-plan.global_batch // (settings.batch_size * ranks.size))
     engine = start_engine(
         config,
         settings,
@@ -342,8 +345,13 @@ def _prepare(job: StageJob, source: RecordSource) -> tuple[StagePlan, Engine, VL
         ranks,
         device=job.device,
         compute_dtype=compute_dtype,
-        micro_steps=-(-plan.global_batch // (settings.batch_size * ranks.size)),
+        micro_steps=micro_steps,
     )
+    if ranks.first and ranks.size > 1:
+        sys.stderr.write(
+            f"genrecal: stage {stage}: {ranks.size} processes, engine {resolve_engine(config.engine, ranks.size)}; a global "
+            f"batch of {plan.global_batch} samples is {micro_steps} micro-steps of {settings.batch_size} on each\n"
+        )
     if checkpoint is not None:
         engine.load_moments(checkpoint.state, where=str(checkpoint.path))
     first_step = checkpoint.step if checkpoint is not None else 0
