@@ -145,26 +145,44 @@ def test_a_share_that_is_none_is_refused(every):
         load_config(None, [f"evaluate.every={every}"])
 
 
+def wandb_records(file):
+    """The records of an offline run's file, which has the form of LevelDB's log: pieces of records in blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, record = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # a block's end that no header fits in
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        record += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield Record.FromString(record)
+            record = b""
+
+
 @pytest.mark.slow
 def test_weights_and_biases_offline(run_of, monkeypatch):
-    """With the real package, which writes what it would send."""
+    """With the real package, which writes what it would send; a run that goes on has the same id."""
     pytest.importorskip("wandb")
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = run_of("wandb=genrecal-tests")
     train(run, stages=[1])
     (file,) = run.path.glob("wandb/offline-run-*/*.wandb")
-    assert (run.path / "wandb-id").read_text() in file.name
-    store, rows = DataStore(), []
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.HasField("history"):
-            items = record.history.item
-            rows.append({"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items})
-    losses = [row["stage1/loss"] for row in rows if "stage1/loss" in row]
-    assert losses == [line["loss"] for line in read_metrics(run.path)]
-    assert any("stage1/evaluation/answers" in row for row in rows)
+    name = (run.path / "wandb-id").read_text()
+    records = list(wandb_records(file))
+    (begun,) = [record.run for record in records if record.HasField("run")][:1]
+    assert (begun.run_id, begun.project) == (name, "genrecal-tests") and name in file.name
+    rows = [
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.HasField("history")
+    ]
+    steps = [row for row in rows if "stage1/loss" in row]
+    assert [(row["stage1/step"], row["stage1/loss"]) for row in steps] == [
+        (line["step"], line["loss"]) for line in read_metrics(run.path)
+    ]
+    assert any("stage1/evaluation/answers" in key for row in rows for key in row)
+    train(run, stages=[1, 2])
+    assert {file.stem for file in run.path.glob("wandb/offline-run-*/*.wandb")} == {f"run-{name}"}
