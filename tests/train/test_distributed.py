@@ -372,7 +372,7 @@ def awkward(tiny, cache):
     opened = open_cache(cache)
     lengths = sorted(len(renderer.encode(record.sample)) for record in opened)
     last = 24 * 6 + 9  # a sample more than 19 steps of 8 take
-    settings = [f"max_tokens={lengths[-4]}", "data.max_skip=1"]
+    settings = [f"max_tokens={lengths[-1] - 1}", "data.max_skip=1"]
     return [*settings, *(f"stage{n}.epochs={last / 24}" for n in (1, 2, 3))]
 
 
