@@ -30,6 +30,7 @@ from genrecal.vlm.shape import ModelShape, meta_model, patches_of, shape_of_mode
 FLOAT32 = 4
 SHOWN_ENGINES = ("none", "ddp", "zero1", "zero2", "zero3")
 ZERO_BUCKET = 500_000_000  # gradients that ZeRO reduces at once, as genrecal.train.engine sets it
+ZERO_LIVE = 1_000_000_000  # weights that DeepSpeed's ZeRO-3 leaves whole after their use (stage3_max_live_parameters)
 BYTES_PROBE = 256  # samples whose members' sizes are looked up
 CONTEXT_BYTES = 1_500_000_000  # of a GPU's memory: what the driver's context and fragmentation take
 
@@ -65,14 +66,13 @@ class Parameters:
 
     Args:
         trained, frozen: by whose they are: student, LoRA, Recalibrator, teacher's head.
-        head_bytes: of the teacher's and the student's head; largest_bytes: of the largest other module's own weights.
+        head_bytes: of the teacher's and the student's head.
     """
 
     trained: dict[str, int]
     frozen: dict[str, int]
     frozen_bytes: int
     head_bytes: int
-    largest_bytes: int
 
     @property
     def num_trained(self) -> int:
@@ -276,22 +276,13 @@ def count_parameters(
     frozen_bytes = base * frozen["student"]
     head = model.get_output_embeddings()
     head_bytes = base * head.weight.numel()
-    parts = [part for part in model.modules() if part is not head]
-    largest = base * max(_own_size(part) for part in parts)
     if recalibrator is not None:
         trained["Recalibrator"] = sum(parameter.numel() for parameter in recalibrator.parameters())
         frozen["teacher's head"] = int(cache.description["head_rows"]) * cache.hidden_size
         teacher_bytes = frozen["teacher's head"] * getattr(torch, cache.description["teacher"]["dtype"]).itemsize
         frozen_bytes += teacher_bytes
         head_bytes += teacher_bytes
-        largest = max(largest, FLOAT32 * max(_own_size(part) for part in recalibrator.modules()))
-    return Parameters(
-        trained=trained, frozen=frozen, frozen_bytes=frozen_bytes, head_bytes=head_bytes, largest_bytes=largest
-    )
-
-
-def _own_size(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    return Parameters(trained=trained, frozen=frozen, frozen_bytes=frozen_bytes, head_bytes=head_bytes)
 
 
 def memory_of(
@@ -302,9 +293,9 @@ def memory_of(
     AdamW keeps two float32 moments, and where it updates many tensors at once makes one more array of that size for a
     moment, which stands under activations where it is larger than those. ZeRO shares out the optimizer's state over the
     processes (1), the gradients too (2) and the student's and Recalibrator's weights too (3); DeepSpeed adds a copy of its
-    share of the trained weights and a bucket for gradients on their way. Under ZeRO-3 the largest module's weights are
-    whole while it computes, and both heads always. Offloading keeps the optimizer's state, and under ZeRO-3 the shares of
-    the weights, in the CPU's memory.
+    share of the trained weights and a bucket for gradients on their way. Under ZeRO-3 both heads are whole, and so are other
+    weights that were used lately, up to a thousand million. Offloading keeps the optimizer's state, and under ZeRO-3 the
+    shares of the weights, in the CPU's memory.
     """
     trained = FLOAT32 * parameters.num_trained
     zero = int(engine.removeprefix("zero")) if engine.startswith("zero") else 0
@@ -314,13 +305,13 @@ def memory_of(
 
     whole = parameters.head_bytes if zero == 3 else 0
     weights = share(parameters.frozen_bytes + trained - whole, 3)
+    live = min(parameters.frozen_bytes + trained - whole, FLOAT32 * ZERO_LIVE) - weights if zero == 3 else 0
     return {
         "weights": whole + (0 if zero == 3 and offload else weights),
         "gradients": share(trained, 2),
         "optimizer": 0 if zero and offload else share((3 if zero else 2) * trained, 1),
         "activations": max(activations, share(trained, 1)),
-        "buffers": FLOAT32 * min(parameters.num_trained, ZERO_BUCKET) * (zero > 0)
-        + parameters.largest_bytes * (zero == 3),
+        "buffers": (zero > 0) * FLOAT32 * min(parameters.num_trained, ZERO_BUCKET) + max(0, live),
     }
 
 

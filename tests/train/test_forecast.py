@@ -129,9 +129,7 @@ def test_parameters_and_what_stands_in_memory(trained, cache, stage, settings):
 
 
 def test_zero_shares_out_optimizer_gradients_and_weights_in_turn():
-    counted = Parameters(
-        trained={"student": 8}, frozen={"student": 80}, frozen_bytes=320, head_bytes=32, largest_bytes=16
-    )
+    counted = Parameters(trained={"student": 8}, frozen={"student": 80}, frozen_bytes=320, head_bytes=32)
     by_engine = {engine: memory_of(engine, counted, 1000, 4) for engine in SHOWN_ENGINES}
     assert by_engine["none"] == by_engine["ddp"]
     assert [memory["optimizer"] for memory in by_engine.values()] == [64, 64, 24, 24, 24]  # ZeRO's own copy with it
