@@ -539,7 +539,7 @@ def memory_may_end(stage: int, config: TrainConfig) -> Iterator[None]:
             )
         if not config.gradient_checkpointing:
             steps.append("gradient_checkpointing=true")
-        steps.append(f"a lower loss.chunk_rows than {config.loss.chunk_rows}")
+        steps.append("a lower loss.chunk_rows, such as 64")
         steps.append("max_tokens, which leaves the longest samples out")
         if config.engine != "zero3":
             steps.append(f"engine={'zero3' if config.engine == 'zero2' else 'zero2'} on several GPUs")
