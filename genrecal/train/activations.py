@@ -143,6 +143,7 @@ class _Step:
         for name, parameter in student.model.named_parameters():
             parameter.data = parameter.data.to(torch.float32 if name in trained else self.base_dtype)
         self.decoder, self.head = student.model.get_decoder(), student.model.get_output_embeddings()
+        self.head.weight.data = self.head.weight.data.float()  # as the teacher's: no copy of it on the fake CPU
         self.recalibrator: Recalibrator | None = None
         if wanted_by(stage, config).teacher:
             self.recalibrator = Recalibrator(student_config, teacher.hidden_size)

@@ -431,8 +431,9 @@ def _flops(
     else:
         trains_base = stage == 3 or not config.lora.rank
         head = np.mean(sizes.head_flops(lengths.student_answer[indices]))
-        # The student's own cross-entropy computes a chunk's logits forward twice.
-        total = vision + text * (2 + trains_base + again) + head * (3 + (stage == 3))
+        # The student's own cross-entropy: a frozen head's gradient is worked out with the logits; one that is trained has
+        # its logits computed twice, and two gradients.
+        total = vision + text * (2 + trains_base + again) + head * (4 if stage == 3 else 2)
     if wanted.teacher:
         answer, question = lengths.answer[indices], lengths.question[indices] * lengths.has_question[indices]
         bridge = _Bridge.of(student_config, cache.hidden_size)
