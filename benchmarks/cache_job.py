@@ -33,12 +33,12 @@ from genrecal.cache.options import CacheOptions, WorkOptions
 from genrecal.cache.plan import PlanOptions, human_bytes, make_plan
 from genrecal.cache.shard import batches_by_length
 from genrecal.cache.teacher import HFTeacher, Teacher
-from genrecal.cache.teacher_shape import shape_of
 from genrecal.demo.pipeline import ASSETS
 from genrecal.report.summary import markdown_table
 from genrecal.samples import SampleSet, open_samples
 from genrecal.vlm.loading import load_processor, processor_files, split_vlm
 from genrecal.vlm.rendering import Encoded, Renderer
+from genrecal.vlm.shape import shape_of
 
 # Text: width, MLP width, layers, heads, key heads, head rows. Vision: width, layers, heads. A picture's side in pixels.
 SHAPES = {

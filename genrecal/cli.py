@@ -137,7 +137,7 @@ def plan(
     """Forecast a cache's bytes and the teacher's cost, from a sample of the data and the teacher's config alone."""
     from genrecal.cache.options import CacheOptions
     from genrecal.cache.plan import PlanOptions, make_plan, plan_text
-    from genrecal.cache.teacher_shape import KNOWN, shape_of
+    from genrecal.cache.teacher_shape import KNOWN, teacher_shape
     from genrecal.samples import open_samples
 
     top_k, draws = _targets(targets, top_k, top_k_given=False)
@@ -169,7 +169,7 @@ def plan(
         folder = model_folder(teacher)
         renderer = Renderer(load_processor(folder, trust_remote_code=trust_remote_code))
         forecast = make_plan(
-            shape_of(folder, trust_remote_code=trust_remote_code),
+            teacher_shape(folder, trust_remote_code=trust_remote_code),
             renderer,
             samples,
             settings,
@@ -525,6 +525,14 @@ def train(
     teacher: Annotated[
         str | None, typer.Option(help="live:MODEL runs that teacher beside the student in place of the shards.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Forecast memory, steps, time and disk from configs alone; train nothing.")
+    ] = False,
+    gpus: Annotated[int, typer.Option(help="Of --dry-run: processes that train together, one a GPU.")] = 1,
+    gpu_gigabytes: Annotated[float, typer.Option(help="Of --dry-run: memory of a GPU.")] = 80.0,
+    peak_tflops: Annotated[float, typer.Option(help="Of --dry-run: a GPU's dense peak, TFLOP/s.")] = 989.0,
+    utilisation: Annotated[float, typer.Option(help="Of --dry-run: share of the peak that is reached.")] = 0.4,
+    json_: Annotated[bool, typer.Option("--json", help="Of --dry-run: print JSON.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Train a student from a cache, in three stages."""
@@ -535,6 +543,24 @@ def train(
     settings = load_config(config, [*(set_ or []), *(f"{name}={value}" for name, value in short.items() if value)])
     if teacher is not None and not teacher.startswith("live:"):
         raise UsageError(f"--teacher {teacher!r}: expected live:MODEL")
+    if dry_run:
+        from genrecal.shards.reader import open_cache
+        from genrecal.train.forecast import ForecastOptions, forecast_text, make_forecast
+
+        assumed = ForecastOptions(
+            gpus=gpus, gpu_gigabytes=gpu_gigabytes, peak_tflops=peak_tflops, utilisation=utilisation
+        )
+        forecast = make_forecast(
+            settings,
+            student,
+            open_cache(cache),
+            assumed,
+            stages=numbers,
+            out=out,
+            trust_remote_code=trust_remote_code,
+        )
+        typer.echo(json.dumps(forecast.to_json(), indent=2) if json_ else forecast_text(forecast))
+        raise typer.Exit(0 if forecast.fits else 1)
 
     # These take seconds: only once the settings are known to be right.
     from genrecal.train.loop import train
@@ -579,11 +605,19 @@ def _live_teacher(path: str, cache: str, device: str, trust_remote_code: bool) -
     """The co-resident teacher; with the cache's dtype and head, or else it is another teacher."""
     from genrecal.cache.teacher import LiveTeacher
     from genrecal.shards.reader import open_cache
+    from genrecal.vlm.loading import file_digest, model_folder, processor_files
 
     opened = open_cache(cache)
     teacher = _teacher(path, opened.description["teacher"]["dtype"], device, trust_remote_code)
     if not teacher.head.weight.cpu().equal(opened.head().weight):
         raise UsageError(f"--teacher live:{path}: its head is not the one that the cache {cache} was made with")
+    made_with = opened.description["teacher"]["files_sha256"]
+    for file in processor_files(model_folder(path)):
+        if made_with.get(file.name) != file_digest(file):
+            raise UsageError(
+                f"--teacher live:{path}: its {file.name} is not the one that the cache {cache} was made with (sha256 "
+                f"{made_with.get(file.name)}, got {file_digest(file)}): its tokens would be others; make another cache with it"
+            )
     return LiveTeacher(teacher, top_k=opened.description["top_k"], draws=opened.draws)
 
 

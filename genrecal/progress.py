@@ -2,13 +2,25 @@
 
 import sys
 import time
+from collections.abc import Iterable
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 LINE_EVERY_SECONDS = 10.0
+
+
+class _NotedProgress(RichProgress):
+    """A bar with its note on a line below it, which would push the bar aside."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            if task.fields["note"]:
+                yield Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
 
 
 class Progress:
@@ -30,9 +42,9 @@ class Progress:
         if shown and sys.stderr.isatty():
             columns = (
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(), TimeRemainingColumn(),
             )  # fmt: skip
-            self._bar = RichProgress(*columns, console=Console(stderr=True))
+            self._bar = _NotedProgress(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task(title, total=total, completed=done, rate="", note="")
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -59,3 +71,13 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def human_bytes(count: int) -> str:
+    """A size in decimal units, three digits."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB" if size < 1000 else f"{size / 1000:.3g} PB"

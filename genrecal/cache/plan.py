@@ -21,14 +21,15 @@ from PIL import Image
 
 from genrecal.cache.draws import count_draws, draw, uniforms
 from genrecal.cache.options import CacheOptions
-from genrecal.cache.teacher_shape import TeacherShape
 from genrecal.errors import DataError, SampleError, UsageError
+from genrecal.progress import human_bytes
 from genrecal.samples import BadRecord, Sample, SampleSet
 from genrecal.shards.codecs import CODECS, Codec, round_to_bf16
 from genrecal.shards.manifest import CACHED, SKIPPED, ManifestRow, Member, manifest_bytes
 from genrecal.shards.record import NO_TARGET, AnswerRows, QuestionRows, SampledTargets, to_arrow
 from genrecal.shards.storage import LocalStore, open_store
 from genrecal.vlm.rendering import Encoded, Renderer
+from genrecal.vlm.shape import ModelShape, patches_of
 
 BLOCK, RECORD = 512, 10_240  # of a tar: members are padded to the one, files to the other
 CODED_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # numbers of rows that are coded for real; between them, a line
@@ -116,7 +117,7 @@ class Plan:
 
 
 def make_plan(
-    shape: TeacherShape,
+    shape: ModelShape,
     renderer: Renderer | None,
     samples: SampleSet,
     options: CacheOptions,
@@ -213,21 +214,11 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def human_bytes(count: int) -> str:
-    """A size in decimal units, three digits."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB" if size < 1000 else f"{size / 1000:.3g} PB"
-
-
 # ------------------------------------------------------------------------------------------------------------- the probe
 
 
 def probe_record(
-    sample: Sample | BadRecord, shape: TeacherShape, renderer: Renderer | None, options: CacheOptions
+    sample: Sample | BadRecord, shape: ModelShape, renderer: Renderer | None, options: CacheOptions
 ) -> ProbedRecord:
     """Render one record, or count it by rule; one that the job would skip gives its reason."""
     names: dict[str, Any] = {
@@ -257,27 +248,14 @@ def probe_record(
 
 
 def _counted(encoded: Encoded, renderer: Renderer) -> dict[str, Any]:
-    processor = getattr(renderer.processor, "image_processor", None)
     return {
         "question_tokens": sum(encoded.question_lengths),
         "answer_tokens": sum(encoded.answer_lengths),
-        "patches": _patches(encoded, getattr(processor, "patch_size", None) or 14),
+        "patches": patches_of(encoded.inputs, renderer.processor),
     }
 
 
-def _patches(encoded: Encoded, patch_size: Any) -> tuple[int, ...]:
-    """Patches of each picture (`pixel_values` `[patches, ...]` with a grid each) or tile (`[..., C, H, W]`)."""
-    pixels = encoded.inputs.get("pixel_values")
-    if pixels is None:
-        return ()
-    if (grid := encoded.inputs.get("image_grid_thw")) is not None:
-        return tuple(int(count) for count in grid.prod(-1))
-    side = patch_size if isinstance(patch_size, int) else int(next(iter(dict(patch_size).values())))
-    *leading, _, height, width = pixels.shape
-    return ((height // side) * (width // side),) * int(np.prod(leading))
-
-
-def _counted_by_rule(sample: Sample, images: Sequence[bytes], shape: TeacherShape, max_tokens: int) -> dict[str, Any]:
+def _counted_by_rule(sample: Sample, images: Sequence[bytes], shape: ModelShape, max_tokens: int) -> dict[str, Any]:
     assert shape.image_rule is not None
     patches: list[int] = []
     question = SYSTEM_TOKENS
@@ -307,7 +285,7 @@ def _counted_by_rule(sample: Sample, images: Sequence[bytes], shape: TeacherShap
 class Sizes:
     """Bytes of members for one teacher and one set of options."""
 
-    def __init__(self, shape: TeacherShape, options: CacheOptions):
+    def __init__(self, shape: ModelShape, options: CacheOptions):
         self.shape, self.options = shape, options
 
     def members(self, record: ProbedRecord, *, question: bool = True) -> list[int]:
@@ -367,7 +345,7 @@ def made_states(rng: np.random.Generator, rows: int, width: int) -> np.ndarray:
     return round_to_bf16(states)
 
 
-def made_question(rows: int, shape: TeacherShape) -> QuestionRows:
+def made_question(rows: int, shape: ModelShape) -> QuestionRows:
     """Question rows of a teacher of that shape."""
     rng = np.random.default_rng(0)
     return QuestionRows(
@@ -378,7 +356,7 @@ def made_question(rows: int, shape: TeacherShape) -> QuestionRows:
     )
 
 
-def made_answer(rows: int, shape: TeacherShape, options: CacheOptions) -> AnswerRows:
+def made_answer(rows: int, shape: ModelShape, options: CacheOptions) -> AnswerRows:
     """Answer rows of a teacher of that shape. Its most probable tokens come back from row to row, as they do in text."""
     import torch
 
@@ -499,7 +477,7 @@ def _manifest_row(record: ProbedRecord, number: int, sizes: Sizes, rng: np.rando
 
 
 def _by_codec(
-    used: Sequence[ProbedRecord], shape: TeacherShape, options: CacheOptions, scale: float
+    used: Sequence[ProbedRecord], shape: ModelShape, options: CacheOptions, scale: float
 ) -> dict[str, dict[str, int]]:
     """Bytes of the answer and the question states in each codec, whatever the options chose."""
     answer, question = made_answer(CODED_ROWS[-1], shape, options), made_question(CODED_ROWS[-1], shape)

@@ -104,6 +104,34 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Evaluation of the student while it is trained.
+
+    Args:
+        data: data files, as for `genrecal evaluate`; none for no evaluation. image_root: where relative image paths start.
+        every: share of a stage between evaluations (paper, Figure 10: 20 %).
+        limit: records that are asked, the first ones; 0 for all.
+        metric: auto, exact, relaxed, anls or choice.
+        batch_size: samples at a time.
+        max_new_tokens: longest answer; 0 for the student's generation config's.
+        shown: answers that TensorBoard and Weights & Biases show; all are in the run's folder.
+    """
+
+    data: tuple[str, ...] = ()
+    image_root: str = ""
+    every: float = 0.2
+    limit: int = 0
+    metric: str = "auto"
+    batch_size: int = 8
+    max_new_tokens: int = 0
+    shown: int = 8
+
+    def __post_init__(self) -> None:
+        if not 0 < self.every <= 1:
+            raise UsageError(f"evaluate.every {self.every}: expected a share of a stage, over 0 and up to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A whole run.
 
@@ -120,6 +148,7 @@ class TrainConfig:
         max_tokens: longest conversation the student is given, in its tokens; 0 for no limit.
         log_every: optimizer steps between lines of metrics.
         keep_checkpoints: newest checkpoints of a stage that are kept.
+        wandb: the Weights & Biases project that metrics go to besides TensorBoard; empty for none.
     """
 
     seed: int = 0
@@ -133,12 +162,14 @@ class TrainConfig:
     max_tokens: int = 0
     log_every: int = 1
     keep_checkpoints: int = 2
+    wandb: str = ""
     stage1: StageConfig = field(default_factory=StageConfig)
     stage2: StageConfig = field(default_factory=lambda: StageConfig(batch_size=2))
     stage3: StageConfig = field(default_factory=StageConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
         choices = {"objective": ("genrecal", "sft"), "precision": ("auto", "bf16", "fp32"), "engine": ENGINES}

@@ -82,19 +82,33 @@ def evaluate(
     skipped: list[tuple[str, str]] = []
     with Progress(title, len(samples), "samples") as progress:
         for start in range(0, len(samples), batch_size):
-            batch = []
-            for number in range(start, min(start + batch_size, len(samples))):
-                sample = samples[number]
-                if isinstance(sample, BadRecord):
-                    skipped.append((sample.location, sample.reason))
-                    continue
-                try:
-                    batch.append(_Asked.prepare(model, sample))
-                except SampleError as error:
-                    skipped.append((sample.location or sample.key, str(error)))
-            if batch:
-                predictions += _answer(model, batch, metric, max_new_tokens)
-            progress.advance(min(batch_size, len(samples) - start))
+            batch = [samples[number] for number in range(start, min(start + batch_size, len(samples)))]
+            found, left_out = ask(model, batch, metric=metric, max_new_tokens=max_new_tokens)
+            predictions += found
+            skipped += left_out
+            progress.advance(len(batch))
+    return evaluation_of(predictions, skipped)
+
+
+def ask(
+    model: VLM, samples: Sequence[Sample | BadRecord], *, metric: str, max_new_tokens: int | None
+) -> tuple[list[Prediction], list[tuple[str, str]]]:
+    """One batch's predictions, and (location, reason) of records that cannot be asked."""
+    batch: list[_Asked] = []
+    skipped: list[tuple[str, str]] = []
+    for sample in samples:
+        if isinstance(sample, BadRecord):
+            skipped.append((sample.location, sample.reason))
+            continue
+        try:
+            batch.append(_Asked.prepare(model, sample))
+        except SampleError as error:
+            skipped.append((sample.location or sample.key, str(error)))
+    return (_answer(model, batch, metric, max_new_tokens) if batch else []), skipped
+
+
+def evaluation_of(predictions: list[Prediction], skipped: list[tuple[str, str]]) -> Evaluation:
+    """Scores of predictions. Raises DataError if there are none."""
     if not predictions:
         where, why = skipped[0] if skipped else ("the data", "it holds no samples")
         raise DataError(f"nothing to evaluate: {where}: {why}")
@@ -110,6 +124,7 @@ def evaluate(
 def save_evaluation(evaluation: Evaluation, path: Path) -> None:
     """Write predictions as jsonl, one question a line."""
     lines = [json.dumps(asdict(prediction), ensure_ascii=False) for prediction in evaluation.predictions]
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, ("\n".join(lines) + "\n").encode())
 
 

@@ -1,11 +1,12 @@
 """The training loop, from top to bottom: for each stage, set up, step through the samples, keep the result."""
 
 import math
+import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -38,12 +39,13 @@ from genrecal.train.checkpoint import (
 )
 from genrecal.train.config import StageConfig, TrainConfig
 from genrecal.train.engine import Engine, import_deepspeed, resolve_engine, start_engine
-from genrecal.train.logs import RunLog, term_means, term_sums
+from genrecal.train.logs import RunLog, Wandb, term_means, term_sums
+from genrecal.train.midway import Midway
 from genrecal.train.ranks import Ranks, StopSignals, joined, own_device, world_size
-from genrecal.train.recalibrator import Recalibrator
+from genrecal.train.recalibrator import Recalibrator, checkpoint_activations
 from genrecal.train.run import RUN_FILE, Run
 from genrecal.train.stages import Denominators, Distiller, add_lora, select_trainable, wanted_by
-from genrecal.vlm.loading import resolve_device
+from genrecal.vlm.loading import VLM, first_line, resolve_device
 
 
 def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = None) -> None:
@@ -66,16 +68,65 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
         if device.index is not None:
             torch.cuda.set_device(device)
         cache = ranks.together(lambda: open_for(run, stages))
+        midway = ranks.together(lambda: Midway.of(run.config))
+        ranks.together(lambda: check_stages(run, cache, stages, run.check(cache, ranks.size)["global_batch"]))
         begun = ranks.together(lambda: run.begin(cache, ranks.size), first_alone=True)
         ranks.wait_for(run.path / RUN_FILE)
-        for stage in sorted(set(stages)):
-            if run.config.objective == "sft" and stage == 1:
-                continue  # there is no Recalibrator to align
-            if not ranks.gather(run.stage_result(stage).exists())[0]:
-                source = LiveSource(cache, live_teacher) if live_teacher else ShardSource(cache)
-                job = StageJob(run=run, cache=cache, stage=stage, ranks=ranks, device=device, begun=begun)
-                _train_stage(job, source, signals)
-            ranks.wait_for(run.stage_result(stage))
+        with ranks.together(lambda: _wandb_of(run) if ranks.first else nullcontext()) as wandb:
+            for stage in stages_to_train(run.config, stages):
+                if not ranks.gather(run.stage_result(stage).exists())[0]:
+                    source = LiveSource(cache, live_teacher) if live_teacher else ShardSource(cache)
+                    job = StageJob(
+                        run=run,
+                        cache=cache,
+                        stage=stage,
+                        ranks=ranks,
+                        device=device,
+                        begun=begun,
+                        midway=midway,
+                        wandb=wandb,
+                    )
+                    _train_stage(job, source, signals)
+                ranks.wait_for(run.stage_result(stage))
+
+
+def stages_to_train(config: TrainConfig, stages: Sequence[int]) -> list[int]:
+    """In order; objective sft has no Recalibrator to align, and so no stage 1."""
+    return [stage for stage in sorted(set(stages)) if stage > 1 or config.objective != "sft"]
+
+
+def _wandb_of(run: Run) -> AbstractContextManager[Wandb | None]:
+    return Wandb(run.config.wandb, run.path, asdict(run.config)) if run.config.wandb else nullcontext()
+
+
+def check_stages(run: Run, cache: Cache, stages: Sequence[int], global_batches: dict[str, int]) -> None:
+    """Find out before the first stage what would stop a later one days after.
+
+    Args:
+        global_batches: of "stage1" and so on, samples.
+
+    Raises:
+        UsageError: a stage has no samples or fewer than a global batch, or the cache lacks what it reads.
+        TrainingError: a stage begins from one that is neither finished nor to be trained.
+    """
+    numbers = stages_to_train(run.config, stages)
+    for stage in numbers:
+        if run.stage_result(stage).exists():
+            continue
+        if stage > 1 and run.config.objective != "sft" and stage - 1 not in numbers:
+            run.need_result(stage - 1)
+        if wanted_by(stage, run.config).questions and not cache.column("has_question").any():
+            raise UsageError(
+                f"{cache.path}: stage 1's regularisation needs the teacher's question states, and this cache has none; "
+                "set loss.reg_weight=0 to train without it"
+            )
+        plan = plan_stage(run.config.stage(stage), cache, global_batch=global_batches[f"stage{stage}"])
+        if plan.num_samples < plan.global_batch:
+            raise UsageError(
+                f"stage {stage} has {plan.num_samples} samples in all its epochs, fewer than one global batch of "
+                f"{plan.global_batch} (stage{stage}.batch_size x stage{stage}.accumulation x processes); lower "
+                f"stage{stage}.accumulation"
+            )
 
 
 def all_ranks(config: TrainConfig) -> AbstractContextManager[Ranks]:
@@ -106,7 +157,7 @@ def open_for(run: Run, stages: Sequence[int]) -> Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class StageJob:
-    """One stage of a run on this rank. `begun` is the content of run.json."""
+    """One stage of a run on this rank. `begun` is the content of run.json; `midway` what is asked between its steps."""
 
     run: Run
     cache: Cache
@@ -114,6 +165,8 @@ class StageJob:
     ranks: Ranks
     device: torch.device
     begun: dict[str, Any]
+    midway: Midway | None = None
+    wandb: Wandb | None = None
 
     @property
     def settings(self) -> StageConfig:
@@ -169,14 +222,18 @@ def plan_stage(config: StageConfig, cache: Cache, *, global_batch: int | None = 
 
 def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> None:
     run, stage, ranks, config, settings = job.run, job.stage, job.ranks, job.run.config, job.settings
-    plan, engine, stream, first_step = _prepare(job, source)
+    plan, engine, student, stream, first_step = _prepare(job, source)
     with (
-        RunLog(run.path, stage, first_step=first_step, writes=ranks.first) as log,
+        RunLog(run.path, stage, first_step=first_step, writes=ranks.first, wandb=job.wandb) as log,
         Progress(f"stage {stage}", plan.num_steps, "steps", done=first_step, shown=ranks.first) as progress,
     ):
         skipped, damaged = (ranks.gather(log.left_out)[0][name] for name in ("skipped", "damaged"))
+        points = job.midway.points(stage, plan.num_steps) - ranks.gather(log.evaluations)[0] if job.midway else set()
         started = time.perf_counter()
         for step in range(first_step, plan.num_steps):
+            if step in points:
+                _evaluate(job, student, plan, step, log)
+                started = time.perf_counter()
             loaded = next(stream)
             shares = ranks.gather(Share.of(loaded, time.perf_counter() - started, signals.received))
             if received := next((share.signal for share in shares if share.signal), None):
@@ -209,20 +266,24 @@ def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> N
                 continue
             rate = learning_rate(settings, step, plan.num_steps)
             seed_step(config.seed, stage, step, ranks.rank)
-            values = train_step(engine, loaded.batches, Share.denominators(shares), rate, ranks)
+            with memory_may_end(stage, config):
+                values = train_step(engine, loaded.batches, Share.denominators(shares), rate, ranks)
             seconds = time.perf_counter() - started
             tokens = sum(share.tokens for share in shares)
             values |= {
                 "lr": rate, "samples": sum(share.samples for share in shares), "student_tokens": tokens,
                 "seconds": seconds, "data_wait": max(share.waited for share in shares) / seconds,
+                "tokens_per_second": tokens / seconds, "memory_gb": max(share.memory for share in shares) / 1e9,
             }  # fmt: skip
             values |= left_out
             if step % config.log_every == 0 or step == plan.num_steps - 1 or left_out:
                 log.write(step, values)
             if settings.checkpoint_every and (step + 1) % settings.checkpoint_every == 0 and step + 1 < plan.num_steps:
                 _save(job, engine, step + 1)
-            progress.advance(1, f"loss {values['loss']:.3f}, {tokens / seconds:.0f} tokens/s")
+            progress.advance(1, _in_words(values))
             started = time.perf_counter()
+        if plan.num_steps in points:
+            _evaluate(job, student, plan, plan.num_steps, log)
     if damaged and ranks.first:
         sys.stderr.write(
             f"genrecal: stage {stage}: {damaged} of {plan.num_samples} samples were skipped since they are damaged; "
@@ -233,18 +294,31 @@ def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> N
         run.save_result(stage, state.weights)
 
 
-def _prepare(job: StageJob, source: RecordSource) -> tuple[StagePlan, Engine, Iterator[Step], int]:
-    """The stage's plan; its engine, where the newest checkpoint left it; the samples from there on; and the first step."""
+def _in_words(values: dict[str, Any]) -> str:
+    """A step's values, for the line of progress."""
+    terms = [f"{name} {values[name]:.3f}" for name in ("loss", "ce", "kl", "reg_ce", "reg_kl", "sft") if name in values]
+    return (
+        f"{', '.join(terms)}, {values['tokens_per_second']:.0f} tokens/s, {values['data_wait']:.0%} waiting for data, "
+        f"{values['memory_gb']:.1f} GB"
+    )
+
+
+def _evaluate(job: StageJob, student: VLM, plan: StagePlan, step: int, log: RunLog) -> None:
+    """Ask the student as `step` steps have left it."""
+    assert job.midway is not None
+    config = job.run.config
+    evaluation = job.midway.ask(student, job.ranks, compute_dtype=resolve_precision(config), seed=config.seed)
+    log.evaluated(step, evaluation, done=step / plan.num_steps, shown=config.evaluate.shown)
+
+
+def _prepare(job: StageJob, source: RecordSource) -> tuple[StagePlan, Engine, VLM, Iterator[Step], int]:
+    """The stage's plan; its engine, where the newest checkpoint left it; the student in it; the samples from there on; and
+    the first step."""
     run, cache, stage, ranks, config, settings = job.run, job.cache, job.stage, job.ranks, job.run.config, job.settings
     compute_dtype = resolve_precision(config)
 
     def build() -> tuple[StagePlan, Distiller]:
         plan = plan_stage(settings, cache, global_batch=job.global_batch)
-        if wanted.questions and not cache.column("has_question").any():
-            raise UsageError(
-                f"{cache.path}: stage 1's regularisation needs the teacher's question states, and this cache has none; "
-                "set loss.reg_weight=0 to train without it"
-            )
         torch.manual_seed(config.seed * 4 + stage)
         return plan, build_distiller(run, cache, stage, job.device, compute_dtype)
 
@@ -306,7 +380,7 @@ def _prepare(job: StageJob, source: RecordSource) -> tuple[StagePlan, Engine, It
         rank=ranks.rank,
         world_size=ranks.size,
     )
-    return plan, engine, stream, first_step
+    return plan, engine, distiller.student, stream, first_step
 
 
 def _save(job: StageJob, engine: Engine, step: int) -> None:
@@ -333,7 +407,7 @@ class Share:
 
     Args:
         rows: its part of the denominators.
-        waited: seconds for its data.
+        waited: seconds for its data. memory: bytes of its device, the most so far.
         error: what stopped its loading; signal: what told it to stop.
     """
 
@@ -341,6 +415,7 @@ class Share:
     samples: int
     tokens: int
     waited: float
+    memory: int
     skipped: list[str]
     damaged: list[str]
     error: GenrecalError | None
@@ -357,6 +432,7 @@ class Share:
             samples=sum(len(batch.keys) for batch in batches),
             tokens=sum(int(b.student_inputs["attention_mask"][: len(b.keys)].sum()) for b in batches),
             waited=waited,
+            memory=most_memory(),
             skipped=loaded.skipped,
             damaged=loaded.damaged,
             error=loaded.error,
@@ -405,7 +481,7 @@ def build_distiller(run: Run, cache: Cache, stage: int, device: torch.device, co
         head = cache.head(str(device))
     student.model.train(stage > 1)
     if config.gradient_checkpointing:
-        _checkpoint_activations(student.model if stage > 1 else None, recalibrator)
+        checkpoint_activations(student.model if stage > 1 else None, recalibrator)
     distiller = Distiller(
         stage,
         student,
@@ -418,21 +494,6 @@ def build_distiller(run: Run, cache: Cache, stage: int, device: torch.device, co
         parameters = {f"recalibrator.{name}": value for name, value in recalibrator.named_parameters()}
         copy_weights(run.load_result(1), parameters, where=str(run.stage_result(1)))
     return distiller
-
-
-def _checkpoint_activations(model: Any, recalibrator: Recalibrator | None) -> None:
-    import logging
-
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns that a body without embeddings has none to make differentiable
-    try:
-        for module in (model, recalibrator.rec_body if recalibrator is not None else None):
-            if module is not None:
-                # transformers 5.19, which vLLM's pin allows, knows it by its older name.
-                (getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable)()
-    finally:
-        logger.setLevel(level)
 
 
 def train_step(
@@ -461,6 +522,41 @@ def train_step(
         keys = [key for *_, keys in found for key in keys]
         ranks.stop(TrainingError(f"the gradient's norm is {norm} on samples {', '.join(keys)}; nothing was updated"))
     return {"loss": sum(loss for loss, *_ in found), "grad_norm": norm, **term_means([sums for _, sums, *_ in found])}
+
+
+@contextmanager
+def memory_may_end(stage: int, config: TrainConfig) -> Iterator[None]:
+    """Turn an allocation that failed, on a GPU or a CPU, into one line that says which settings take less."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        settings, steps = config.stage(stage), []
+        if settings.batch_size > 1:
+            steps.append(
+                f"a lower stage{stage}.batch_size than {settings.batch_size} (and a higher stage{stage}.accumulation)"
+            )
+        if not config.gradient_checkpointing:
+            steps.append("gradient_checkpointing=true")
+        steps.append("a lower loss.chunk_rows, such as 64")
+        steps.append("max_tokens, which leaves the longest samples out")
+        if config.engine != "zero3":
+            steps.append(f"engine={'zero3' if config.engine == 'zero2' else 'zero2'} on several GPUs")
+        if config.engine.startswith("zero") and not config.offload:
+            steps.append("offload=true")
+        raise TrainingError(
+            f"stage {stage}: out of memory: {first_line(error)}; what takes less: {', '.join(steps)}; "
+            "`genrecal train --dry-run` forecasts it. The same command goes on from the last checkpoint"
+        ) from None
+
+
+def most_memory() -> int:
+    """Bytes that torch has had of this process's GPU at once; without one, the process's largest resident size."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def learning_rate(settings: StageConfig, step: int, num_steps: int) -> float:

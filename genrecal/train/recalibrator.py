@@ -1,6 +1,7 @@
 """The Recalibrator: two of the student's decoder blocks between two projections, up to the teacher's head."""
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -54,3 +55,18 @@ def recalibrator_config(student_config: Any, num_blocks: int) -> Any:
     config.pad_token_id = None
     config.use_cache = False
     return config
+
+
+def checkpoint_activations(model: Any, recalibrator: Recalibrator | None) -> None:
+    """Compute the blocks' activations again in the backward pass, of a model (None: not of it) and a Recalibrator."""
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns that a body without embeddings has none to make differentiable
+    try:
+        for module in (model, recalibrator.rec_body if recalibrator is not None else None):
+            if module is not None:
+                # transformers 5.19, which vLLM's pin allows, knows it by its older name.
+                (getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable)()
+    finally:
+        logger.setLevel(level)

@@ -34,9 +34,10 @@ from genrecal.train.stages import add_lora, merge_lora, select_trainable
 from genrecal.vlm.loading import VLM, file_digest, load_vlm, model_folder
 
 RUN_FILE = "run.json"
-# Who computes it, and how: the global batch and all that follows from it stay as they were.
+# Who computes it, how, and who looks on: the global batch and all that follows from it stay as they were.
 MAY_CHANGE = re.compile(
-    r"(software|command|processes|global_batch)\b|config\.(engine|offload|device|stage\d\.(batch_size|accumulation))$"
+    r"(software|command|processes|global_batch)\b"
+    r"|config\.(engine|offload|device|wandb|evaluate\.\w+|stage\d\.(batch_size|accumulation))$"
 )
 
 
@@ -76,13 +77,17 @@ class Run:
 
     def load_result(self, stage: int) -> dict[str, torch.Tensor]:
         """A finished stage's trained parameters. Raises TrainingError if the stage has not finished in this run."""
+        self.need_result(stage)
+        return read_tensors(self.stage_result(stage))
+
+    def need_result(self, stage: int) -> None:
+        """Raises TrainingError if the stage has not finished in this run."""
         path = self.stage_result(stage)
         if not path.exists():
             raise TrainingError(
                 f"{path}: missing: stage {stage + 1} begins from stage {stage}'s result; train with --stages that "
                 f"include {stage} first"
             )
-        return read_tensors(path)
 
     # --------------------------------------------------------------------------------------------------------- identity
 
@@ -94,17 +99,23 @@ class Run:
 
         Raises UsageError naming what differs.
         """
+        content, path = self.check(cache, processes), self.path / RUN_FILE
+        if not path.exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_whole(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+        return content
+
+    def check(self, cache: Cache, processes: int = 1) -> dict[str, Any]:
+        """The content that run.json has or will have; see `begin`. Nothing is written."""
         now = self.description(cache, processes)
         path = self.path / RUN_FILE
-        if path.exists():
-            found = _read_run_file(path)
-            if different := differences(found, now):
-                raise UsageError(f"--out {self.path} holds another run: {'; '.join(different)}. Use another --out")
-            self._check_global_batches(found, processes)
-            return found
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(path, (json.dumps(now, indent=2, sort_keys=True) + "\n").encode())
-        return now
+        if not path.exists():
+            return now
+        found = _read_run_file(path)
+        if different := differences(found, now):
+            raise UsageError(f"--out {self.path} holds another run: {'; '.join(different)}. Use another --out")
+        self._check_global_batches(found, processes)
+        return found
 
     def _check_global_batches(self, found: dict[str, Any], processes: int) -> None:
         for number in (1, 2, 3):
@@ -145,6 +156,7 @@ class Run:
                     "teacher": self.teacher,
                     "trust_remote_code": self.trust_remote_code,
                     "cache": cache.store.absolute,
+                    "cache_tokenizer_sha256": _tokenizer_digest(cache),
                     "cache_sha256": hashlib.sha256(cache.store.read(CACHE_FILE)).hexdigest(),
                     "command": shlex.join(sys.argv),
                     "software": {
@@ -207,6 +219,13 @@ def _read_run_file(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"{path.parent}: not a run: {RUN_FILE}: {error}; `genrecal train --out {path.parent}` makes one"
         ) from None
+
+
+def _tokenizer_digest(cache: Cache) -> str:
+    """sha256 over the names and digests of the teacher's tokenizer files: a cache made anew with another says so."""
+    files = cache.description["teacher"]["files_sha256"]
+    names = sorted(name for name in files if name != "config.json" and "processor" not in name)
+    return hashlib.sha256("".join(f"{name} {files[name]}\n" for name in names).encode()).hexdigest()
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

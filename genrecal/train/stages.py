@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -152,7 +152,17 @@ class Distiller(nn.Module):
 # ----------------------------------------------------------------------------------------------------- what is trained
 
 
-def language_model_linears(student: VLM) -> str:
+class HasModel(Protocol):
+    """A student with or without weights; a `VLM` is one."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def model(self) -> Any: ...
+
+
+def language_model_linears(student: HasModel) -> str:
     """A pattern for PEFT that matches the linear layers of the student's language model, and nothing else."""
     decoder = student.model.get_decoder()
     names = {id(module): name for name, module in student.model.named_modules()}
@@ -162,7 +172,7 @@ def language_model_linears(student: VLM) -> str:
     return rf"{re.escape(names[id(decoder)])}\..*\.({'|'.join(map(re.escape, leaves))})"
 
 
-def add_lora(student: VLM, config: LoraConfig) -> None:
+def add_lora(student: HasModel, config: LoraConfig) -> None:
     """Put LoRA into the student's language model, in place; the model keeps its class."""
     import peft
 
@@ -186,7 +196,7 @@ def merge_lora(student: VLM) -> None:
             setattr(student.model.get_submodule(parent), leaf, module.get_base_layer())
 
 
-def select_trainable(stage: int, student: VLM, lora: LoraConfig) -> list[str]:
+def select_trainable(stage: int, student: HasModel, lora: LoraConfig) -> list[str]:
     """Freeze and unfreeze the student for a stage; names of its trained parameters.
 
     Stage 1: none. Stage 2: LoRA, or with rank 0 the decoder layers and the final norm. Stage 3: all but the vision
@@ -205,7 +215,7 @@ def select_trainable(stage: int, student: VLM, lora: LoraConfig) -> list[str]:
         chosen = [name for name, parameter in named.items() if id(parameter) in inside]
     else:
         chosen = [name for name in named if not is_vision_encoder(name)]
-        if len(chosen) == len(named) and hasattr(student.renderer.processor, "image_processor"):
+        if len(chosen) == len(named) and getattr(student.model.config, "vision_config", None) is not None:
             raise ModelError(
                 f"{student.path}: stage 3 trains all but the vision encoder, but none of {', '.join(VISION_PARTS)} "
                 "is part of this student's parameter names"

@@ -220,6 +220,7 @@ def find_logit_transform(model: Any, body: nn.Module, head: nn.Linear, renderer:
     pictures = [picture] if len(parts) == 2 else []
     messages = [Message(role="user", parts=parts), Message(role="assistant", parts=("a red square",))]
     inputs = renderer.collate([renderer.encode_messages(messages, pictures)])
+    _check_ids(model, inputs["input_ids"], renderer, pictured=bool(pictures))
     device, dtype = model.get_input_embeddings().weight.device, head.weight.dtype
     inputs = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
     try:
@@ -227,7 +228,8 @@ def find_logit_transform(model: Any, body: nn.Module, head: nn.Linear, renderer:
         raw = head(body(**inputs, use_cache=False).last_hidden_state)
     except Exception as error:  # an encoder-decoder, say, or the processor of another model
         raise ModelError(
-            f"{type(model).__name__} cannot run a rendered conversation through its body: {first_line(error)}"
+            f"{type(model).__name__} cannot run a rendered conversation through its body: {first_line(error)}; expected the "
+            f"tokenizer's and processor's files of this model, got a {type(renderer.processor).__name__}"
         ) from None
     if logits.shape != raw.shape:
         raise ModelError(
@@ -241,6 +243,17 @@ def find_logit_transform(model: Any, body: nn.Module, head: nn.Linear, renderer:
         f"{type(model).__name__}: its logits are not its head's output, nor that output scaled or softcapped as its "
         f"config says (largest difference {worst:.3g}); hidden states alone would not reproduce this teacher"
     )
+
+
+def _check_ids(model: Any, ids: torch.Tensor, renderer: Renderer, *, pictured: bool) -> None:
+    """Raises ModelError for ids of another model's tokenizer or processor (a GPU would only say "device-side assert")."""
+    rows, token = model.get_input_embeddings().weight.shape[0], image_token_id(model.config)
+    got = f"got those of a {type(renderer.processor).__name__}"
+    expected = f"{type(model).__name__}: expected the tokenizer's and processor's files of this model, {got}"
+    if int(ids.max()) >= rows:
+        raise ModelError(f"{expected}: they give token id {int(ids.max())}, and its embeddings have {rows} rows")
+    if pictured and token is not None and not (ids == token).any():
+        raise ModelError(f"{expected}: they put no image token of its config (id {token}) where a picture is")
 
 
 def _candidate_transforms(config: Any) -> Iterator[LogitTransform]:

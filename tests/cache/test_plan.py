@@ -13,7 +13,7 @@ from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cache.plan import PlanOptions, human_bytes, make_plan, plan_text
 from genrecal.cache.teacher import HFTeacher
-from genrecal.cache.teacher_shape import KNOWN, qwen2_vl_tokens, shape_of, tiles
+from genrecal.cache.teacher_shape import KNOWN, qwen2_vl_tokens, teacher_shape, tiles
 from genrecal.cli import main
 from genrecal.demo.data import write_dataset
 from genrecal.demo.pipeline import ASSETS
@@ -22,6 +22,7 @@ from genrecal.samples import open_samples
 from genrecal.shards.reader import open_cache
 from genrecal.vlm.loading import load_processor
 from genrecal.vlm.rendering import Renderer
+from genrecal.vlm.shape import shape_of
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +205,7 @@ def test_a_disk_that_is_too_small_is_said_and_fails(tmp_path, capsys):
 def test_a_teacher_that_is_none(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ModelError, match="its sizes cannot be told from its config.*qwen2-vl-72b"):
-        shape_of(tmp_path)
+        teacher_shape(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from genrecal.train.batches import BatchBuilder, ShardSource, StandIn
 from genrecal.train.checkpoint import trained_parameters
 from genrecal.train.config import load_config
 from genrecal.train.engine import check_processes, import_deepspeed, resolve_engine
-from genrecal.train.logs import read_metrics
+from genrecal.train.logs import MACHINE, read_evaluations, read_metrics
 from genrecal.train.loop import build_distiller, train
 from genrecal.train.ranks import Ranks, joined, own_device, world_size
 from genrecal.train.run import Run
@@ -40,7 +40,6 @@ from genrecal.vlm.loading import load_processor
 from genrecal.vlm.rendering import Renderer
 
 RUNNER = Path(__file__).with_name("rank_runner.py")
-UNTIMED = ("seconds", "data_wait")
 # Sums are taken in another order: float32's rounding, which AdamW's division by small moments enlarges from step to step.
 # The gradient of stage 3, over all weights, is the largest sum.
 CLOSE = {1: 2e-6, 2: 2e-6, 3: 2e-5}
@@ -68,7 +67,7 @@ def words(cache, student, out, *settings, steps, batch_size=2, accumulation=2, s
 
 
 def untimed(out):
-    lines = [{k: v for k, v in line.items() if k not in UNTIMED} for line in read_metrics(Path(out))]
+    lines = [{k: v for k, v in line.items() if k not in MACHINE} for line in read_metrics(Path(out))]
     return [line | {"skipped": sorted(line["skipped"])} if "skipped" in line else line for line in lines]
 
 
@@ -104,15 +103,21 @@ def one_process(cache, student, out, *settings, steps):
 
 
 def test_two_processes_under_torchrun_train_as_one(tiny, cache, tmp_path):
-    """ddp by default; rank 0 alone prints and writes."""
+    """ddp by default; rank 0 alone prints and writes, and both ask the student."""
     student = tiny("internvl_qwen2")
-    alone = one_process(cache, student, tmp_path / "one", steps=2)
-    command = ["-m", "genrecal", "train", *words(cache, student, tmp_path / "two", steps=2)]
+    asked = [f'evaluate.data=["{cache.parent}/d/data.json"]', "evaluate.limit=5", "evaluate.max_new_tokens=2"]
+    alone = one_process(cache, student, tmp_path / "one", *asked, steps=2)
+    command = ["-m", "genrecal", "train", *words(cache, student, tmp_path / "two", *asked, steps=2)]
     ended = subprocess.run(
         [*TORCHRUN, free_port(), *command], env=ENVIRONMENT, capture_output=True, text=True, timeout=200
     )
     assert ended.returncode == 0, ended.stderr
     assert_close(untimed(alone.path), untimed(tmp_path / "two"))
+    one, two = (read_evaluations(path) for path in (alone.path, tmp_path / "two"))
+    assert [(line["stage"], line["step"]) for line in two] == [(1, 0), (2, 1), (2, 2), (3, 1), (3, 2)]
+    for line, other in zip(one, two, strict=True):
+        assert line["evaluation"]["overall"]["n"] == other["evaluation"]["overall"]["n"] == 8
+        assert line["evaluation"]["overall"] == pytest.approx(other["evaluation"]["overall"], rel=1e-4)
     assert "stage 1: 2 processes, engine ddp; a global batch of 8 samples is 2 micro-steps of 2 on each" in ended.stderr
     assert ended.stdout.count("finished") == 1 and ended.stderr.count("stage 3: 2/2 steps") == 1
     for stage in (1, 2, 3):

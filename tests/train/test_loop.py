@@ -21,7 +21,7 @@ from genrecal.errors import DamageError, TrainingError, UsageError
 from genrecal.samples import open_samples
 from genrecal.shards.reader import open_cache
 from genrecal.train.config import load_config
-from genrecal.train.logs import read_metrics
+from genrecal.train.logs import MACHINE, read_metrics
 from genrecal.train.loop import plan_stage, train
 from genrecal.train.run import Run
 from genrecal.vlm.loading import load_processor
@@ -29,7 +29,7 @@ from genrecal.vlm.rendering import Renderer
 
 SMALL = "batch_size=3 accumulation=2 max_steps=6 epochs=9 lr=1e-3 lr_end=1e-4 checkpoint_every=2".split()
 SETTINGS = ["data.workers=0", *(f"stage{n}.{setting}" for n in (1, 2, 3) for setting in SMALL)]
-UNTIMED = ("seconds", "data_wait")
+UNTIMED = MACHINE
 
 
 @pytest.fixture(scope="module")

@@ -122,7 +122,7 @@ def test_a_model_with_another_models_processor_is_refused(tmp_path, tiny):
     shutil.copytree(tiny("idefics3"), folder)
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(tiny("qwen2_vl") / name, folder / name)
-    with pytest.raises(ModelError, match="cannot run a rendered conversation"):
+    with pytest.raises(ModelError, match="files of this model, got those of a Idefics3Processor"):
         load_vlm(folder)
 
 

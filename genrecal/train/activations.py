@@ -1,0 +1,251 @@
+"""How much memory a micro-step's activations take, found by running it on tensors that have shapes and no memory.
+
+The student's decoder, the Recalibrator and the losses run forward and backward under torch's FakeTensorMode with
+transformers' own code, while the storages that are alive are counted. Two decoders of few layers give the line on
+which that of all layers lies, so no formula of any family is needed. (torch's own MemTracker refuses frozen parameters.)
+"""
+
+import copy
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from genrecal.shards.head import FrozenHead, LogitTransform
+from genrecal.train.config import TrainConfig
+from genrecal.train.losses import Exact, Sampled, Target, TopK, chunked_cross_entropy, head_losses
+from genrecal.train.recalibrator import Recalibrator, checkpoint_activations
+from genrecal.train.stages import add_lora, select_trainable, wanted_by
+
+FEW_LAYERS = (2, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """A micro-step's sizes: B samples, padded to the longest of them.
+
+    Args:
+        samples: B. student_tokens: L_s, of the longest rendering.
+        splice: L, the longest splice; reg_splice: of the regularisation pass, 0 without one.
+        answers: the teacher's answer tokens in all; questions: its question tokens in all, 0 without the pass.
+        student_answers: the student's answer tokens in all.
+    """
+
+    samples: int
+    student_tokens: int
+    splice: int
+    reg_splice: int
+    answers: int
+    questions: int
+    student_answers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSide:
+    """What the trainer holds of a teacher: its head's shape `[head_rows, hidden_size]`, and targets a row."""
+
+    hidden_size: int
+    head_rows: int
+    top_k: int
+    draws: int = 0
+
+
+def activation_bytes(
+    student_config: Any, stage: int, config: TrainConfig, teacher: TeacherSide, shape: StepShape, dtype: torch.dtype
+) -> int:
+    """Peak bytes of a micro-step beyond weights, gradients and optimizer state: its batch, activations, logits chunk.
+
+    Of the language model's side: the image encoder runs before it and holds nothing (it is frozen). On CUDA products
+    of the heads' weights need no float32 copies of them; elsewhere they do, and those are not counted.
+    """
+    few = [_traced(student_config, stage, config, teacher, shape, dtype, layers=layers) for layers in FEW_LAYERS]
+    per_layer = (few[1] - few[0]) / (FEW_LAYERS[1] - FEW_LAYERS[0])
+    layers = student_config.get_text_config().num_hidden_layers
+    return round(few[0] + per_layer * (layers - FEW_LAYERS[0]))
+
+
+def _traced(
+    student_config: Any,
+    stage: int,
+    config: TrainConfig,
+    teacher: TeacherSide,
+    shape: StepShape,
+    dtype: torch.dtype,
+    *,
+    layers: int,
+) -> int:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch.device("meta"):
+        step = _Step(student_config, stage, config, teacher, dtype, layers=layers)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        step.move()
+        with _Alive(step.standing()) as alive:
+            step.run(shape)
+    return alive.peak
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of storages that operations made and that are still held; `peak` is the most there were at once.
+
+    Args:
+        standing: tensors that were there before, and are not counted.
+    """
+
+    def __init__(self, standing: Iterable[torch.Tensor]):
+        super().__init__()
+        self.peak = self._now = 0
+        self._standing = [tensor.untyped_storage() for tensor in standing]  # held, so that no other takes its place
+        self._known: dict[int, Any] = {storage._cdata: None for storage in self._standing}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
+                self._add(storage)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+
+        def freed(_: Any) -> None:
+            self._now -= size
+            del self._known[key]
+
+        self._known[key] = weakref.ref(storage, freed)
+        self._now += size
+        self.peak = max(self.peak, self._now)
+
+
+class _Step:
+    """A micro-step of a stage as `genrecal.train.stages.Distiller` computes it, from made inputs."""
+
+    def __init__(
+        self,
+        student_config: Any,
+        stage: int,
+        config: TrainConfig,
+        teacher: TeacherSide,
+        dtype: torch.dtype,
+        *,
+        layers: int,
+    ):
+        self.stage, self.config, self.teacher, self.dtype = stage, config, teacher, dtype
+        student = _student_of(student_config, layers)
+        if stage == 2 and config.lora.rank:
+            add_lora(student, config.lora)
+        trained = set(select_trainable(stage, student, config.lora))
+        self.base_dtype = torch.float32 if stage == 3 or (stage == 2 and not config.lora.rank) else dtype
+        for name, parameter in student.model.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if name in trained else self.base_dtype)
+        self.decoder, self.head = student.model.get_decoder(), student.model.get_output_embeddings()
+        self.head.weight.data = self.head.weight.data.float()  # as the teacher's: no copy of it on the fake CPU
+        self.recalibrator: Recalibrator | None = None
+        if wanted_by(stage, config).teacher:
+            self.recalibrator = Recalibrator(student_config, teacher.hidden_size)
+        if config.gradient_checkpointing:
+            checkpoint_activations(student.model if stage > 1 else None, self.recalibrator)
+        self._modules = [module for module in (self.decoder, self.head, self.recalibrator) if module is not None]
+
+    def move(self) -> None:
+        """From the meta device to the current (fake) one, with the gradients that a second micro-step finds."""
+        moved: dict[int, torch.nn.Parameter] = {}  # a head may be the embedding
+        for part in (part for module in self._modules for part in module.modules()):
+            part.train()
+            for name, parameter in part._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    if id(parameter) not in moved:
+                        fresh = torch.nn.Parameter(
+                            torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad
+                        )
+                        fresh.grad = torch.empty_like(fresh) if fresh.requires_grad else None
+                        moved[id(parameter)] = fresh
+                    part._parameters[name] = moved[id(parameter)]
+            for name, buffer in part._buffers.items():
+                part._buffers[name] = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype)
+        teacher = self.teacher
+        weight = torch.empty(teacher.head_rows, teacher.hidden_size)
+        self.teacher_head = FrozenHead(weight=weight, vocab_size=teacher.head_rows)
+
+    def standing(self) -> list[torch.Tensor]:
+        """What is in memory before the step: weights, buffers, gradients."""
+        tensors = [self.teacher_head.weight]
+        for module in self._modules:
+            tensors += module.buffers()
+            for parameter in module.parameters():
+                tensors += [parameter.data, *([parameter.grad] if parameter.grad is not None else [])]
+        return tensors
+
+    def run(self, shape: StepShape) -> None:
+        width = self.decoder.config.hidden_size
+        # The residual stream has the embeddings' dtype, float32 where the student's own weights are trained.
+        embeddings = torch.empty(shape.samples, shape.student_tokens, width, dtype=self.base_dtype)
+        embeddings.requires_grad_(self.stage == 3)  # they come from trained embeddings and a trained projector
+        loss = torch.zeros(())
+        with torch.autocast("cpu", dtype=self.dtype, enabled=self.dtype != torch.float32):
+            with torch.set_grad_enabled(self.stage > 1):
+                states = self.decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state.flatten(0, 1)
+            if self.recalibrator is not None:
+                loss = loss + self._teacher_terms(self.recalibrator, states, shape)
+            if self.stage > 1:
+                ids = torch.zeros(shape.student_answers, dtype=torch.int64)
+                ce = chunked_cross_entropy(
+                    states[ids], self.head, LogitTransform(), ids, chunk_rows=self.config.loss.chunk_rows
+                )
+                loss = loss + ce.sum()
+        loss.backward()
+
+    def _teacher_terms(self, recalibrator: Recalibrator, states: torch.Tensor, shape: StepShape) -> torch.Tensor:
+        teacher = self.teacher
+        answers = recalibrator.rec_proj_pre(torch.empty(shape.answers, teacher.hidden_size))
+        passes = [(states, shape.splice)]
+        if shape.reg_splice:
+            passes.append(
+                (recalibrator.rec_proj_pre(torch.empty(shape.questions, teacher.hidden_size)), shape.reg_splice)
+            )
+        total = torch.zeros(())
+        for questions, length in passes:
+            source = torch.cat([questions.to(answers.dtype), answers])
+            rows = torch.zeros(shape.samples, length, dtype=torch.int64)
+            ids = torch.zeros(shape.answers, dtype=torch.int64)
+            recalibrated = recalibrator(source[rows]).flatten(0, 1)[ids]
+            losses = head_losses(
+                recalibrated,
+                self.teacher_head,
+                ids,
+                self._target(shape.answers),
+                chunk_rows=self.config.loss.chunk_rows,
+            )
+            total = total + losses.weighted.sum()
+        return total
+
+    def _target(self, rows: int) -> Target:
+        if self.config.loss.target == "exact":
+            return Exact(hidden=torch.empty(rows, self.teacher.hidden_size))
+        if self.config.loss.target == "sample":
+            drawn = torch.zeros(rows, self.teacher.draws, dtype=torch.int64)
+            return Sampled(ids=drawn, weights=torch.empty(drawn.shape), entropy=torch.empty(rows))
+        ids = torch.zeros(rows, self.teacher.top_k, dtype=torch.int64)
+        return TopK(ids=ids, log_probs=torch.empty(ids.shape))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Student:
+    path: str
+    model: Any
+
+
+def _student_of(student_config: Any, layers: int) -> _Student:
+    """A model of the student's class with `layers` decoder layers."""
+    from transformers import AutoModelForImageTextToText
+
+    config = copy.deepcopy(student_config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = (text.layer_types * layers)[:layers]
+    return _Student(path="", model=AutoModelForImageTextToText.from_config(config))

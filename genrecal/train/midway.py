@@ -1,0 +1,112 @@
+"""Evaluation of the student in the middle of its training, in place: no copy of it, and no trace in its training."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from genrecal.errors import UsageError
+from genrecal.samples import SampleSet, open_samples
+from genrecal.train.config import EvaluateConfig, TrainConfig
+from genrecal.train.evaluate import Evaluation, Prediction, ask, evaluation_of
+from genrecal.train.ranks import Ranks
+from genrecal.train.scores import METRICS
+from genrecal.vlm.loading import VLM
+
+
+class Midway:
+    """What the student is asked, and when.
+
+    A stage is evaluated each time `every` of its steps are done. Stage 1 leaves the student as it is, so it is asked once,
+    before the first step: the score to compare with.
+
+    Args:
+        samples: opened data files.
+    """
+
+    def __init__(self, config: EvaluateConfig, samples: SampleSet):
+        self.config, self.samples = config, samples
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Midway | None":
+        """None where no data are named. Raises UsageError or DataError for data, a metric or an engine that cannot serve."""
+        settings = config.evaluate
+        if not settings.data:
+            return None
+        if config.engine == "zero3":
+            raise UsageError(
+                "evaluate.data with engine zero3: a student whose weights lie on several GPUs cannot answer; set engine to "
+                "zero2, or leave evaluate.data out and use `genrecal evaluate` on an exported stage"
+            )
+        if settings.metric != "auto" and settings.metric not in METRICS:
+            raise UsageError(f"evaluate.metric {settings.metric!r}: expected auto or one of {', '.join(METRICS)}")
+        samples = open_samples(
+            list(settings.data), image_root=settings.image_root or None, limit=settings.limit or None
+        )
+        return cls(settings, samples)
+
+    def points(self, stage: int, num_steps: int) -> set[int]:
+        """After how many steps the student is asked."""
+        if stage == 1:
+            return {0}
+        times = math.ceil(1 / self.config.every - 1e-9)
+        return {min(num_steps, max(1, round(number * self.config.every * num_steps))) for number in range(1, times + 1)}
+
+    def ask(self, student: VLM, ranks: Ranks, *, compute_dtype: torch.dtype, seed: int) -> Evaluation:
+        """The student's answers as it stands, LoRA and all, in the precision that it is trained in.
+
+        Every rank asks its share of the samples; all get the scores of all.
+
+        Args:
+            seed: of the sampling, where the student's generation config samples.
+        """
+        device, settings = student.device.type, self.config
+
+        def own_share() -> list[tuple[list[Prediction], list[tuple[str, str]]]]:
+            mine = range(ranks.rank, len(self.samples), ranks.size)
+            return [
+                ask(
+                    student,
+                    [self.samples[number] for number in mine[start : start + settings.batch_size]],
+                    metric=settings.metric,
+                    max_new_tokens=settings.max_new_tokens or None,
+                )
+                for start in range(0, len(mine), settings.batch_size)
+            ]
+
+        with (
+            _at_rest(student.model),
+            torch.random.fork_rng(devices=[student.device] if device == "cuda" else []),
+            torch.autocast(device, dtype=compute_dtype, enabled=compute_dtype != torch.float32),
+        ):
+            torch.manual_seed(seed)
+            found = [batch for share in ranks.gather(ranks.together(own_share)) for batch in share]
+        predictions = sorted((p for batch, _ in found for p in batch), key=lambda p: (p.key, p.turn))
+        return ranks.together(
+            lambda: evaluation_of(predictions, [record for _, left_out in found for record in left_out])
+        )
+
+
+@contextlib.contextmanager
+def _at_rest(model: Any) -> Iterator[None]:
+    """The model in evaluation mode; afterwards its modules, and what they keep of a call, are as they were.
+
+    Families keep such things on their modules (the Qwen-VLs their `rope_deltas`), made in inference mode, which a later
+    backward pass refuses.
+    """
+    modules = list(model.modules())
+    modes = [module.training for module in modules]
+    kept = [{name: value for name, value in vars(module).items() if not name.startswith("_")} for module in modules]
+    buffers = [dict(module._buffers) for module in modules]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode, attributes, own in zip(modules, modes, kept, buffers, strict=True):
+            for name in [name for name in vars(module) if not name.startswith("_") and name not in attributes]:
+                delattr(module, name)
+            vars(module).update(attributes)
+            module._buffers.update(own)
+            module.training = mode

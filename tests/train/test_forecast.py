@@ -1,0 +1,250 @@
+"""The dry run against what training really holds, counts and reads; and every recipe in it."""
+
+import json
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import mixed_samples, write_llava
+from known_models import STUDENTS, make_known
+from planned_cache import planned_cache
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from genrecal.cache.job import run_cache_job
+from genrecal.cache.options import CacheOptions
+from genrecal.cache.teacher_shape import KNOWN
+from genrecal.cli import main
+from genrecal.samples import open_samples
+from genrecal.shards.reader import open_cache
+from genrecal.train.activations import StepShape, TeacherSide, activation_bytes
+from genrecal.train.batches import BatchBuilder, ShardSource
+from genrecal.train.checkpoint import trained_parameters
+from genrecal.train.config import TrainConfig, load_config
+from genrecal.train.forecast import (
+    SHOWN_ENGINES,
+    ForecastOptions,
+    Parameters,
+    count_parameters,
+    make_forecast,
+    memory_of,
+)
+from genrecal.train.loop import build_distiller, plan_stage
+from genrecal.train.run import Run
+from genrecal.train.stages import Denominators, wanted_by
+from genrecal.vlm.loading import load_processor
+from genrecal.vlm.rendering import Renderer
+from genrecal.vlm.shape import meta_model
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def cache(teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("forecast")
+    data = write_llava(folder / "d", mixed_samples(20))
+    run_cache_job(teacher, open_samples([data]), folder / "c", CacheOptions(samples_per_shard=8, draws=12))
+    return open_cache(folder / "c")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, cache, tmp_path_factory):
+    """Runs whose earlier stages stand as if they had been trained."""
+
+    def make(family, stage, *settings):
+        config = load_config(None, ["data.workers=0", *settings])
+        run = Run(path=tmp_path_factory.mktemp("run"), config=config, student=str(tiny(family)), cache=str(cache.path))
+        for before in range(1, stage):
+            distiller = build_distiller(run, cache, before, torch.device("cpu"), torch.float32)
+            run.save_result(before, {name: p.detach() for name, p in trained_parameters(distiller).items()})
+        return run
+
+    return make
+
+
+def measured_peak(run, cache, stage, dtype, size):
+    """Bytes that a real micro-step takes at its peak beyond what stood before it, by torch's allocator; and its shape."""
+    distiller = build_distiller(run, cache, stage, torch.device("cpu"), dtype)
+    builder = BatchBuilder(ShardSource(cache), distiller.student.renderer, wanted_by(stage, run.config))
+    batch = builder[list(range(size))].batch
+    for parameter in trained_parameters(distiller).values():
+        parameter.grad = torch.zeros_like(parameter)
+    rows = Denominators(teacher_rows=10, student_rows=10)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            output = distiller(batch.to(torch.device("cpu"), dtype), rows)
+        output.loss.backward()
+    inputs = [getattr(batch, item.name) for item in fields(batch) if item.name != "student_inputs"]
+    now = peak = sum(value.nbytes for value in inputs if isinstance(value, torch.Tensor))  # on a GPU they are copied
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    shape = StepShape(
+        samples=size,
+        student_tokens=batch.student_inputs["input_ids"].shape[1],
+        splice=batch.splice.rows.shape[1] if batch.splice else 0,
+        reg_splice=batch.reg_splice.rows.shape[1] if batch.reg_splice else 0,
+        answers=len(batch.answer_states) if batch.splice else 0,
+        questions=len(batch.question_states) if batch.reg_splice else 0,
+        student_answers=len(batch.sft_ids),
+    )
+    return peak, shape
+
+
+@pytest.mark.parametrize(
+    "stage, checkpointing, dtype",
+    [(1, "true", torch.float32), (2, "false", torch.bfloat16), (3, "true", torch.float32)],
+)
+def test_activations_are_those_of_a_real_step(trained, cache, stage, checkpointing, dtype):
+    """Within a fifth: at this size what a step holds of pictures and indices is a tenth of it."""
+    run = trained("internvl_qwen2", stage, f"gradient_checkpointing={checkpointing}")
+    peak, shape = measured_peak(run, cache, stage, dtype, 8)
+    teacher = TeacherSide(hidden_size=cache.hidden_size, head_rows=cache.description["head_rows"], top_k=64)
+    forecast = activation_bytes(meta_model(run.student).config, stage, run.config, teacher, shape, dtype)
+    assert forecast == pytest.approx(peak, rel=0.2)
+
+
+@pytest.mark.parametrize("stage, settings", [(1, []), (2, []), (2, ["lora.rank=0"]), (3, [])])
+def test_parameters_and_what_stands_in_memory(trained, cache, stage, settings):
+    run = trained("internvl_qwen2", stage, *settings)
+    counted = count_parameters(stage, meta_model(run.student), run.config, cache, torch.bfloat16)
+    distiller = build_distiller(run, cache, stage, torch.device("cpu"), torch.bfloat16)
+    own = trained_parameters(distiller)
+    optimizer = torch.optim.AdamW(own.values())
+    for parameter in own.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    head = [distiller.head.weight] if distiller.head is not None else []
+    memory = memory_of("none", counted, 0, 1)
+    assert counted.num_trained == sum(parameter.numel() for parameter in own.values())
+    assert counted.num_frozen == sum(p.numel() for p in [*distiller.parameters(), *head] if not p.requires_grad)
+    assert memory["weights"] == sum(tensor.nbytes for tensor in [*distiller.parameters(), *head])
+    assert memory["gradients"] == sum(parameter.grad.nbytes for parameter in own.values())
+    assert memory["optimizer"] == sum(moment.nbytes for moment in moments)
+    assert ("LoRA" in counted.trained) == (stage == 2 and not settings)
+
+
+def test_zero_shares_out_optimizer_gradients_and_weights_in_turn():
+    counted = Parameters(trained={"student": 8}, frozen={"student": 80}, frozen_bytes=320, head_bytes=32)
+    by_engine = {engine: memory_of(engine, counted, 1000, 4) for engine in SHOWN_ENGINES}
+    assert by_engine["none"] == by_engine["ddp"]
+    assert [memory["optimizer"] for memory in by_engine.values()] == [64, 64, 24, 24, 24]  # ZeRO's own copy with it
+    assert [memory["gradients"] for memory in by_engine.values()] == [32, 32, 32, 8, 8]
+    assert [memory["weights"] for memory in by_engine.values()] == [352, 352, 352, 352, 32 + 320 // 4]
+    assert memory_of("zero3", counted, 0, 4, offload=True)["weights"] == 32
+    assert memory_of("zero1", counted, 0, 4, offload=True)["optimizer"] == 0
+
+
+def test_steps_samples_and_bytes_are_those_of_the_run(tiny, cache):
+    student, config = str(tiny("internvl_qwen2")), load_config(None, ["stage1.batch_size=3", "stage1.accumulation=2"])
+    forecast = make_forecast(config, student, cache, ForecastOptions(gpus=2), stages=[1])
+    (stage,) = forecast.stages
+    plan = plan_stage(config.stage1, cache, global_batch=12)
+    assert (stage.steps, stage.samples, stage.global_batch) == (plan.num_steps, plan.num_samples, 12)
+    read = sum(member["size"] for record in cache for member in record.row["members"])
+    assert stage.read_bytes == read // len(cache)
+    renderer = Renderer(load_processor(student))
+    longest = sorted(len(renderer.encode(record.sample)) for record in cache)[-3:]
+    assert forecast.rendered and stage.shape.samples == 3 and stage.shape.student_tokens == longest[-1]
+    assert stage.read_rate * 1e6 == pytest.approx(read / stage.hours / 3600)
+    assert stage.hours * 3600 == pytest.approx(stage.flops * stage.samples / (2 * 989e12 * 0.4))
+
+
+def test_flops_are_those_that_torch_counts(trained, cache):
+    """Of the four kinds of samples that the cache repeats, each alone. Torch takes causal attention for a full square, and
+    the gradient of the first of two layers' input, which nobody needs, is a tenth of the work here."""
+    run = trained("internvl_qwen2", 2, "gradient_checkpointing=false", "lora.rank=0")
+    distiller = build_distiller(run, cache, 2, torch.device("cpu"), torch.float32)
+    builder = BatchBuilder(ShardSource(cache), distiller.student.renderer, wanted_by(2, run.config))
+    with FlopCounterMode(display=False) as counter:
+        for index in range(4):
+            distiller(builder[[index]].batch, Denominators(teacher_rows=10, student_rows=10)).loss.backward()
+    forecast = make_forecast(run.config, run.student, cache, ForecastOptions(), stages=[2])
+    assert forecast.stages[0].flops == pytest.approx(counter.get_total_flops() / 4, rel=0.25)
+
+
+# ------------------------------------------------------------------------------------------------- recipes, command line
+
+
+def test_a_config_and_manifests_are_enough(tmp_path, capsys):
+    """No weights, no processor, no head, no tar: none of them is there."""
+    student = "qwen2-vl-2b"
+    planned_cache(tmp_path / "c", head_rows=152_064)
+    folder = make_known(student, tmp_path / "s")
+    words = [
+        "train",
+        "--cache",
+        str(tmp_path / "c"),
+        "--student",
+        str(folder),
+        "--out",
+        str(tmp_path / "r"),
+        "--dry-run",
+    ]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--gpu-gigabytes", "4", "--stages", "1", "--set", "precision=bf16"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 1 and "NOT enough room" in text and "has no processor" in text
+    assert not (tmp_path / "r").exists()
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--gpus", "8", "--stages", "1", "--json"])
+    shown = json.loads(capsys.readouterr().out)
+    assert stop.value.code == 0 and shown["engine"] == "ddp" and shown["fits"]
+    assert shown["student_parameters"] / 1e9 == pytest.approx(STUDENTS[student][1], rel=0.005)
+
+
+def paper_pairs():
+    """(teacher, student, Table) of the paper: rows whose scores it gives."""
+    teachers = ["internvl2.5-78b", "internvl2-76b", "nvlm-d-72b", "qwen2-vl-72b"]
+    return [
+        *((teachers[0], student) for student in STUDENTS),
+        *((teacher, "internvl2.5-8b") for teacher in teachers[1:]),
+        *((teachers[3], student) for student in ("qwen2-vl-7b", "qwen2-vl-2b")),
+    ]
+
+
+def test_every_row_of_the_paper_has_a_recipe_with_its_settings():
+    names = {f"{teacher}-to-{student}.toml" for teacher, student in paper_pairs()}
+    assert {path.name for path in RECIPES.glob("*.toml")} == names | {
+        "paper.toml",
+        "single-24gb.toml",
+        "single-80gb.toml",
+    }
+    for name in names:
+        config, defaults = load_config(RECIPES / name), TrainConfig()
+        assert config.stage3.exclude_categories == ("General VQA",)
+        changed = replace(config.stage3, exclude_categories=())
+        paper = replace(config, stage3=changed, precision=defaults.precision, engine=defaults.engine)
+        assert paper == defaults, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher, student", [*paper_pairs()[:7]])  # each student, and each head but one of a size here
+def test_a_pairs_recipe_fits_on_eight_gpus_of_80_gb(tmp_path, teacher, student):
+    recipe = RECIPES / f"{teacher}-to-{student}.toml"
+    cache = planned_cache(tmp_path / "c", head_rows=KNOWN[teacher].head_rows)
+    folder = make_known(student, tmp_path / "s")
+    forecast = make_forecast(load_config(recipe), str(folder), cache, ForecastOptions(gpus=8))
+    assert forecast.fits and [stage.stage for stage in forecast.stages] == [1, 2, 3]
+    assert forecast.stages[2].samples == len(cache) // 2  # without general VQA
+    assert [stage.global_batch for stage in forecast.stages] == [512, 256, 512]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, student, room", [("single-24gb", "internvl2.5-1b", 24.0), ("single-80gb", "internvl2.5-4b", 80.0)]
+)
+def test_a_recipe_of_one_gpu_fits_on_it_as_it_says(tmp_path, name, student, room):
+    cache = planned_cache(tmp_path / "c", head_rows=152_064)
+    folder = make_known(student, tmp_path / "s")
+    recipe = RECIPES / f"{name}.toml"
+    forecast = make_forecast(load_config(recipe), str(folder), cache, ForecastOptions(gpu_gigabytes=room))
+    said = re.search(r"up to 3,333 tokens: ([\d.]+), ([\d.]+) and ([\d.]+) GB", recipe.read_text())
+    assert forecast.fits and {stage.global_batch for stage in forecast.stages} == {64}
+    assert max(stage.shape.student_tokens for stage in forecast.stages) == 3333
+    for stage, size in zip(forecast.stages, said.groups(), strict=True):
+        assert stage.total("none") / 1e9 == pytest.approx(float(size), rel=0.06)

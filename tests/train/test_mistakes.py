@@ -1,0 +1,128 @@
+"""What a beginner does wrong: one line that says what, where and what to do, before anything is trained or written."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import mixed_samples, write_llava
+
+from genrecal.cache.job import run_cache_job
+from genrecal.cache.options import CacheOptions
+from genrecal.cli import main
+from genrecal.errors import TrainingError
+from genrecal.samples import open_samples
+from genrecal.train.engine import TorchEngine
+from genrecal.vlm.loading import PROCESSOR_FILES
+
+FEW = [word for stage in (1, 2, 3) for word in ("--set", f"stage{stage}.accumulation=2")]
+
+
+@pytest.fixture(scope="module")
+def made(teacher, tmp_path_factory):
+    """A cache of twelve samples whose questions are not kept."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    data = write_llava(folder / "d", mixed_samples(12))
+    run_cache_job(teacher, open_samples([data]), folder / "c", CacheOptions(question_codec="none"))
+    return folder / "c"
+
+
+@pytest.fixture
+def told(tiny, made, tmp_path, capsys):
+    """The line and exit status of a `genrecal train`; nothing may be written but what `kept` names."""
+
+    def make(*words, student=None, cache=made, kept=()):
+        command = ["train", "--cache", str(cache), "--student", str(student or tiny("internvl_qwen2"))]
+        with pytest.raises(SystemExit) as stop:
+            main(
+                [
+                    *command,
+                    "--out",
+                    str(tmp_path / "r"),
+                    "--set",
+                    "data.workers=0",
+                    "--set",
+                    "loss.reg_weight=0",
+                    *words,
+                ]
+            )
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("cache:", "stage"))]
+        assert sorted(path.name for path in (tmp_path / "r").glob("*")) == sorted(kept)
+        return stop.value.code, line
+
+    return make
+
+
+def test_fewer_samples_than_a_global_batch(told):
+    status, line = told("--stages", "1,2")
+    assert status == 2 and "stage 1 has 12 samples" in line and "global batch of 64" in line
+    assert "lower stage1.accumulation" in line
+
+
+def test_a_later_stage_is_looked_at_before_the_first_is_trained(told):
+    status, line = told(*FEW, "--stages", "1,2", "--set", "stage2.batch_size=40")
+    assert status == 2 and "stage 2 has 12 samples" in line and "global batch of 80" in line
+    status, line = told(*FEW, "--set", 'stage3.exclude_categories=["General VQA"]')
+    assert status == 2 and "no sample has the category 'General VQA'; the cache has test" in line
+
+
+@pytest.mark.parametrize("stages, missing", [("2", 1), ("3", 2), ("1,3", 2)])
+def test_stages_in_a_wrong_order(told, stages, missing):
+    status, line = told(*FEW, "--stages", stages)
+    assert status == 1 and f"stage {missing + 1} begins from stage {missing}'s result" in line
+    assert f"--stages that include {missing} first" in line
+
+
+def test_no_question_tier_for_the_regularisation(told):
+    status, line = told(*FEW, "--set", "loss.reg_weight=1.0")
+    assert status == 2 and "regularisation needs the teacher's question states" in line and "loss.reg_weight=0" in line
+
+
+def test_a_student_with_the_processor_of_another_family(told, tiny, tmp_path):
+    student = shutil.copytree(tiny("internvl_qwen2"), tmp_path / "s")
+    for name in PROCESSOR_FILES:
+        (student / name).unlink(missing_ok=True)
+        if (tiny("qwen2_vl") / name).exists():
+            shutil.copy(tiny("qwen2_vl") / name, student)
+    status, line = told(*FEW, "--stages", "1", student=student, kept=["run.json"])
+    assert status == 1 and "files of this model, got those of a Qwen2VLProcessor" in line
+
+
+def test_the_folder_of_a_run_with_another_student_or_tokenizer(told, made, tiny, tmp_path, monkeypatch):
+    def stop(self, *_, **__):
+        raise TrainingError("stopped")
+
+    monkeypatch.setattr(TorchEngine, "micro_step", stop)
+    begun = ["run.json", "metrics.jsonl", "tensorboard"]
+    assert told(*FEW, "--stages", "1", kept=begun) == (1, "genrecal: error: stopped")
+    status, line = told(*FEW, "--stages", "1", student=tiny("qwen2_vl"), kept=begun)
+    assert status == 2 and "holds another run: student was" in line and line.endswith("Use another --out")
+    other = shutil.copytree(made, tmp_path / "other")
+    description = json.loads((other / "cache.json").read_text())
+    description["teacher"]["files_sha256"]["tokenizer.json"] = "00"
+    (other / "cache.json").write_text(json.dumps(description))
+    status, line = told(*FEW, "--stages", "1", cache=other, kept=begun)
+    assert status == 2 and "cache_tokenizer_sha256 was" in line
+
+
+def test_a_live_teacher_with_another_chat_template(told, made, tiny, tmp_path):
+    changed = shutil.copytree(tiny("qwen2_vl"), tmp_path / "t")
+    template = changed / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# another #}")
+    status, line = told(*FEW, "--teacher", f"live:{changed}")
+    assert status == 2 and "its chat_template.jinja is not the one that the cache" in line
+
+
+def test_out_of_memory_says_what_takes_less(told, monkeypatch):
+    """With an allocation that the machine really refuses."""
+    monkeypatch.setattr(TorchEngine, "micro_step", lambda self, *_, **__: torch.empty(2**50))
+    words = ["--stages", "1", "--set", "gradient_checkpointing=false"]
+    status, line = told(*FEW, *words, kept=["run.json", "metrics.jsonl", "tensorboard"])
+    assert status == 1 and "stage 1: out of memory" in line and "can't allocate memory" in line
+    for setting in (
+        "stage1.batch_size than 4",
+        "gradient_checkpointing=true",
+        "lower loss.chunk_rows",
+        "engine=zero2",
+    ):
+        assert setting in line
