@@ -61,7 +61,7 @@ class LossConfig:
         sft_weight: of the student's own cross-entropy (stage 2).
         target: "topk", the stored logits and one bucket for the rest; "exact", recomputed from the cached state;
             "sample", the stored draws, whose KL is unbiased (a cache made with `--targets sample:K`).
-        chunk_rows: rows of logits that exist at once.
+        chunk_rows: rows of logits that exist at once; 0 for as many as take 256 MiB.
     """
 
     ce_weight: float = 1.0
@@ -69,13 +69,11 @@ class LossConfig:
     reg_weight: float = 1.0
     sft_weight: float = 1.0
     target: str = "topk"
-    chunk_rows: int = 256
+    chunk_rows: int = 0
 
     def __post_init__(self) -> None:
         if self.target not in ("topk", "exact", "sample"):
             raise UsageError(f"loss.target {self.target!r}: expected topk, exact or sample")
-        if self.chunk_rows < 1:
-            raise UsageError(f"loss.chunk_rows {self.chunk_rows}: expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
