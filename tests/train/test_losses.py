@@ -142,7 +142,7 @@ def test_real_vocabulary(kind):
 @pytest.mark.parametrize("certain", [30.0, 300.0, 3000.0])
 def test_a_student_certain_of_what_the_teacher_doubts(certain):
     """Q, the student's mass outside the top k, is e**-certain, that of the teacher a third: P / Q overflows float32."""
-    weight = torch.tensor([1.0] * 2 + [0.0, 0.01] * 4, dtype=torch.float64)[:, None]
+    weight = torch.tensor([1.0] * 2 + [0.0, 2**-7] * 4, dtype=torch.float64)[:, None]
     head = FrozenHead(weight=weight.float(), vocab_size=10)
     hidden = torch.full((2, 1), certain)
     log_probs = torch.full((2, 2), 1 / 3).log()
