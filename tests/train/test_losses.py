@@ -156,7 +156,7 @@ def test_a_student_certain_of_what_the_teacher_doubts(certain):
     kl = (log_p.exp() * (log_p - log_q.gather(1, target.ids))).sum(-1) + (log_p[:, 0] - rest) / 3
     kl.sum().backward()
     assert_close(losses.kl, kl.detach())
-    assert_close(leaf.grad, exact.grad)
+    assert_close(leaf.grad, exact.grad, atol=max(2e-5, 1e-7 * certain))  # float32's spacing at such logits
 
 
 def test_rows_divided_by_an_external_denominator_add_up_over_calls():
