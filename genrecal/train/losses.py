@@ -150,6 +150,7 @@ class _FrozenHeadLosses(torch.autograd.Function):
                 if isinstance(slope, torch.Tensor) or slope != 1.0:
                     logits.mul_(slope)
                 gradient[rows] = linear_float32(logits, head.weight.t()).to(hidden.dtype)
+            del logits, slope  # before the next chunk's are made
         ctx.gradient = gradient
         ctx.mark_non_differentiable(ce, kl)
         return ce_weight * ce + kl_weight * kl, ce, kl
