@@ -85,6 +85,8 @@ class DataConfig:
         window: shards among which samples are shuffled.
         on_damage: "fail" stops at a sample whose bytes in the cache are damaged, and names it; "skip" leaves it out,
             names it in the metrics and counts it.
+        vision_cache_gb: memory for the embeddings of pictures in stages 1 and 2, where nothing that makes them is trained:
+            a picture met again, in another epoch, is not encoded again. For each process; 0 keeps none.
         max_skip: share of a stage's samples that may be left out before the stage stops: those that the student cannot
             take (too long, or with a text that holds one of its special tokens), and damaged ones.
     """
@@ -93,6 +95,7 @@ class DataConfig:
     window: int = 16
     on_damage: str = "fail"
     max_skip: float = 0.01
+    vision_cache_gb: float = 0.0
 
     def __post_init__(self) -> None:
         if self.on_damage not in ("fail", "skip"):
@@ -108,7 +111,8 @@ class TrainConfig:
         objective: "genrecal", or "sft": stages 2 and 3 with the student's own cross-entropy alone.
         precision: "bf16" computes in bfloat16 with float32 trained weights; "fp32"; "auto" is bf16 on CUDA, else fp32.
         device: "auto", "cpu", "cuda".
-        attention: of the student and the Recalibrator; "auto" lets transformers choose.
+        attention: of the student and the Recalibrator; "auto" is sdpa, whose own flash kernels it can use since
+            no mask is passed; "flash_attention_2" where that package is installed; any other of transformers' names.
         gradient_checkpointing: compute activations of the student's and Recalibrator's blocks again in the backward pass.
         max_tokens: longest conversation the student is given, in its tokens; 0 for no limit.
         log_every: optimizer steps between lines of metrics.

@@ -295,10 +295,10 @@ def chunked_cross_entropy(
     """Cross-entropy of each row through a head that may be trained itself, float32 `[N]`; arguments as `head_losses`.
 
     The student's own loss. Of a head that is trained, a chunk's logits are thrown away and computed again in the
-    backward pass, so that `[N, V]` never exists whole; autograd does the rest, the head's gradient included. A frozen
-    one saves that: `head_losses` works out the gradient at once.
+    backward pass, so that `[N, V]` never exists whole; autograd does the rest, the head's gradient included (zeros
+    without rows). A frozen one saves that: `head_losses` works out the gradient at once.
     """
-    if not head.weight.requires_grad and not hasattr(head.weight, "ds_id"):  # ZeRO-3 has it whole in the module only
+    if not head.weight.requires_grad:
         frozen = FrozenHead(weight=head.weight, bias=head.bias, transform=transform, vocab_size=head.weight.shape[0])
         return head_losses(hidden, frozen, target_ids, None, chunk_rows=chunk_rows).weighted
     chunk_rows = chunk_rows or rows_at_once(head.out_features)
@@ -307,13 +307,14 @@ def chunked_cross_entropy(
             _cross_entropy, hidden[start : start + chunk_rows], head, transform, target_ids[start : start + chunk_rows],
             use_reentrant=False,
         )
-        for start in range(0, hidden.shape[0], chunk_rows)
+        for start in range(0, max(hidden.shape[0], 1), chunk_rows)
     ]  # fmt: skip
-    return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
+    return torch.cat(pieces)
 
 
 def _cross_entropy(
-    hidden: torch.Tensor, head: torch.nn.Module, transform: LogitTransform, ids: torch.Tensor
+    hidden: torch.Tensor, head: torch.nn.Linear, transform: LogitTransform, ids: torch.Tensor
 ) -> torch.Tensor:
-    logits = transform(head(hidden))
+    # Not a call of the module: ZeRO-3 wants the same calls on all ranks, and they have different numbers of chunks.
+    logits = transform(F.linear(hidden, head.weight, head.bias))
     return F.cross_entropy(logits.float(), ids, reduction="none")
