@@ -44,7 +44,7 @@ class LogitTransform:
     def slope(self, logits: "torch.Tensor") -> "torch.Tensor | float":
         """d logits / d head output, from the logits themselves."""
         linear = self.scale / self.divisor
-        return linear if self.softcap is None else linear * (1 - (logits / self.softcap) ** 2)
+        return linear if self.softcap is None else (logits / self.softcap).square_().neg_().add_(1).mul_(linear)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ class MicroBatch:
     Args:
         keys: the samples.
         student_inputs: collated tensors of the student's own rendering, text padded on the right to `[B, L_s]`.
+        picture_rows: which rows of the pictures' tensors in student_inputs are each sample's; see `Renderer.picture_rows`.
         sft_rows: int64 `[M]`, flat in B * L_s: the student's positions that predict an answer token.
         sft_ids: int64 `[M]`, the token each predicts; sft_first: bool `[M]`, the first of a turn's answer.
         answer_states: float32 `[R, D_t]`, z_a of every turn: the answer's own states.
@@ -48,6 +49,7 @@ class MicroBatch:
 
     keys: list[str]
     student_inputs: dict[str, torch.Tensor]
+    picture_rows: list[dict[str, slice]]
     sft_rows: torch.Tensor
     sft_ids: torch.Tensor
     sft_first: torch.Tensor
@@ -279,6 +281,7 @@ def _student_part(encoded: Sequence[Encoded], renderer: Renderer, *, beside: Seq
     return MicroBatch(
         keys=[item.key for item in encoded],
         student_inputs=inputs,
+        picture_rows=renderer.picture_rows(encoded),
         sft_rows=flat,
         sft_ids=inputs["input_ids"].flatten()[flat + 1],
         sft_first=torch.from_numpy(np.concatenate(first)),

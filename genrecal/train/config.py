@@ -63,7 +63,7 @@ class LossConfig:
         sft_weight: of the student's own cross-entropy (stage 2).
         target: "topk", the stored logits and one bucket for the rest; "exact", recomputed from the cached state;
             "sample", the stored draws, whose KL is unbiased (a cache made with `--targets sample:K`).
-        chunk_rows: rows of logits that exist at once.
+        chunk_rows: rows of logits that exist at once; 0 for as many as take 256 MiB.
     """
 
     ce_weight: float = 1.0
@@ -71,13 +71,11 @@ class LossConfig:
     reg_weight: float = 1.0
     sft_weight: float = 1.0
     target: str = "topk"
-    chunk_rows: int = 256
+    chunk_rows: int = 0
 
     def __post_init__(self) -> None:
         if self.target not in ("topk", "exact", "sample"):
             raise UsageError(f"loss.target {self.target!r}: expected topk, exact or sample")
-        if self.chunk_rows < 1:
-            raise UsageError(f"loss.chunk_rows {self.chunk_rows}: expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +87,8 @@ class DataConfig:
         window: shards among which samples are shuffled.
         on_damage: "fail" stops at a sample whose bytes in the cache are damaged, and names it; "skip" leaves it out,
             names it in the metrics and counts it.
+        vision_cache_gb: memory for the embeddings of pictures in stages 1 and 2, where nothing that makes them is trained:
+            a picture met again, in another epoch, is not encoded again. For each process; 0 keeps none.
         max_skip: share of a stage's samples that may be left out before the stage stops: those that the student cannot
             take (too long, or with a text that holds one of its special tokens), and damaged ones.
     """
@@ -97,6 +97,7 @@ class DataConfig:
     window: int = 16
     on_damage: str = "fail"
     max_skip: float = 0.01
+    vision_cache_gb: float = 0.0
 
     def __post_init__(self) -> None:
         if self.on_damage not in ("fail", "skip"):
@@ -143,7 +144,8 @@ class TrainConfig:
         engine: "none", one process; "ddp", torch's DistributedDataParallel; "zero1", "zero2", "zero3", DeepSpeed's; "auto"
             is ddp where a launcher started several processes, and none otherwise.
         offload: ZeRO keeps optimizer state (zero3: frozen and trained weights too) in the CPU's memory.
-        attention: of the student and the Recalibrator; "auto" lets transformers choose.
+        attention: of the student and the Recalibrator; "auto" is sdpa, whose own flash kernels it can use since
+            no mask is passed; "flash_attention_2" where that package is installed; any other of transformers' names.
         gradient_checkpointing: compute activations of the student's and Recalibrator's blocks again in the backward pass.
         max_tokens: longest conversation the student is given, in its tokens; 0 for no limit.
         log_every: optimizer steps between lines of metrics.

@@ -489,6 +489,7 @@ def build_distiller(run: Run, cache: Cache, stage: int, device: torch.device, co
         head,
         config.loss,
         question_fraction=float(cache.description["question_fraction"]) or 1.0,
+        vision_cache_bytes=int(config.data.vision_cache_gb * 1e9),
     )
     if stage == 2 and recalibrator is not None:
         parameters = {f"recalibrator.{name}": value for name, value in recalibrator.named_parameters()}

@@ -1,19 +1,21 @@
 """Losses through a frozen head: cross-entropy on the given token and KL from the teacher, chunk by chunk.
 
-`head_losses` never holds more than `chunk_rows` rows of logits, forward or backward; `head_losses_naive` is the same in
+`head_losses` never holds more than some rows of logits, forward or backward; `head_losses_naive` is the same in
 plain autograd, and the tests hold the two together in value and gradient.
 
 Letters: N rows, r rows of a chunk, D hidden size, V head rows, k stored logits a row, K draws a row.
 """
 
-from collections.abc import Callable
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from genrecal.shards.head import FrozenHead, linear_float32
+from genrecal.shards.head import FrozenHead, LogitTransform, linear_float32
+
+CHUNK_BYTES = 2**28  # of float32 logits: with fewer rows the head's weight is read too often, more gain no speed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,12 @@ class RowLosses:
     kl: torch.Tensor
 
 
+def rows_at_once(num_logits: int) -> int:
+    """How many rows of logits `CHUNK_BYTES` hold, a multiple of 64 where that many fit (441 -> 384 at V = 152,064)."""
+    rows = CHUNK_BYTES // (4 * num_logits)
+    return rows // 64 * 64 or max(rows, 1)
+
+
 def head_losses(
     hidden: torch.Tensor,
     head: FrozenHead,
@@ -73,7 +81,7 @@ def head_losses(
     *,
     ce_weight: float = 1.0,
     kl_weight: float = 1.0,
-    chunk_rows: int = 256,
+    chunk_rows: int = 0,
 ) -> RowLosses:
     """Cross-entropy and forward KL (teacher first, temperature 1, summed over the vocabulary) of each row.
 
@@ -92,16 +100,24 @@ def head_losses(
         hidden: `[N, D]`, any float dtype; the gradient comes back in it.
         target_ids: int64 `[N]`.
         target: None leaves the KL out (zeros).
+        chunk_rows: rows whose logits exist at once; 0 for as many as `CHUNK_BYTES` hold.
     """
     if target is None:
         kl_weight = 0.0
     with torch.autocast(hidden.device.type, enabled=False):  # logits are float32 whatever the blocks compute in
-        weighted, ce, kl = _FrozenHeadLosses.apply(hidden, head, target_ids, target, ce_weight, kl_weight, chunk_rows)
+        weighted, ce, kl = _FrozenHeadLosses.apply(
+            hidden, head, target_ids, target, ce_weight, kl_weight, chunk_rows or rows_at_once(head.weight.shape[0])
+        )
     return RowLosses(weighted=weighted, ce=ce, kl=kl)
 
 
 class _FrozenHeadLosses(torch.autograd.Function):
-    """Works out the gradient while the logits of a chunk exist; backward only scales it."""
+    """Works out the gradient while the logits of a chunk exist; backward only scales it.
+
+    A chunk's logits are overwritten by exponentials and these by the gradient, which is a multiple of softmax(z) a row
+    but at the few ids that a target names. So a chunk takes one `[r, V]` tensor (an Exact target two more, a softcap's
+    slope one) and few passes over it.
+    """
 
     @staticmethod
     def forward(
@@ -118,26 +134,23 @@ class _FrozenHeadLosses(torch.autograd.Function):
         ce = torch.zeros(num_rows, dtype=torch.float32, device=hidden.device)
         kl = torch.zeros_like(ce)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        if not hidden.is_cuda:  # there linear_float32 widens the weight: once, not for every chunk
+            head = dataclasses.replace(head, weight=head.weight.float())
         for start in range(0, num_rows, chunk_rows):
             rows = slice(start, start + chunk_rows)
             logits = head.logits(hidden[rows])  # [r, V] float32
-            slope = head.transform.slope(logits)
-            log_q = logits.sub_(logits.logsumexp(-1, keepdim=True))
+            slope = head.transform.slope(logits) if gradient is not None else 1.0
             ids = target_ids[rows, None]
-            ce[rows] = -log_q.gather(1, ids)[:, 0]
-            d_kl: torch.Tensor | None = None
-            if target is not None:
-                kl[rows], d_kl = _kl(log_q, head, target, rows, gradient is not None)
-            if gradient is None:
-                continue
-            d_logits = log_q.exp_()  # softmax(z)
-            d_logits.scatter_add_(1, ids, torch.full_like(ids, -1, dtype=torch.float32))
-            d_logits.mul_(ce_weight)
-            if d_kl is not None and kl_weight:
-                d_logits.add_(d_kl, alpha=kl_weight)
-            del d_kl
-            d_logits.mul_(slope)
-            gradient[rows] = linear_float32(d_logits, head.weight.t()).to(hidden.dtype)
+            weights = (ce_weight, kl_weight) if gradient is not None else None
+            z_target = logits.gather(1, ids)
+            log_sum, kl[rows] = _kl_and_gradient_(logits, head, target, rows, weights)
+            ce[rows] = (log_sum - z_target)[:, 0]
+            if gradient is not None:
+                logits.scatter_add_(1, ids, torch.full_like(z_target, -ce_weight))
+                if isinstance(slope, torch.Tensor) or slope != 1.0:
+                    logits.mul_(slope)
+                gradient[rows] = linear_float32(logits, head.weight.t()).to(hidden.dtype)
+            del logits, slope  # before the next chunk's are made
         ctx.gradient = gradient
         ctx.mark_non_differentiable(ce, kl)
         return ce_weight * ce + kl_weight * kl, ce, kl
@@ -148,38 +161,57 @@ class _FrozenHeadLosses(torch.autograd.Function):
         return (gradient * d_weighted[:, None].to(gradient.dtype), *(None,) * 6)
 
 
-def _kl(
-    log_q: torch.Tensor, head: FrozenHead, target: TopK | Exact | Sampled, rows: slice, needs_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """KL of some rows of the target, `[r]`, and its gradient in the logits, `[r, V]`."""
-    if isinstance(target, TopK):
-        return _topk_kl(log_q, target.ids[rows], target.log_probs[rows], needs_gradient)
-    if isinstance(target, Exact):
-        return _exact_kl(log_q, head, target.hidden[rows], needs_gradient)
-    return _sampled_kl(log_q, target.ids[rows], target.weights[rows], target.entropy[rows], needs_gradient)
+Weights = tuple[float, float] | None  # of cross-entropy and KL; None where no gradient is wanted
 
 
-def _topk_kl(
-    log_q: torch.Tensor, ids: torch.Tensor, log_p: torch.Tensor, needs_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """KL over k ids and the rest as one bucket, `[r]`, and its gradient in the logits, `[r, V]`.
+def _kl_and_gradient_(
+    logits: torch.Tensor, head: FrozenHead, target: Target, rows: slice, weights: Weights
+) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """A chunk's logsumexp `[r, 1]` and KL `[r]`. The logits are overwritten:
 
-    With q's tail Q = 1 - sum_k q and p's tail P: dKL/dz_j = q_j - p_j for stored j, and q_j (1 - P / Q) for the others
-    (the bucket's share of the softmax).
+    by d(ce_weight ce + kl_weight kl) / d logits, but for the -ce_weight at the target id, or by nothing of use.
     """
-    p, log_q_k = log_p.exp(), log_q.gather(1, ids)
-    tail_p = _tail_mass(p, num_logits=log_q.shape[-1])
-    log_tail_q = _log_tail(log_q, ids)
-    entropy_tail = torch.where(tail_p > 0, tail_p * (tail_p.clamp_min(1e-38).log() - log_tail_q), 0.0)
-    kl = (p * (log_p - log_q_k)).sum(-1) + entropy_tail
-    if not needs_gradient:
-        return kl, None
-    q = log_q.exp()
-    ratio = torch.where(tail_p > 0, (tail_p.clamp_min(1e-38).log() - log_tail_q).exp(), 0.0)
-    covered = p.sum(-1) + tail_p  # 1, but for rounding
-    gradient = q * (covered - ratio)[:, None]
-    gradient.scatter_(1, ids, q.gather(1, ids) * covered[:, None] - p)
-    return kl, gradient
+    if target is None:
+        top, total = _exponentials_(logits)
+        if weights:
+            logits.mul_(weights[0] / total)
+        return top + total.log(), 0.0
+    if isinstance(target, TopK):
+        return _topk_(logits, target.ids[rows], target.log_probs[rows], weights)
+    if isinstance(target, Exact):
+        return _exact_(logits, head.logits(target.hidden[rows]), weights)
+    return _sampled_(logits, target.ids[rows], target.weights[rows], target.entropy[rows], weights)
+
+
+def _exponentials_(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """exp(z - top) in place of the logits z; each row's `top` and the sum of its exponentials, `[r, 1]`."""
+    top = logits.amax(-1, keepdim=True).clamp_min_(torch.finfo(logits.dtype).min)  # of a row that is all -inf
+    return top, logits.sub_(top).exp_().sum(-1, keepdim=True)
+
+
+def _topk_(
+    logits: torch.Tensor, ids: torch.Tensor, log_p: torch.Tensor, weights: Weights
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k ids and the rest as one bucket.
+
+    With the rest's mass P of the teacher and Q of softmax(z), dKL/dz_j = q_j - p_j at the k ids, and elsewhere
+    q_j - P q_j / Q, the bucket's share of the softmax. Both logQ and q_j / Q come from the rest's own exponentials:
+    1 - sum would lose all digits of a small Q, and P / Q overflow.
+    """
+    z = logits.gather(1, ids)
+    top, total = _exponentials_(logits.scatter_(1, ids, float("-inf")))
+    log_rest = top + total.log()
+    log_sum = torch.logaddexp(log_rest, z.logsumexp(-1, keepdim=True))
+    p, log_q = log_p.exp(), z - log_sum
+    tail_p = _tail_mass(p, num_logits=logits.shape[-1])[:, None]
+    kl = (p * (log_p - log_q)).sum(-1, keepdim=True)
+    kl = kl + torch.where(tail_p > 0, tail_p * (tail_p.clamp_min(1e-38).log() + log_sum - log_rest), 0.0)
+    if weights:
+        ce_weight, kl_weight = weights
+        softmax = ce_weight + kl_weight * (p.sum(-1, keepdim=True) + tail_p)  # p and the tail: 1, but for rounding
+        logits.mul_(softmax * (top - log_sum).exp() - kl_weight * tail_p / total.clamp_min(1))
+        logits.scatter_(1, ids, softmax * log_q.exp() - kl_weight * p)
+    return log_sum, kl[:, 0]
 
 
 def _tail_mass(p: torch.Tensor, *, num_logits: int) -> torch.Tensor:
@@ -188,33 +220,33 @@ def _tail_mass(p: torch.Tensor, *, num_logits: int) -> torch.Tensor:
     return torch.zeros_like(tail) if p.shape[-1] == num_logits else tail
 
 
-def _log_tail(log_q: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """log of q's mass outside `ids`, `[r]`, from the tail itself: 1 - sum would lose all digits of a small tail.
-
-    Where the ids cover the whole vocabulary there is no tail, and the lowest finite logarithm stands for it.
-    """
-    rest = log_q.scatter(1, ids, float("-inf"))
-    return rest.logsumexp(-1).clamp_min(torch.finfo(log_q.dtype).min)
-
-
-def _exact_kl(
-    log_q: torch.Tensor, head: FrozenHead, teacher_hidden: torch.Tensor, needs_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """KL over the whole vocabulary, `[r]`, and its gradient in the logits, q - p, `[r, V]`."""
-    with torch.no_grad():
-        log_p = head.logits(teacher_hidden).log_softmax(-1)
-    p = log_p.exp()
-    kl = (p * (log_p - log_q)).sum(-1)
-    return kl, log_q.exp().sub_(p) if needs_gradient else None
+def _exact_(logits: torch.Tensor, teacher: torch.Tensor, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """The whole vocabulary: kl = sum_v p_v (z^t_v - z_v) - log sum exp z^t + log sum exp z; dKL/dz = q - p."""
+    difference = teacher - logits
+    top, total = _exponentials_(logits)
+    log_sum = top + total.log()
+    top_p, total_p = _exponentials_(teacher)
+    kl = difference.mul_(teacher).sum(-1, keepdim=True) / total_p - (top_p + total_p.log()) + log_sum
+    if weights:
+        ce_weight, kl_weight = weights
+        logits.mul_((ce_weight + kl_weight) / total).sub_(teacher.mul_(kl_weight / total_p))
+    return log_sum, kl[:, 0]
 
 
-def _sampled_kl(
-    log_q: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, entropy: torch.Tensor, needs_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The estimate of the KL, `[r]`, and its gradient in the logits, `[r, V]`: q - weights, the weights being what p is."""
-    kl = -(weights * log_q.gather(1, ids)).sum(-1) - entropy
-    # An id that only fills a row up is there more than once, with weight 0; scatter_add takes that.
-    return kl, log_q.exp().scatter_add_(1, ids, -weights) if needs_gradient else None
+def _sampled_(
+    logits: torch.Tensor, ids: torch.Tensor, shares: torch.Tensor, entropy: torch.Tensor, weights: Weights
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The estimate of the KL; dKL/dz = q - shares, the shares of the draws being what p is."""
+    z = logits.gather(1, ids)
+    top, total = _exponentials_(logits)
+    log_sum = top + total.log()
+    kl = -(shares * (z - log_sum)).sum(-1) - entropy
+    if weights:
+        ce_weight, kl_weight = weights
+        logits.mul_((ce_weight + kl_weight) / total)
+        # An id that only fills a row up is there more than once, with share 0; scatter_add takes that.
+        logits.scatter_add_(1, ids, -kl_weight * shares)
+    return log_sum, kl
 
 
 def head_losses_naive(
@@ -255,16 +287,21 @@ def _as(bias: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
 def chunked_cross_entropy(
     hidden: torch.Tensor,
     head: torch.nn.Linear,
-    transform: Callable[[torch.Tensor], torch.Tensor],
+    transform: LogitTransform,
     target_ids: torch.Tensor,
     *,
-    chunk_rows: int = 256,
+    chunk_rows: int = 0,
 ) -> torch.Tensor:
-    """Cross-entropy of each row through a head that may be trained itself, float32 `[N]`.
+    """Cross-entropy of each row through a head that may be trained itself, float32 `[N]`; arguments as `head_losses`.
 
-    The student's own loss. A chunk's logits are thrown away and computed again in the backward pass, so that `[N, V]`
-    never exists whole; autograd does the rest, the head's gradient included. Without rows that gradient is zeros.
+    The student's own loss. Of a head that is trained, a chunk's logits are thrown away and computed again in the
+    backward pass, so that `[N, V]` never exists whole; autograd does the rest, the head's gradient included (zeros
+    without rows). A frozen one saves that: `head_losses` works out the gradient at once.
     """
+    if not head.weight.requires_grad:
+        frozen = FrozenHead(weight=head.weight, bias=head.bias, transform=transform, vocab_size=head.weight.shape[0])
+        return head_losses(hidden, frozen, target_ids, None, chunk_rows=chunk_rows).weighted
+    chunk_rows = chunk_rows or rows_at_once(head.out_features)
     pieces = [
         torch.utils.checkpoint.checkpoint(
             _cross_entropy, hidden[start : start + chunk_rows], head, transform, target_ids[start : start + chunk_rows],
@@ -276,7 +313,7 @@ def chunked_cross_entropy(
 
 
 def _cross_entropy(
-    hidden: torch.Tensor, head: torch.nn.Linear, transform: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor
+    hidden: torch.Tensor, head: torch.nn.Linear, transform: LogitTransform, ids: torch.Tensor
 ) -> torch.Tensor:
     # Not a call of the module: ZeRO-3 wants the same calls on all ranks, and they have different numbers of chunks.
     logits = transform(F.linear(hidden, head.weight, head.bias))

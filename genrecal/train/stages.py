@@ -1,6 +1,7 @@
 """The three stages: what is trained in each, and what one micro-step computes (paper, section 3.3, Algorithms 1-3)."""
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -13,6 +14,7 @@ from genrecal.train.batches import MicroBatch, Splice, Wanted
 from genrecal.train.config import LoraConfig, LossConfig, TrainConfig
 from genrecal.train.losses import Exact, RowLosses, Sampled, Target, TopK, chunked_cross_entropy, head_losses
 from genrecal.train.recalibrator import Recalibrator
+from genrecal.train.vision_cache import VisionCache
 from genrecal.vlm.loading import VLM
 
 VISION_PARTS = ("visual", "vision_tower", "vision_model", "image_tower", "vision_encoder")
@@ -56,6 +58,7 @@ class Distiller(nn.Module):
         recalibrator, head: None in stage 3 and for objective "sft".
         question_fraction: share of samples whose questions are cached; their regularisation terms are weighted by its
             inverse, so that the expected loss is that of a full question tier.
+        vision_cache_bytes: room for pictures' embeddings, in stages 1 and 2; stage 3 trains the projector.
     """
 
     def __init__(
@@ -67,18 +70,23 @@ class Distiller(nn.Module):
         loss: LossConfig,
         *,
         question_fraction: float = 1.0,
+        vision_cache_bytes: int = 0,
     ):
         super().__init__()
         self.stage, self.student, self.loss = stage, student, loss
         self.model = student.model  # registers the student's parameters
         self.recalibrator, self.head = recalibrator, head
         self.question_fraction = question_fraction
+        for name, module in self.model.named_modules():
+            if name.split(".")[-1] in VISION_PARTS:
+                module.eval()  # frozen in every stage: no dropout
+        keeps = vision_cache_bytes and stage < 3 and hasattr(student.body, "get_image_features")
+        self.vision_cache = VisionCache(student.body, vision_cache_bytes) if keeps else None
 
     def forward(self, batch: MicroBatch, denominators: Denominators) -> StepOutput:
         """One micro-step; `loss` sums to the global batch's loss over its micro-steps."""
         with torch.set_grad_enabled(self.stage > 1 and torch.is_grad_enabled()):
-            hidden = self.student.body(**batch.student_inputs, use_cache=False).last_hidden_state  # [B, L, D_s]
-        states = hidden.flatten(0, 1)
+            states = self._student_states(batch).flatten(0, 1)  # [B * L, D_s]
         loss = states.new_zeros((), dtype=torch.float32)
         sums: dict[str, torch.Tensor] = {}
         counts: dict[str, int] = {}
@@ -119,6 +127,20 @@ class Distiller(nn.Module):
             loss = loss + weight * ce.sum() / denominators.student_rows
             log("sft", ce, batch.sft_first)
         return StepOutput(loss=loss, sums=sums, counts=counts)
+
+    def _student_states(self, batch: MicroBatch) -> torch.Tensor:
+        """The student's body over a batch, `[B, L, D_s]`.
+
+        Without its attention mask: no position looks at padding on its right, and without a mask the attention kernels
+        take their causal path.
+        """
+        inputs = {name: value for name, value in batch.student_inputs.items() if name != "attention_mask"}
+        if self.vision_cache is None:
+            serving: AbstractContextManager[None] = nullcontext()
+        else:
+            serving = self.vision_cache.serving(batch.keys, inputs, batch.picture_rows)
+        with serving:
+            return self.student.body(**inputs, use_cache=False).last_hidden_state
 
     def _recalibrated(self, questions: torch.Tensor, answers: torch.Tensor, splice: Splice) -> torch.Tensor:
         """Recalibrator(splice) at the prediction positions, `[N, D_t]`."""

@@ -6,8 +6,17 @@ import torch
 import torch.nn.functional as F
 
 from genrecal.cache.draws import count_draws, draw
-from genrecal.shards.head import FrozenHead, LogitTransform
-from genrecal.train.losses import Exact, Sampled, TopK, chunked_cross_entropy, head_losses, head_losses_naive
+from genrecal.shards.head import FrozenHead, LogitTransform, linear_float32
+from genrecal.train.losses import (
+    CHUNK_BYTES,
+    Exact,
+    Sampled,
+    TopK,
+    chunked_cross_entropy,
+    head_losses,
+    head_losses_naive,
+    rows_at_once,
+)
 
 D = 16
 TRANSFORMS = {
@@ -116,11 +125,74 @@ def test_bfloat16_head_and_states_lose_no_more_than_their_own_rounding():
     assert_close(gradient.float(), slow_gradient, rtol=0.01, atol=0.01)
 
 
-def test_real_vocabulary():
-    head, hidden, teacher, ids = problem(5, 152_064, 4.0)
-    fast, gradient, slow, slow_gradient = both(head, hidden, ids, topk_of(head, teacher, 64), chunk_rows=2)
+@pytest.mark.parametrize("kind", ["topk", "exact", "sampled"])
+def test_real_vocabulary(kind):
+    head, hidden, teacher, ids = problem(5, 152_064, 4.0, transform=TRANSFORMS["all"])
+    target = {
+        "topk": lambda: topk_of(head, teacher, 64),
+        "exact": lambda: Exact(hidden=teacher),
+        "sampled": lambda: sampled_of(head.logits(teacher), 50),
+    }[kind]()
+    fast, gradient, slow, slow_gradient = both(head, hidden, ids, target, chunk_rows=2)
+    assert_close(fast.ce, slow.ce)
     assert_close(fast.kl, slow.kl, atol=1e-4)
     assert_close(gradient, slow_gradient, atol=1e-4)
+
+
+@pytest.mark.parametrize("certain", [30.0, 300.0, 3000.0])
+def test_a_student_certain_of_what_the_teacher_doubts(certain):
+    """Q, the student's mass outside the top k, is e**-certain, that of the teacher a third: P / Q overflows float32."""
+    weight = torch.tensor([1.0] * 2 + [0.0, 2**-7] * 4, dtype=torch.float64)[:, None]
+    head = FrozenHead(weight=weight.float(), vocab_size=10)
+    hidden = torch.full((2, 1), certain)
+    log_probs = torch.full((2, 2), 1 / 3).log()
+    target = TopK(ids=torch.tensor([[0, 1], [1, 0]]), log_probs=log_probs)
+    leaf, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    losses = head_losses(leaf, head, torch.tensor([0, 9]), target, ce_weight=0.0)
+    losses.weighted.sum().backward()
+    log_q = (exact @ weight.T).log_softmax(-1)
+    rest = log_q.scatter(1, target.ids, float("-inf")).logsumexp(-1)
+    log_p = log_probs.double()
+    kl = (log_p.exp() * (log_p - log_q.gather(1, target.ids))).sum(-1) + (log_p[:, 0] - rest) / 3
+    kl.sum().backward()
+    assert_close(losses.kl, kl.detach())
+    assert_close(leaf.grad, exact.grad, atol=max(2e-5, 1e-7 * certain))  # float32's spacing at such logits
+
+
+def test_rows_divided_by_an_external_denominator_add_up_over_calls():
+    """As over micro-steps and ranks: the sums of parts, each divided by the rows of the whole, are the whole's mean."""
+    head, hidden, teacher, ids = problem(13, 97, 3.0)
+    whole = hidden.clone().requires_grad_()
+    mean = head_losses(whole, head, ids, topk_of(head, teacher, 8)).weighted.mean()
+    mean.backward()
+    parts, total = hidden.clone().requires_grad_(), 0.0
+    for rows in (slice(0, 1), slice(1, 9), slice(9, 13), slice(13, 13)):
+        target = topk_of(head, teacher[rows], 8)
+        loss = head_losses(parts[rows], head, ids[rows], target).weighted.sum() / 13
+        loss.backward()
+        total += loss.item()
+    assert total == pytest.approx(mean.item(), rel=1e-6)
+    assert torch.allclose(parts.grad, whole.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_rows_at_once_stay_within_their_bytes():
+    assert rows_at_once(152_064) == 384
+    for vocab in (1, 700, 152_064, 10**6, 10**9):
+        rows = rows_at_once(vocab)
+        assert rows == 1 or 0.5 * CHUNK_BYTES < 4 * rows * vocab <= CHUNK_BYTES
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cuda_sums_narrow_products_in_float32(dtype):
+    """Logits near 256 would be rounded to whole numbers in bfloat16; a sum of 8192 products in bfloat16 is worse."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(64, 8192, generator=generator).to("cuda", dtype)
+    weight = (torch.rand(1000, 8192, generator=generator) / 8).to("cuda", dtype)
+    got = linear_float32(x, weight)
+    assert got.dtype == torch.float32
+    wanted = x.double() @ weight.double().T
+    assert ((got - wanted).abs() / wanted).max() < 1e-5
 
 
 def test_bucketed_kl_is_never_above_the_exact_one_and_equals_it_at_all_logits():
@@ -251,11 +323,12 @@ def test_logits_stay_float32_under_autocast():
     assert torch.equal(plain.ce, cast.ce) and torch.equal(plain.kl, cast.kl)
 
 
+@pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("chunk_rows", [1, 4, 100])
-def test_chunked_cross_entropy_equals_the_naive_one(transform, chunk_rows):
+def test_chunked_cross_entropy_equals_the_naive_one(transform, chunk_rows, trained):
     torch.manual_seed(0)
-    head, rows = torch.nn.Linear(D, 60, bias=False).double(), 11
+    head, rows = torch.nn.Linear(D, 60).double().requires_grad_(trained), 11
     hidden, ids = torch.randn(rows, D, dtype=torch.float64), torch.randint(0, 60, (rows,))
     gradients = []
     for function in (
@@ -266,6 +339,8 @@ def test_chunked_cross_entropy_equals_the_naive_one(transform, chunk_rows):
         leaf = hidden.clone().requires_grad_()
         value = function(leaf)
         (value * torch.arange(1.0, rows + 1)).sum().backward()
-        gradients.append((value.detach().double(), leaf.grad, head.weight.grad.clone()))
+        assert (head.weight.grad is not None) == trained
+        parts = [p.grad.clone() for p in head.parameters()] if trained else []
+        gradients.append((value.detach().double(), leaf.grad, *parts))
     for got, wanted in zip(*gradients, strict=True):
-        assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)

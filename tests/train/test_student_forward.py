@@ -1,0 +1,173 @@
+"""The student's forward pass: padding without a mask, bf16, checkpointing, the frozen vision encoder and its cache."""
+
+import functools
+
+import pytest
+import tiny_models
+import torch
+from conftest import mixed_samples, write_llava
+
+from genrecal.cache.job import run_cache_job
+from genrecal.cache.options import CacheOptions
+from genrecal.cache.teacher import HFTeacher
+from genrecal.samples import open_samples
+from genrecal.shards.reader import open_cache
+from genrecal.train.batches import BatchBuilder, ShardSource, Wanted
+from genrecal.train.checkpoint import trained_parameters
+from genrecal.train.config import LoraConfig, LossConfig
+from genrecal.train.loop import _checkpoint_activations
+from genrecal.train.recalibrator import Recalibrator
+from genrecal.train.stages import Denominators, Distiller, add_lora, is_vision_encoder, select_trainable
+from genrecal.vlm.loading import load_vlm
+
+FAMILIES = sorted(name for name in tiny_models.FAMILIES if not name.endswith(("_wide", "_padded_head")))
+LORA = LoraConfig(rank=4, alpha=4.0, dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def cache(tiny, teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("forward")
+    data = write_llava(folder / "d", mixed_samples(8))
+    assert isinstance(teacher, HFTeacher)
+    run_cache_job(teacher, open_samples([data]), folder / "c", CacheOptions(samples_per_shard=8))
+    return open_cache(folder / "c")
+
+
+@pytest.fixture
+def distiller_of(tiny, cache):
+    def make(family, stage, *, checkpointing=False, vision_cache_bytes=0):
+        torch.manual_seed(5)
+        student = load_vlm(tiny(family), dtype=torch.float32)
+        if stage == 2:
+            add_lora(student, LORA)
+        select_trainable(stage, student, LORA)
+        recalibrator = Recalibrator(student.model.config, cache.hidden_size) if stage < 3 else None
+        student.model.train(stage > 1)
+        if checkpointing:
+            _checkpoint_activations(student.model if stage > 1 else None, recalibrator)
+        head = cache.head() if stage < 3 else None
+        return Distiller(stage, student, recalibrator, head, LossConfig(), vision_cache_bytes=vision_cache_bytes)
+
+    return make
+
+
+def batch_of(distiller, cache, indices=range(8)):
+    stage = distiller.stage
+    wanted = Wanted(teacher=stage < 3, questions=stage == 1)
+    return BatchBuilder(ShardSource(cache), distiller.student.renderer, wanted)[list(indices)].batch
+
+
+def step(distiller, batch):
+    distiller.zero_grad()
+    loss = distiller(batch, Denominators(teacher_rows=40, student_rows=40)).loss
+    loss.backward()
+    return loss.item(), {
+        name: p.grad.clone() for name, p in trained_parameters(distiller).items() if p.grad is not None
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_the_mask_no_state_changes(distiller_of, cache, family):
+    distiller = distiller_of(family, 1)
+    batch = batch_of(distiller, cache)
+    mask = batch.student_inputs["attention_mask"].bool()
+    assert not mask.all() and not mask[:, -1].all()  # there is padding, on the right
+    with torch.no_grad():
+        masked = distiller.student.body(**batch.student_inputs, use_cache=False).last_hidden_state
+        ours = distiller._student_states(batch)
+    assert torch.allclose(ours[mask], masked[mask], atol=2e-6 * masked[mask].abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_frozen_vision_encoder_keeps_nothing_for_a_backward_pass(distiller_of, cache, family, stage):
+    distiller = distiller_of(family, stage)
+    seen = []
+
+    def watch(module, args, output, *, name):
+        output = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", output)
+        if isinstance(output, torch.Tensor):
+            seen.append(name)
+            assert not output.requires_grad, name
+
+    for name, module in distiller.model.named_modules():
+        own = [f"{name}.{p}" for p, _ in module.named_parameters()]
+        if own and all(map(is_vision_encoder, own)):
+            assert not module.training, name
+            module.register_forward_hook(functools.partial(watch, name=name))
+    _, gradients = step(distiller, batch_of(distiller, cache))
+    assert len(seen) > 5 and gradients
+    if stage == 3:
+        trained = " ".join(gradients)
+        assert "merger" in trained or "projector" in trained or "connector" in trained
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("family", ["internvl_llama", "qwen2_vl"])
+def test_gradient_checkpointing_keeps_less_and_changes_nothing(distiller_of, cache, family, stage):
+    results = []
+    for checkpointing in (False, True):
+        distiller = distiller_of(family, stage, checkpointing=checkpointing)
+        batch = batch_of(distiller, cache)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.nbytes) or t, lambda t: t):
+            loss = distiller(batch, Denominators(teacher_rows=40, student_rows=40)).loss
+        results.append((sum(kept), *step(distiller, batch)))
+        assert loss.item() == results[-1][1]
+    (kept, loss, gradients), (kept_checkpointed, loss_checkpointed, gradients_checkpointed) = results
+    assert loss_checkpointed == loss
+    assert gradients.keys() == gradients_checkpointed.keys()
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradients_checkpointed[name], gradient, rtol=1e-4, atol=1e-6), name
+    assert kept_checkpointed < 0.7 * kept
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rotary_frequencies_stay_float32_in_a_bf16_student(tiny, family):
+    narrow, wide = (load_vlm(tiny(family), dtype=dtype).model for dtype in (torch.bfloat16, torch.float32))
+    assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
+    buffers = {name: buffer for name, buffer in narrow.named_buffers() if "inv_freq" in name}
+    assert buffers
+    for name, buffer in buffers.items():
+        assert buffer.dtype == torch.float32 and torch.equal(buffer, wide.get_buffer(name)), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_embeddings_give_the_same_losses(distiller_of, cache, family):
+    plain, kept = (distiller_of(family, 2, vision_cache_bytes=size) for size in (0, 10**9))
+    calls = []
+    for name, module in kept.model.named_modules():
+        if "patch_embed" in name.split(".")[-1]:
+            module.register_forward_hook(lambda *_: calls.append(1))
+    with_pictures = [i for i in range(8) if cache[i].sample.images]
+    for indices, encoded in (([0, 1, 2, 3], True), (range(8), True), ([5, 7, 2, 0], False), ([6, 4, 3], False)):
+        calls.clear()
+        loss, gradients = step(kept, batch_of(kept, cache, indices))
+        expected, expected_gradients = step(plain, batch_of(plain, cache, indices))
+        assert loss == pytest.approx(expected, rel=1e-5)
+        for name, gradient in expected_gradients.items():
+            assert torch.allclose(gradients[name], gradient, rtol=1e-3, atol=1e-5), name
+        assert bool(calls) == encoded
+    assert len(kept.vision_cache) == len(with_pictures)
+    assert 0 < kept.vision_cache.num_bytes < 10**6
+
+
+def test_kept_embeddings_do_not_depend_on_the_batch_and_stay_within_their_room(distiller_of, cache):
+    alone, together = (distiller_of("qwen3_vl", 2, vision_cache_bytes=10**9) for _ in range(2))
+    with torch.no_grad():
+        together._student_states(batch_of(together, cache))
+        for i in range(8):
+            alone._student_states(batch_of(alone, cache, [i]))
+    assert alone.vision_cache._kept.keys() == together.vision_cache._kept.keys()
+    for key, kept in alone.vision_cache._kept.items():
+        for one, other in zip(kept["pooler_output"], together.vision_cache._kept[key]["pooler_output"], strict=True):
+            assert torch.equal(one, other)
+    half = distiller_of("qwen3_vl", 2, vision_cache_bytes=alone.vision_cache.num_bytes // 2)
+    losses = [step(half, batch_of(half, cache))[0] for _ in range(2)]
+    assert losses[0] == losses[1] == step(alone, batch_of(alone, cache))[0]
+    assert 0 < len(half.vision_cache) < len(alone.vision_cache)
+    assert half.vision_cache.num_bytes <= half.vision_cache.max_bytes
+
+
+def test_stage_3_keeps_no_embeddings(distiller_of):
+    assert distiller_of("internvl_llama", 3, vision_cache_bytes=10**9).vision_cache is None
