@@ -23,6 +23,7 @@ STRIP, VECTOR = 16, 8  # channels of each group that are taken on together, a ca
 # Without reassociation: the same sums in the same order on every machine. Contraction would join no sums here.
 compiled = numba.njit(boundscheck=False, nogil=True, cache=True)
 f32, u = np.float32, np.uintp
+MAGNITUDE, ROUNDING = np.int32(0x7FFF_FFFF), f32(1.5 * 2**23)
 
 
 @compiled
@@ -76,6 +77,40 @@ def join_planes(high: np.ndarray, low: np.ndarray, bits: np.ndarray) -> None:
     for i in range(len(bits)):
         k = u(i)
         bits[k] = (np.uint32(high[k]) << np.uint32(24)) | (np.uint32(low[k]) << np.uint32(16))
+
+
+@compiled
+def largest_of_groups(x: np.ndarray, group: int, largest: np.ndarray) -> None:
+    """Of float32 `[R, D]`, each group's value of largest magnitude, the first of equals, into `[R, ceil(D / group)]`.
+
+    Magnitudes are compared as whole numbers, which order them as they are, and which a compiler may take many at a time.
+    """
+    for row in range(x.shape[0]):
+        bits = x[row].view(np.int32)
+        for number in range(largest.shape[1]):
+            start, end = number * group, min((number + 1) * group, x.shape[1])
+            most = np.int32(0)
+            for i in range(u(start), u(end)):
+                most = max(most, bits[i] & MAGNITUDE)
+            at = u(start)
+            while bits[at] & MAGNITUDE != most:
+                at += u(1)
+            largest[row, number] = x[row, at]
+
+
+@compiled
+def quantise(x: np.ndarray, steps: np.ndarray, group: int, low: float, high: float, codes: np.ndarray) -> None:
+    """float32 `[R, D]` in their groups' steps, to the nearest whole number, ties to even, from `low` to `high`: int8 codes.
+
+    A group whose step is 0 has codes 0. Adding 1.5 * 2^23 leaves no room for a fraction, so the sum is rounded as
+    np.rint rounds.
+    """
+    for row in range(x.shape[0]):
+        for number in range(steps.shape[1]):
+            step = steps[row, number]
+            for i in range(u(number * group), u(min((number + 1) * group, x.shape[1]))):
+                ratio = x[row, i] / step if step != f32(0) else f32(0)
+                codes[row, i] = np.int8(min(max((ratio + ROUNDING) - ROUNDING, low), high))
 
 
 # ------------------------------------------------------------------------------------------- in LLVM's own instructions
