@@ -36,6 +36,9 @@ TYPES = {
     "hidden_scale": pa.float16(),
 }  # of a column's values; the codes' depend on the codec
 CODES = {"int8": pa.int8(), "int4": pa.uint8()}
+TENSORS = frozenset({
+    "topk_ids", "topk_logits", "sample_ids", "sample_counts", "hidden_hi", "hidden_lo", "hidden_q", "hidden_scale"
+})  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,31 +170,32 @@ class Layout:
     """An Arrow schema, and what was found good in it: every file of a cache has one of two, so each is looked at once."""
 
     def __init__(self, schema: pa.Schema):
-        self.schema = schema
-        self._places: dict[tuple[str, pa.DataType, bool], tuple[int, int, np.dtype]] = {}
+        self.schema, self.names = schema, frozenset(schema.names)
+        self._columns: dict[str, tuple[int, int, np.dtype]] = {}
         self._codec: tuple[Codec, dict[str, Any]] | None = None
 
-    def place(self, name: str, kind: pa.DataType, width: bool, where: str) -> tuple[int, int, np.dtype]:
-        """A column's number, its values a row and their type. Raises FormatError for a column that is not of that kind."""
-        known = self._places.get((name, kind, width))
-        if known is None:
-            known = self._places[name, kind, width] = self._look(name, kind, width, where)
-        return known
+    def column(self, name: str, where: str) -> tuple[int, int, np.dtype]:
+        """Its number, its values a row (0 if it is no tensor) and their type.
 
-    def _look(self, name: str, kind: pa.DataType, width: bool, where: str) -> tuple[int, int, np.dtype]:
+        Raises FormatError for a column that is not there, or not as it should be.
+        """
+        return self._columns.get(name) or self._columns.setdefault(name, self._look(name, where))
+
+    def _look(self, name: str, where: str) -> tuple[int, int, np.dtype]:
         times = self.schema.names.count(name)
         if times != 1:
             raise FormatError(f"{where}: column {name} is {f'there {times} times' if times else 'missing'}")
-        place = self.schema.names.index(name)
-        got, expected, values = self.schema.types[place], kind, 1
-        if width and isinstance(got, pa.FixedShapeTensorType) and len(got.shape) == 1:
-            (values,) = got.shape
+        kind = CODES[self.codec(where)[0].name] if name == "hidden_q" else TYPES[name]
+        place, width = self.schema.names.index(name), 0
+        got, expected = self.schema.types[place], kind
+        if name in TENSORS and isinstance(got, pa.FixedShapeTensorType) and len(got.shape) == 1:
+            (width,) = got.shape
             got = got.value_type if got == pa.fixed_shape_tensor(got.value_type, got.shape) else got
-        elif width:
+        elif name in TENSORS:
             expected = f"tensors of one dimension of {kind}"
         if got != expected:
             raise FormatError(f"{where}: column {name}: expected {expected}, got {got}")
-        return place, values, np.dtype(kind.to_pandas_dtype())
+        return place, width, np.dtype(kind.to_pandas_dtype())
 
     def codec(self, where: str) -> tuple[Codec, dict[str, Any]]:
         """The codec of the states, and its facts. Raises FormatError for one that is not known, or other facts than its."""
@@ -246,39 +250,39 @@ class _Columns:
             batches = pa.Table.from_batches(batches).combine_chunks().to_batches()
         self.layout, self.where, self._batch = layout, where, batches[0] if batches else None
 
-    def values(self, name: str, kind: pa.DataType, *, width: bool = False) -> np.ndarray:
-        """A column without nulls: `[R]`, or with `width` the `[R, n]` of a fixed-shape tensor column.
+    def values(self, name: str) -> np.ndarray:
+        """A column without nulls: `[R]`, or `[R, n]` of fixed-shape tensors.
 
-        Raises FormatError if it is missing or its values are not of that kind, DamageError if one is null.
+        Raises FormatError if it is missing or not as it should be, DamageError if a value is null.
         """
-        values, nulls = self._column(name, kind, width)
+        values, nulls = self._column(name)
         if nulls is not None:
             raise DamageError(f"{self.where}: column {name}: expected a value in every row, got {len(nulls)} nulls")
         return values
 
-    def targets(self, name: str, kind: pa.DataType) -> np.ndarray:
+    def targets(self, name: str) -> np.ndarray:
         """A column `[R]`, NO_TARGET for null."""
-        values, nulls = self._column(name, kind, False)
+        values, nulls = self._column(name)
         if nulls is not None:
             values = values.copy()
             values[nulls] = NO_TARGET
         return values
 
-    def _column(self, name: str, kind: pa.DataType, width: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    def _column(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
         """All its values, and the rows that have none. From its buffers: pyarrow's own ways to numpy take much longer."""
-        place, per_row, dtype = self.layout.place(name, kind, width, self.where)
+        place, width, dtype = self.layout.column(name, self.where)
         rows = self._batch.num_rows if self._batch is not None else 0
-        shape = (rows, per_row) if width else (rows,)
-        if self._batch is None or not rows * per_row:
+        shape, size = ((rows, width), rows * width) if name in TENSORS else (rows, rows)
+        if self._batch is None or not size:
             return np.empty(shape, dtype), None
         column = self._batch.column(place)
-        buffers, start = column.buffers(), column.offset
-        values = np.frombuffer(buffers[-1], dtype, rows * per_row, start * per_row * dtype.itemsize).reshape(shape)
+        buffers, start = column.buffers(), column.offset * dtype.itemsize * size // rows
+        values = np.frombuffer(buffers[-1], dtype, size, start).reshape(shape)
         if width and buffers[1] is not None and (count := column.storage.flatten().null_count):
             raise DamageError(f"{self.where}: column {name}: expected a number in every place, got {count} nulls")
         if buffers[0] is None or not column.null_count:
             return values, None
-        nulls = _unset(buffers[0].to_pybytes(), start, rows)
+        nulls = _unset(buffers[0].to_pybytes(), column.offset, rows)
         return values, nulls if len(nulls) else None
 
 
@@ -291,40 +295,44 @@ def _unset(bits: bytes, start: int, count: int) -> np.ndarray:
 def _hidden(columns: _Columns, empty: Empty) -> np.ndarray:
     """float32 `[R, D]`, through the codec that the file names."""
     codec, facts = columns.layout.codec(columns.where)
-    types = TYPES | {"hidden_q": CODES.get(codec.name)}
-    return codec.decode({name: columns.values(name, types[name], width=True) for name in codec.columns}, facts, empty)
+    return codec.decode({name: columns.values(name) for name in codec.columns}, facts, empty)
 
 
 def question_rows(rows: Stored | pa.Table, *, where: str, empty: Empty = empty_states) -> QuestionRows:
     """Decode what a `.question.arrow` member holds, the states to where `empty` says."""
     columns = _Columns(rows, where)
-    plain = {name: columns.values(name, TYPES[name]) for name in ("turn", "position", "token_id")}
+    plain = {name: columns.values(name) for name in ("turn", "position", "token_id")}
     return QuestionRows(**plain, hidden=_hidden(columns, empty))
 
 
 def answer_rows(rows: Stored | pa.Table, *, where: str, empty: Empty = empty_states) -> AnswerRows:
     """Decode what an `.answer.arrow` member holds, the states to where `empty` says."""
     columns = _Columns(rows, where)
-    plain, stored = ("turn", "position", "token_id", "logsumexp"), ("topk_ids", "topk_logits")
-    nullable = ("target_id", "target_start", "target_end", "target_logit")
-    top = {name: columns.values(name, TYPES[name], width=True) for name in stored}
-    if top["topk_ids"].shape != top["topk_logits"].shape:
-        shapes = [list(top[name].shape) for name in stored]
-        raise FormatError(f"{where}: topk_ids of {shapes[0]}, topk_logits of {shapes[1]}: expected the same")
+    top_ids, top_logits = _pair(columns, "topk_ids", "topk_logits")
     sampled = None
-    if "sample_ids" in columns.layout.schema.names:
-        sampled = SampledTargets(
-            ids=columns.values("sample_ids", TYPES["sample_ids"], width=True),
-            counts=columns.values("sample_counts", TYPES["sample_counts"], width=True),
-            entropy=columns.values("entropy", TYPES["entropy"]),
-        )
-        if sampled.ids.shape != sampled.counts.shape:
-            shapes = [list(sampled.ids.shape), list(sampled.counts.shape)]
-            raise FormatError(f"{where}: sample_ids of {shapes[0]}, sample_counts of {shapes[1]}: expected the same")
+    if "sample_ids" in columns.layout.names:
+        ids, counts = _pair(columns, "sample_ids", "sample_counts")
+        sampled = SampledTargets(ids=ids, counts=counts, entropy=columns.values("entropy"))
     return AnswerRows(
-        **{name: columns.values(name, TYPES[name]) for name in plain},
-        **{name: columns.targets(name, TYPES[name]) for name in nullable},
-        **top,
+        turn=columns.values("turn"),
+        position=columns.values("position"),
+        token_id=columns.values("token_id"),
+        target_id=columns.targets("target_id"),
+        target_start=columns.targets("target_start"),
+        target_end=columns.targets("target_end"),
+        target_logit=columns.targets("target_logit"),
+        topk_ids=top_ids,
+        topk_logits=top_logits,
+        logsumexp=columns.values("logsumexp"),
         sampled=sampled,
         hidden=_hidden(columns, empty),
     )
+
+
+def _pair(columns: _Columns, first: str, second: str) -> tuple[np.ndarray, np.ndarray]:
+    """Two columns of tensors of the same shape."""
+    pair = columns.values(first), columns.values(second)
+    if pair[0].shape != pair[1].shape:
+        shapes = [list(values.shape) for values in pair]
+        raise FormatError(f"{columns.where}: {first} of {shapes[0]}, {second} of {shapes[1]}: expected the same")
+    return pair
