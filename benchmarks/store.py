@@ -5,9 +5,11 @@
 The same records (states, top-64, conversation, a picture) in every store; the states are bfloat16 and made, with outlier
 channels as large models have them. Each measurement is the median of several passes that alternate between the stores.
 A pass reads every record whole into memory: "as stored" stops at what the store gives (bfloat16 tensors; ours float32,
-decoded), "float32" goes on to float32 states, which is what a trainer computes with. "cold" is the first pass after the
-files were dropped from the page cache. The limit is copying the float32 states from one
-array in memory to another that is there already.
+decoded), "float32" goes on to float32 states, which is what a trainer computes with, each record's in new memory, and
+"float32 of a batch" to those of a batch of four in memory that the next batch uses again. "cold" is the first pass after
+the files were dropped from the page cache. The limits are copying the float32 states: all of them from one array to
+another that is there already ("of copying"), and each record's to the batch's memory, which the processor's cache may hold
+("of copying to the batch").
 
 MosaicML streaming is measured if it is installed; it pins another transformers, so beside genrecal it needs
 `pip install --no-deps mosaicml-streaming brotli zstd python-snappy cramjam catalogue`.
@@ -38,13 +40,13 @@ from PIL import Image
 import genrecal
 from genrecal.report.summary import markdown_table
 from genrecal.samples import ImageRef, ImageSource, Message, Sample
-from genrecal.shards.codecs import CODECS, round_to_bf16
+from genrecal.shards.codecs import CODECS, Empty, StateBuffer, empty_states, round_to_bf16
 from genrecal.shards.layout import write_cache_json
 from genrecal.shards.record import NO_TARGET, AnswerRows, Record
 from genrecal.shards.storage import open_store
 from genrecal.shards.writer import ShardWriter
 
-VOCABULARY, TOP_K, PER_SHARD = 152_064, 64, 32
+VOCABULARY, TOP_K, PER_SHARD, BATCH = 152_064, 64, 32, 4
 PLAIN = (
     "turn", "position", "token_id", "target_id", "target_start", "target_end", "target_logit", "topk_ids", "topk_logits",
     "logsumexp",
@@ -122,11 +124,12 @@ class Stored(ABC):
     def open(self) -> None:  # noqa: B027
         """What is done once; for most, nothing."""
 
-    @abstractmethod
-    def stream(self) -> Iterator[dict[str, Any]]: ...
+    def stream(self, empty: Empty = empty_states) -> Iterator[dict[str, Any]]:
+        """All records, in order; what is decoded to float32 goes to where `empty` says."""
+        return (self.read(number, empty) for number in range(self.count))
 
     @abstractmethod
-    def read(self, number: int) -> dict[str, Any] | None:
+    def read(self, number: int, empty: Empty = empty_states) -> Any:
         """A record by its number; None where the format has no way to it."""
 
 
@@ -134,6 +137,7 @@ class Genrecal(Stored):
     def __init__(self, folder: Path, codec: str):
         super().__init__(folder)
         self.codec, self.name = codec, f"genrecal, {codec}"
+        CODECS[codec].encode(np.zeros((1, 128), np.float32), CODECS[codec].facts(128))  # compiled before it is timed
 
     def write(self, records: list[Made]) -> None:
         store = open_store(self.folder)
@@ -152,12 +156,10 @@ class Genrecal(Stored):
 
     def open(self) -> None:
         self.cache = genrecal.open_cache(self.folder)
+        self.count = len(self.cache)
 
-    def stream(self) -> Iterator[dict[str, Any]]:
-        return (self.read(number) for number in range(len(self.cache)))
-
-    def read(self, number: int) -> dict[str, Any]:
-        record = self.cache[number].record(question=False)
+    def read(self, number: int, empty: Empty = empty_states) -> dict[str, Any]:
+        record = self.cache[number].record(question=False, empty=empty)
         parts = {name: getattr(record.answer, name) for name in PLAIN}
         picture = record.sample.images[0].data
         return parts | {"hidden": torch.from_numpy(record.answer.hidden), "json": record.sample, "jpg": picture}
@@ -187,10 +189,7 @@ class Safetensors(Stored):
     def open(self) -> None:
         self.count = len(list(self.folder.iterdir()))
 
-    def stream(self) -> Iterator[dict[str, Any]]:
-        return (self.read(number) for number in range(self.count))
-
-    def read(self, number: int) -> dict[str, Any]:
+    def read(self, number: int, empty: Empty = empty_states) -> dict[str, Any]:
         from safetensors.torch import load
 
         # Not load_file: it maps the file, and nothing would be read before something is computed.
@@ -208,7 +207,7 @@ class TorchPickle(Safetensors):
         for number, made in enumerate(records):
             torch.save(tensors_of(made), self.folder / f"data_{number}.ckpt")
 
-    def read(self, number: int) -> dict[str, Any]:
+    def read(self, number: int, empty: Empty = empty_states) -> dict[str, Any]:
         parts = torch.load(self.folder / f"data_{number}.ckpt", weights_only=True)
         return parts | {"json": json.loads(parts["json"].numpy().tobytes())}
 
@@ -228,14 +227,14 @@ class Webdataset(Stored):
                 sink.write({"__key__": made.sample.key, "json": made.sample.to_json(), "jpg": made.picture,
                             "hidden.npy": made.states, **arrays})  # fmt: skip
 
-    def stream(self) -> Iterator[dict[str, Any]]:
+    def stream(self, empty: Empty = empty_states) -> Iterator[dict[str, Any]]:
         import webdataset
 
         files = sorted(str(file) for file in self.folder.glob("*.tar"))
         for sample in webdataset.WebDataset(files, shardshuffle=False).decode():
             yield sample | {"hidden": torch.from_numpy(sample["hidden.npy"].view(np.int16)).view(torch.bfloat16)}
 
-    def read(self, number: int) -> None:
+    def read(self, number: int, empty: Empty = empty_states) -> None:
         return None
 
 
@@ -256,10 +255,7 @@ class Mds(Stored):
         self.data = streaming.StreamingDataset(local=str(self.folder), shuffle=False, batch_size=1)
         self.count = self.data.num_samples
 
-    def stream(self) -> Iterator[dict[str, Any]]:
-        return (self.read(number) for number in range(self.count))
-
-    def read(self, number: int) -> dict[str, Any]:
+    def read(self, number: int, empty: Empty = empty_states) -> dict[str, Any]:
         sample = dict(self.data[number])
         return sample | {"hidden": torch.from_numpy(sample["hidden"].view(np.int16)).view(torch.bfloat16)}
 
@@ -303,10 +299,7 @@ class Parquet(Stored):
         self.files = [pq.ParquetFile(file, pre_buffer=False) for file in sorted(self.folder.iterdir())]
         self.count = sum(file.metadata.num_rows for file in self.files)
 
-    def stream(self) -> Iterator[dict[str, Any]]:
-        return (self.read(number) for number in range(self.count))
-
-    def read(self, number: int) -> dict[str, Any]:
+    def read(self, number: int, empty: Empty = empty_states) -> dict[str, Any]:
         table = self.files[number // PER_SHARD].read_row_group(number % PER_SHARD, use_threads=False)
         row = {name: table.column(name)[0].as_buffer() for name in table.column_names if name != "rows"}
         count = table.column("rows")[0].as_py()
@@ -321,17 +314,46 @@ class Parquet(Stored):
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
-def timed(action: Any) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+class Clock:
+    """Times actions, each again and again for up to `patience` seconds until no other process ran meanwhile (Linux)."""
+
+    def __init__(self, patience: float):
+        self.patience, self.timed, self.disturbed = patience, 0, 0
+
+    def __call__(self, action: Any) -> float:
+        deadline = time.monotonic() + self.patience
+        while True:
+            busy, start = self._others(), time.perf_counter()
+            action()
+            seconds = time.perf_counter() - start
+            quiet = self._others() - busy <= 0.02 + 0.05 * seconds  # the system counts in hundredths
+            if quiet or time.monotonic() > deadline:
+                self.timed, self.disturbed = self.timed + 1, self.disturbed + (not quiet)
+                return seconds
+            busy = self._others()
+            while time.sleep(0.2) or self._others() - busy > 0.02 and time.monotonic() < deadline:
+                busy = self._others()
+
+    @staticmethod
+    def _others() -> float:
+        """Seconds of processor time that everything but this process has used."""
+        user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9])
+        used = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+        return used - sum(os.times()[:2])
 
 
-def read_all(stored: Stored, *, as_float: bool) -> int:
+def read_all(stored: Stored, kind: str, room: StateBuffer) -> int:
+    """A pass; `kind` is stored, float or batch, whose states go to `room`."""
     count = 0
-    for parts in stored.stream():
-        hidden = parts["hidden"].float() if as_float else parts["hidden"]
+    for parts in stored.stream(room if kind == "batch" else empty_states):
+        hidden = parts["hidden"]
+        if kind == "float":
+            hidden = hidden.float()
+        elif kind == "batch" and hidden.dtype != torch.float32:
+            hidden = torch.from_numpy(room(*hidden.shape)).copy_(hidden)
         count += len(hidden) > 0
+        if count % BATCH == 0:
+            room.clear()
     return count
 
 
@@ -364,6 +386,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=150)
     parser.add_argument("--width", type=int, default=8192)
     parser.add_argument("--passes", type=int, default=9)
+    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for each pass that others disturb")
     parser.add_argument("--folder", type=Path, help="where to write; else a temporary folder")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -377,57 +400,67 @@ def main() -> None:
         written = {}
         for stored in list(stores):
             try:
-                written[stored.name] = timed(lambda stored=stored: stored.write(records))
+                written[stored.name] = Clock(0)(lambda stored=stored: stored.write(records))
             except ImportError as error:
                 print(f"{stored.name}: not measured: {error}", file=sys.stderr)
                 stores.remove(stored)
-        measure(stores, written, records, options.passes)
+        measure(stores, written, records, options.passes, Clock(options.patience))
 
 
-def measure(stores: list[Stored], written: dict[str, float], records: list[Made], passes: int) -> None:
-    sizes, cold = {}, {}
+def measure(stores: list[Stored], written: dict[str, float], records: list[Made], passes: int, clock: Clock) -> None:
+    sizes, cold, room = {}, {}, StateBuffer()
     for stored in stores:
         sizes[stored.name] = sum(file.stat().st_size for file in stored.folder.rglob("*") if file.is_file())
         stored.open()
         check(stored, records)
         drop_from_page_cache(stored.folder)
-        cold[stored.name] = timed(lambda stored=stored: read_all(stored, as_float=True))
+        cold[stored.name] = Clock(0)(lambda stored=stored: read_all(stored, "float", room))
     states = np.ones((len(records), *records[0].states.shape), np.float32)
-    room = np.zeros_like(states)
+    target = np.zeros_like(states)
     rng = np.random.default_rng(1)
     times: dict[tuple[str, str], list[float]] = {}
     for _ in range(passes):
-        times.setdefault(("copy", ""), []).append(timed(lambda: np.copyto(room, states)))
+        times.setdefault(("copy", ""), []).append(clock(lambda: np.copyto(target, states)))
+        times.setdefault(("copy", "float"), []).append(clock(lambda: copy_each(states, None)))
+        times.setdefault(("copy", "batch"), []).append(clock(lambda: copy_each(states, target[:BATCH])))
         numbers = rng.permutation(len(records))[: len(records) // 2]
         for stored in stores:
-            for label, as_float in (("stored", False), ("float", True)):
-                seconds = timed(lambda stored=stored, as_float=as_float: read_all(stored, as_float=as_float))
-                times.setdefault((stored.name, label), []).append(seconds)
+            for kind in ("stored", "float", "batch"):
+                seconds = clock(lambda stored=stored, kind=kind: read_all(stored, kind, room))
+                times.setdefault((stored.name, kind), []).append(seconds)
             if stored.read(0) is not None:
-                seconds = timed(lambda stored=stored, numbers=numbers: read_some(stored, numbers)) / len(numbers)
+                seconds = clock(lambda stored=stored, numbers=numbers: read_some(stored, numbers)) / len(numbers)
                 times.setdefault((stored.name, "random"), []).append(seconds)
     middle = {key: statistics.median(values) for key, values in times.items()}
-    decoded = states.nbytes
-    limit = middle["copy", ""]
     table = []
     for stored in stores:
-        name = stored.name
+        name, batch = stored.name, middle[stored.name, "batch"]
         random = middle.get((name, "random"))
         table.append([
             name, f"{sizes[name] / len(records) / 1e6:.2f}", f"{len(records) / written[name]:.0f}",
-            f"{len(records) / middle[name, 'stored']:.0f}", f"{len(records) / middle[name, 'float']:.0f}",
-            f"{decoded / middle[name, 'float'] / 1e9:.2f}", f"{limit / middle[name, 'float']:.2f}",
+            *(f"{len(records) / middle[name, kind]:.0f}" for kind in ("stored", "float", "batch")),
+            f"{states.nbytes / batch / 1e9:.2f}", f"{middle['copy', ''] / batch:.2f}", f"{middle['copy', 'batch'] / batch:.2f}",
             f"{len(records) / cold[name]:.0f}", f"{random * 1e3:.2f}" if random else "none",
         ])  # fmt: skip
     header = [
-        "store", "MB a record", "written/s", "read/s, as stored", "read/s, float32", "GB/s of float32", "of the copy limit",
-        "cold read/s", "random read, ms",
+        "store", "MB a record", "written/s", "read/s, as stored", "read/s, float32", "read/s, float32 of a batch", "GB/s",
+        "of copying", "of copying to the batch", "cold read/s", "random read, ms",
     ]  # fmt: skip
     rows, width = records[0].states.shape
+    rates = [f"{states.nbytes / middle['copy', kind] / 1e9:.2f}" for kind in ("", "batch", "float")]
     print(
-        f"{len(records)} records, {rows} rows, D = {width}; copying their float32 states: {decoded / limit / 1e9:.2f} GB/s"
+        f"{len(records)} records, {rows} rows, D = {width}; copying their float32 states: {rates[0]} GB/s, "
+        f"{rates[1]} to the batch's memory, {rates[2]} to new memory"
     )
     print(markdown_table(header, table))
+    print(f"other processes ran during {clock.disturbed} of {clock.timed} passes")
+
+
+def copy_each(states: np.ndarray, batch: np.ndarray | None) -> None:
+    """Each record's states, to the memory of a batch or to new memory."""
+    for number, record in enumerate(states):
+        target = np.empty_like(record) if batch is None else batch[number % BATCH]
+        np.copyto(target, record)
 
 
 if __name__ == "__main__":

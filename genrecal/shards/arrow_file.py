@@ -12,7 +12,6 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 MAGIC = b"ARROW1"
@@ -23,30 +22,34 @@ MOST_BATCHES = 1024
 MOST_WIDTH = 2**20  # channels of a state
 FREE_BYTES = 2**28  # that any file may take in memory, however small it is
 EXPANSION = 32  # bytes in memory that each byte of a file may take besides; states as float32 take 3 (bf16) to 8 (int4)
+INT32, UINT32, UINT16, INT64 = (struct.Struct(code) for code in ("<i", "<I", "<H", "<q"))
 READ_ERRORS = (
     pa.ArrowException, OSError, EOFError, ValueError, LookupError, TypeError, OverflowError, MemoryError, RecursionError,
     struct.error,
 )  # fmt: skip
 
 
-def read_arrow(data: bytes | memoryview) -> pa.Table:
-    """The table of an Arrow IPC file. Raises one of READ_ERRORS for what is none, or would take more than it may."""
+def read_batches(data: bytes | memoryview) -> tuple[bytes, list[pa.RecordBatch]]:
+    """The message that holds an Arrow IPC file's schema, for `schema_of`, and its record batches.
+
+    Raises one of READ_ERRORS for what is no such file, or would take more than it may.
+    """
     allowed, rows, taken = allowed_bytes(len(data)), 0, 0
     said, messages = _messages(data)
-    schema, row_bytes = _schema(said), _row_bytes(said)
+    schema, row_bytes = schema_of(said), _row_bytes(said)
     batches = []
     for message in messages:
         length, sizes = batch_sizes(message)
-        rows, taken = rows + length, taken + sum(raw for _, raw in sizes)
+        rows, taken = rows + length, taken + sum([raw for _, raw in sizes])
         if rows * row_bytes > allowed or taken > allowed:
             raise ValueError(
                 f"{rows} rows of {row_bytes} bytes, {taken} bytes decompressed: over {allowed}, the limit for a file of "
                 f"{len(data)} bytes"
             )
-        batches.append(pa.ipc.read_record_batch(message, schema))
-    table = pa.Table.from_batches(batches, schema)
-    table.validate()
-    return table
+        batch = pa.ipc.read_record_batch(message, schema)
+        batch.validate()
+        batches.append(batch)
+    return said, batches
 
 
 def allowed_bytes(file_bytes: int) -> int:
@@ -81,7 +84,7 @@ def _bits(field: pa.Field) -> int:
 def schema_and_batches(data: bytes | memoryview) -> tuple[pa.Schema, Iterator[Any]]:
     """A file's schema, and its record batch messages, nothing of them decompressed."""
     said, messages = _messages(data)
-    return _schema(said), messages
+    return schema_of(said), messages
 
 
 def _messages(data: bytes | memoryview) -> tuple[bytes, Iterator[Any]]:
@@ -97,13 +100,13 @@ def _messages(data: bytes | memoryview) -> tuple[bytes, Iterator[Any]]:
 
 
 @functools.lru_cache(maxsize=64)  # all files of a cache have the same two schemas
-def _schema(message: bytes) -> pa.Schema:
+def schema_of(message: bytes) -> pa.Schema:
     return pa.ipc.read_schema(pa.py_buffer(message))
 
 
 @functools.lru_cache(maxsize=64)
 def _row_bytes(message: bytes) -> int:
-    return expanded_bytes(_schema(message))
+    return expanded_bytes(schema_of(message))
 
 
 def _batches(source: pa.BufferReader) -> Iterator[Any]:
@@ -127,12 +130,12 @@ def batch_sizes(message: Any) -> tuple[int, list[tuple[int, int]]]:
     length, places, compressed = _record_batch(memoryview(message.metadata))
     body = memoryview(message.body or b"")
     sizes = []
-    for start, size in places:
+    for start, size in zip(places[::2], places[1::2], strict=True):
         if start < 0 or size < 0 or start + size > len(body):
             raise ValueError(f"a buffer of {size} bytes at {start}, in a body of {len(body)}")
         raw = size
         if compressed and size:
-            (raw,) = struct.unpack_from("<q", body, start)
+            (raw,) = INT64.unpack_from(body, start)
             raw = size - 8 if raw == -1 else raw
             if raw < 0:
                 raise ValueError(f"a buffer of {raw} bytes when decompressed")
@@ -142,29 +145,33 @@ def batch_sizes(message: Any) -> tuple[int, list[tuple[int, int]]]:
     return length, sizes
 
 
-def _record_batch(message: memoryview) -> tuple[int, list[list[int]], bool]:
+def _record_batch(message: memoryview) -> tuple[int, tuple[int, ...], bool]:
     """A record batch message's rows, the start and size of each buffer in its body, and whether they are compressed.
 
     Reads the three fields that it needs of the flatbuffer: Message.header -> RecordBatch.length, .buffers, .compression.
     """
 
-    def number(code: str, at: int) -> int:
+    def number(code: struct.Struct, at: int) -> int:
         if at < 0:
             raise ValueError(f"offset {at} in a message")
-        return int(struct.unpack_from(code, message, at)[0])
+        value: int = code.unpack_from(message, at)[0]
+        return value
 
     def field_at(table: int, index: int) -> int:
         """Where a table's field stands; 0 if it is absent."""
-        vtable = table - number("<i", table)
+        vtable = table - number(INT32, table)
         entry = 4 + 2 * index
-        offset = number("<H", vtable + entry) if entry < number("<H", vtable) else 0
+        offset = number(UINT16, vtable + entry) if entry < number(UINT16, vtable) else 0
         return table + offset if offset else 0
 
     def follow(at: int) -> int:
-        return at + number("<I", at)
+        return at + number(UINT32, at)
 
-    batch = follow(field_at(number("<I", 0), 2))
+    batch = follow(field_at(number(UINT32, 0), 2))
     length = field_at(batch, 0)
     vector = follow(field_at(batch, 2))
-    places = np.frombuffer(message, "<i8", 2 * number("<I", vector), vector + 4).reshape(-1, 2)
-    return number("<q", length) if length else 0, places.tolist(), bool(field_at(batch, 3))
+    count = number(UINT32, vector)
+    if 16 * count > len(message):  # before a format of that length is made of it
+        raise ValueError(f"{count} buffers in a message of {len(message)} bytes")
+    places = struct.unpack_from(f"<{2 * count}q", message, vector + 4)
+    return number(INT64, length) if length else 0, places, bool(field_at(batch, 3))

@@ -1,24 +1,29 @@
 """Compiled loops of the int8 and int4 codecs: Hadamard transforms at the speed of memory. Compiled when first used.
 
 `genrecal.shards.rotation.hadamard_reference` is the same in a few readable lines of numpy; a test holds them together.
-Indices are unsigned, since numba otherwise looks at each for a negative one, and then nothing is vectorised. Every pass
-reads one array and writes another for the same reason.
+Indices are unsigned, since numba otherwise looks at each for a negative one, and then nothing is vectorised.
+
+Decoding is written in vectors of 256 bits, as LLVM's own instructions (numba's `intrinsic`): a compiler makes no vectors of
+butterflies between neighbours by itself. LLVM makes of them what the processor has: AVX2 and AVX-512 have such registers,
+SSE and NEON use two.
 """
+
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 GROUP = 128  # codes that share a step; the seven lowest bits of a channel's number
-PIECE, PITCH = 1024, 1040  # channels; pieces that stood 4096 bytes apart would push each other out of the nearest cache
-BIAS = np.int16(128)  # a code and this is not below zero; nor is a sum of n codes and n times this
-EVEN, DOUBLE_EVEN = np.uint64(0x0000_FFFF_0000_FFFF), np.uint64(0x0000_0100_0000_0100)
-LOWER, FOURFOLD_LOWER = np.uint64(0x0000_0000_FFFF_FFFF), np.uint64(0x0000_0000_0200_0200)
-EIGHTFOLD, SIXTEENFOLD = np.uint64(0x0400_0400_0400_0400), np.uint64(0x0800_0800_0800_0800)
-AFTER = np.uint16(16 * 128)
+STRIP, VECTOR = 16, 8  # channels of each group that are taken on together, a cache line of float32; float32 in a vector
 
 # Without reassociation: the same sums in the same order on every machine. Contraction would join no sums here.
 compiled = numba.njit(boundscheck=False, nogil=True, cache=True)
-i16, u16, u64, f32, u = np.int16, np.uint16, np.uint64, np.float32, np.uintp
+f32, u = np.float32, np.uintp
+MAGNITUDE, ROUNDING = np.int32(0x7FFF_FFFF), f32(1.5 * 2**23)
 
 
 @compiled
@@ -75,186 +80,280 @@ def join_planes(high: np.ndarray, low: np.ndarray, bits: np.ndarray) -> None:
 
 
 @compiled
+def largest_of_groups(x: np.ndarray, group: int, largest: np.ndarray) -> None:
+    """Of float32 `[R, D]`, each group's value of largest magnitude, the first of equals, into `[R, ceil(D / group)]`.
+
+    Magnitudes are compared as whole numbers, which order them as they are, and which a compiler may take many at a time.
+    """
+    for row in range(x.shape[0]):
+        bits = x[row].view(np.int32)
+        for number in range(largest.shape[1]):
+            start, end = number * group, min((number + 1) * group, x.shape[1])
+            most = np.int32(0)
+            for i in range(u(start), u(end)):
+                most = max(most, bits[i] & MAGNITUDE)
+            at = u(start)
+            while bits[at] & MAGNITUDE != most:
+                at += u(1)
+            largest[row, number] = x[row, at]
+
+
+@compiled
+def quantise(x: np.ndarray, steps: np.ndarray, group: int, low: float, high: float, codes: np.ndarray) -> None:
+    """float32 `[R, D]` in their groups' steps, to the nearest whole number, ties to even, from `low` to `high`: int8 codes.
+
+    A group whose step is 0 has codes 0. Adding 1.5 * 2^23 leaves no room for a fraction, so the sum is rounded as
+    np.rint rounds.
+    """
+    for row in range(x.shape[0]):
+        for number in range(steps.shape[1]):
+            step = steps[row, number]
+            for i in range(u(number * group), u(min((number + 1) * group, x.shape[1]))):
+                ratio = x[row, i] / step if step != f32(0) else f32(0)
+                codes[row, i] = np.int8(min(max((ratio + ROUNDING) - ROUNDING, low), high))
+
+
+# ------------------------------------------------------------------------------------------- in LLVM's own instructions
+
+# `b` is the builder that takes them down.
+I8, I16, I32, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+SHORTS, INTS, FLOATS = ir.VectorType(I16, 16), ir.VectorType(I32, VECTOR), ir.VectorType(F32, VECTOR)
+
+
+def _lanes(kind: ir.Type, values: Iterable[int]) -> ir.Constant:
+    values = list(values)
+    return ir.Constant(ir.VectorType(kind, len(values)), values)
+
+
+def _address(context: Any, b: ir.IRBuilder, array_type: Any, array: Any, index: Any, vector: ir.Type) -> Any:
+    """Of the vector that begins at an array's value `index`."""
+    data = context.make_array(array_type)(context, b, array).data
+    return b.bitcast(b.gep(data, [index]), vector.as_pointer())
+
+
+def _butterflies(values: list[Any], add: Callable[..., Any], subtract: Callable[..., Any]) -> list[Any]:
+    """The Hadamard transform of 2^n vectors, lane by lane."""
+    height = len(values)
+    while height > 1:
+        height //= 2
+        for i in range(len(values)):
+            if not i & height:
+                x, y = values[i], values[i + height]
+                values[i], values[i + height] = add(x, y), subtract(x, y)
+    return values
+
+
+def _group_sums(b: ir.IRBuilder, vectors: list[Any], to: Any) -> None:
+    """The transform of a group's 128 codes, eight vectors of int16, stored from the address `to` on.
+
+    Exact, since no sum is past 2^14: bits 4 to 6 of the channel's number between the vectors, bits 0 to 3 within each.
+    """
+    undefined = ir.Constant(SHORTS, ir.Undefined)
+    for number, x in enumerate(_butterflies(vectors, b.add, b.sub)):
+        for bit in (1, 2, 4, 8):
+            other = b.shuffle_vector(x, undefined, _lanes(I32, (i ^ bit for i in range(16))))
+            x = b.add(other, b.mul(x, _lanes(I16, (-1 if i & bit else 1 for i in range(16)))))
+        b.store(x, b.gep(to, [I32(number)]), align=2)
+
+
+@intrinsic
+def _sums_of_bytes(typing: Any, codes: Any, at: Any, sums: Any, to: Any) -> Any:
+    """int8 codes from `at` on -> `_group_sums` in `sums`, from `to` on."""
+
+    def emit(context: Any, b: ir.IRBuilder, signature: Any, values: Any) -> Any:
+        kinds = signature.args
+        source = _address(context, b, kinds[0], values[0], values[1], ir.VectorType(I8, 16))
+        loaded = [b.load(b.gep(source, [I32(number)]), align=1) for number in range(8)]
+        target = _address(context, b, kinds[2], values[2], values[3], SHORTS)
+        _group_sums(b, [b.sext(x, SHORTS) for x in loaded], target)
+        return context.get_dummy_value()
+
+    return types.void(codes, types.uintp, sums, types.uintp), emit
+
+
+@intrinsic
+def _sums_of_nibbles(typing: Any, packed: Any, at: Any, sums: Any, to: Any) -> Any:
+    """The same of int4 codes, two in a byte."""
+    order = [place for i in range(8) for place in (i, 8 + i)]  # the low half of each byte, and then its high half
+
+    def emit(context: Any, b: ir.IRBuilder, signature: Any, values: Any) -> Any:
+        kinds, bytes8 = signature.args, ir.VectorType(I8, 8)
+        source = _address(context, b, kinds[0], values[0], values[1], bytes8)
+        vectors = []
+        for number in range(8):
+            x = b.load(b.gep(source, [I32(number)]), align=1)
+            low, high = b.and_(x, _lanes(I8, [15] * 8)), b.lshr(x, _lanes(I8, [4] * 8))
+            codes = b.sub(b.shuffle_vector(low, high, _lanes(I32, order)), _lanes(I8, [8] * 16))
+            vectors.append(b.sext(codes, SHORTS))
+        _group_sums(b, vectors, _address(context, b, kinds[2], values[2], values[3], SHORTS))
+        return context.get_dummy_value()
+
+    return types.void(packed, types.uintp, sums, types.uintp), emit
+
+
+def _for_each_radix(b: ir.IRBuilder, radix: Any, emit: Callable[[int], None]) -> None:
+    """The code for 1, 2, 4 or 8 vectors, whichever `radix` is at run time."""
+    after = b.append_basic_block("joined")
+    choice = b.switch(radix, after)
+    for count in (1, 2, 4, 8):
+        block = b.append_basic_block(f"join{count}")
+        choice.add_case(radix.type(count), block)
+        with b.goto_block(block):
+            emit(count)
+            b.branch(after)
+    b.position_at_end(after)
+
+
+@intrinsic
+def _join_sums(
+    typing: Any, radix: Any, apart: Any, sums: Any, column: Any, steps: Any, group: Any, room: Any, lane: Any
+) -> Any:
+    """Groups `group`, `group + apart`, ..., `radix` of them: their sums, from `column` on, times their steps, joined.
+
+    From `lane` of each group's strip in `room` on.
+    """
+
+    def emit(context: Any, b: ir.IRBuilder, signature: Any, values: Any) -> Any:
+        radix, apart, sums, column, steps, group, room, lane = values
+        kinds = signature.args
+
+        def join(count: int) -> None:
+            groups = [b.add(group, b.mul(apart, apart.type(i))) for i in range(count)]
+            scaled = []
+            for number in groups:
+                place = b.add(b.mul(number, number.type(GROUP)), column)
+                x = b.load(_address(context, b, kinds[2], sums, place, ir.VectorType(I16, VECTOR)), align=2)
+                step = b.load(_address(context, b, kinds[4], steps, number, F32), align=4)
+                step = b.insert_element(ir.Constant(FLOATS, ir.Undefined), step, I32(0))
+                step = b.shuffle_vector(step, step, _lanes(I32, [0] * VECTOR))
+                scaled.append(b.fmul(b.sitofp(b.sext(x, INTS), FLOATS), step))
+            for number, x in zip(groups, _butterflies(scaled, b.fadd, b.fsub), strict=True):
+                place = b.add(b.mul(number, number.type(STRIP)), lane)
+                b.store(x, _address(context, b, kinds[6], room, place, FLOATS), align=4)
+
+        _for_each_radix(b, radix, join)
+        return context.get_dummy_value()
+
+    n = types.uintp
+    return types.void(n, n, sums, n, steps, n, room, n), emit
+
+
+@intrinsic
+def _join_last(
+    typing: Any, radix: Any, group: Any, room: Any, lane: Any, signs: Any, at: Any, out: Any, to: Any
+) -> Any:
+    """Groups `group`, `group + 1`, ..., `radix` of them: joined, with their signs, to `out`, GROUP apart from `to` on.
+
+    From `lane` of each group's strip on, in `room` and, `at` further, in `signs`.
+    """
+
+    def emit(context: Any, b: ir.IRBuilder, signature: Any, values: Any) -> Any:
+        radix, group, room, lane, signs, at, out, to = values
+        kinds = signature.args
+
+        def join(count: int) -> None:
+            groups = [b.add(group, group.type(i)) for i in range(count)]
+            places = [b.add(b.mul(number, number.type(STRIP)), lane) for number in groups]
+            loaded = [b.load(_address(context, b, kinds[2], room, place, FLOATS), align=4) for place in places]
+            joined = _butterflies(loaded, b.fadd, b.fsub)
+            for number, place, x in zip(groups, places, joined, strict=True):
+                sign = b.load(
+                    _address(context, b, kinds[4], signs, b.add(at, place), ir.VectorType(I8, VECTOR)), align=1
+                )
+                sign = b.and_(b.sext(sign, INTS), _lanes(I32, [-(2**31)] * VECTOR))
+                x = b.bitcast(b.xor(b.bitcast(x, INTS), sign), FLOATS)
+                target = b.add(to, b.mul(number, number.type(GROUP)))
+                b.store(x, _address(context, b, kinds[6], out, target, FLOATS), align=4)
+
+        _for_each_radix(b, radix, join)
+        return context.get_dummy_value()
+
+    n = types.uintp
+    return types.void(n, n, room, n, signs, n, out, n), emit
+
+
+# --------------------------------------------------------------------------------------------------------------- decoding
+
+
+def strips(values: np.ndarray, block: int) -> np.ndarray:
+    """`[D]` in the order in which decoding comes to them: of each block strip by strip, of each strip group by group."""
+    return np.ascontiguousarray(values.reshape(-1, block // GROUP, GROUP // STRIP, STRIP).swapaxes(1, 2)).reshape(-1)
+
+
+@compiled
 def decode8(codes: np.ndarray, steps: np.ndarray, signs: np.ndarray, block: int, out: np.ndarray) -> None:
     """int8 codes `[R, D]` times their groups' steps, float32 `[R, D / 128]`, rotated back, into float32 `out` `[R, D]`.
 
     Args:
-        signs: float32 `[D]`, those of the rotation.
+        signs: int8 `[D]`, those of the rotation, as `strips` orders them.
         block: of the rotation, at least 128.
     """
-    biased, a, b = _rooms(block)
+    sums, scaled, room = _rooms(block)
     for row in range(codes.shape[0]):
         for start in range(0, codes.shape[1], block):
-            end = start + block
-            for i in range(block):
-                k = u(i)
-                biased[k] = u16(i16(codes[row, u(start) + k]) + BIAS)
-            _rotate_back(biased, steps[row, start // GROUP : end // GROUP], signs[start:end], a, b, out[row, start:end])
+            for at in range(0, block, GROUP):
+                _sums_of_bytes(codes[row], u(start + at), sums, u(at))
+            _scale(steps[row], start, scaled)
+            _between_groups(sums, scaled, room, signs, out[row], u(start))
 
 
 @compiled
 def decode4(packed: np.ndarray, steps: np.ndarray, signs: np.ndarray, block: int, out: np.ndarray) -> None:
     """`decode8` for int4 codes, two in a byte: uint8 `[R, D / 2]`, the lower channel in the low bits, 8 more than they are."""
-    biased, a, b = _rooms(block)
+    sums, scaled, room = _rooms(block)
     for row in range(packed.shape[0]):
-        for start in range(0, 2 * packed.shape[1], block):
-            end = start + block
-            for i in range(block // 2):
-                k = u(i)
-                byte = packed[row, u(start // 2) + k]
-                biased[u(2) * k] = u16(byte & 15) + u16(BIAS - 8)
-                biased[u(2) * k + u(1)] = u16(byte >> 4) + u16(BIAS - 8)
-            _rotate_back(biased, steps[row, start // GROUP : end // GROUP], signs[start:end], a, b, out[row, start:end])
+        for start in range(0, out.shape[1], block):
+            for at in range(0, block, GROUP):
+                _sums_of_nibbles(packed[row], u((start + at) // 2), sums, u(at))
+            _scale(steps[row], start, scaled)
+            _between_groups(sums, scaled, room, signs, out[row], u(start))
 
 
 @compiled
 def _rooms(block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For a block's codes, and twice for its values, whose pieces stand a little apart."""
-    room = -(-block // PIECE) * PITCH
-    return np.empty(block, np.uint16), np.empty(room, np.float32), np.empty(room, np.float32)
+    """For a block's sums, its groups' steps, and a strip of every group."""
+    groups = block // GROUP
+    return np.empty(block, np.int16), np.empty(groups, np.float32), np.empty(groups * STRIP, np.float32)
 
 
 @compiled
-def _rotate_back(
-    biased: np.ndarray, steps: np.ndarray, signs: np.ndarray, a: np.ndarray, b: np.ndarray, out: np.ndarray
+def _scale(steps: np.ndarray, start: int, scaled: np.ndarray) -> None:
+    """A block's steps, with the transform's factor."""
+    norm = f32(1 / np.sqrt(len(scaled) * GROUP))
+    for group in range(len(scaled)):
+        scaled[group] = steps[start // GROUP + group] * norm
+
+
+@compiled
+def _between_groups(
+    sums: np.ndarray, steps: np.ndarray, room: np.ndarray, signs: np.ndarray, out: np.ndarray, start: int
 ) -> None:
-    """One block: in whole numbers within groups, which have one step, and then in float32.
+    """One block, from each group's sums on: the steps, the bits between groups from the highest down, and the signs.
 
-    A piece of 1024 channels stays in the nearest cache until its own bits are done.
+    A strip of every group at a time, whose values stay in the nearest cache.
     """
-    block = len(out)
-    norm = f32(1 / np.sqrt(block))
-    piece = min(block, PIECE)
-    for number in range(block // piece):
-        start, at = number * piece, number * PITCH
-        _sums_of_16(biased[start : start + piece].view(np.uint64))
-        _sums_of_128(biased[start : start + piece], steps[start // GROUP : (start + piece) // GROUP], norm, a[at:])
-        if piece == 8 * GROUP:
-            _butterflies8(a[at : at + piece], b[at : at + piece], GROUP)
-        elif piece == 4 * GROUP:
-            _butterflies4(a[at : at + piece], b[at : at + piece], GROUP)
-        elif piece == 2 * GROUP:
-            _butterflies2(a[at : at + piece], b[at : at + piece], GROUP)
+    groups = u(len(steps))
+    first = last = u(
+        1
+    )  # how many groups the first and the last pass join; at most 8, as many as there are registers for
+    while first * last < groups and last < u(8):
+        if first == last:
+            first *= u(2)
         else:
-            b[at : at + piece] = a[at : at + piece]
-    together = block // piece
-    while together > 8:
-        _butterflies2(b, a, together // 2 * PITCH)
-        a, b = b, a
-        together //= 2
-    for first in range(0, block // piece, together):
-        _between_pieces(b[first * PITCH :], together, piece, signs[first * piece :], out[first * piece :])
-
-
-@compiled
-def _between_pieces(x: np.ndarray, together: int, piece: int, signs: np.ndarray, out: np.ndarray) -> None:
-    """The last bits, between 1, 2, 4 or 8 pieces, and the signs; a strip of each piece at a time."""
-    strip = np.empty(8 * GROUP, np.float32)
-    p = u(PITCH)
-    for start in range(0, piece, GROUP):
-        for j in range(GROUP):
-            k, i = u(start + j), u(j)
-            if together == 8:
-                a0, a1, a2, a3 = x[k], x[k + p], x[k + u(2) * p], x[k + u(3) * p]
-                a4, a5, a6, a7 = x[k + u(4) * p], x[k + u(5) * p], x[k + u(6) * p], x[k + u(7) * p]
-                b0, b1, b2, b3, b4, b5, b6, b7 = a0 + a4, a1 + a5, a2 + a6, a3 + a7, a0 - a4, a1 - a5, a2 - a6, a3 - a7
-                a0, a1, a2, a3, a4, a5, a6, a7 = b0 + b2, b1 + b3, b0 - b2, b1 - b3, b4 + b6, b5 + b7, b4 - b6, b5 - b7
-                strip[i], strip[i + u(128)], strip[i + u(256)], strip[i + u(384)] = a0 + a1, a0 - a1, a2 + a3, a2 - a3
-                strip[i + u(512)], strip[i + u(640)] = a4 + a5, a4 - a5
-                strip[i + u(768)], strip[i + u(896)] = a6 + a7, a6 - a7
-            elif together == 4:
-                e, f = x[k] + x[k + p], x[k] - x[k + p]
-                g, h = x[k + u(2) * p] + x[k + u(3) * p], x[k + u(2) * p] - x[k + u(3) * p]
-                strip[i], strip[i + u(128)], strip[i + u(256)], strip[i + u(384)] = e + g, f + h, e - g, f - h
-            elif together == 2:
-                strip[i], strip[i + u(128)] = x[k] + x[k + p], x[k] - x[k + p]
-            else:
-                strip[i] = x[k]
-        for number in range(together):
-            at, of = u(number * piece + start), u(number * GROUP)
-            for j in range(GROUP):
-                out[at + u(j)] = strip[of + u(j)] * signs[at + u(j)]
-
-
-# Sums of up to 128 codes fit into 16 bits. A bias keeps them from going below zero, so that four of them can be added in
-# one 64-bit word without a borrow from one into the next.
-
-
-@compiled
-def _sums_of_16(words: np.ndarray) -> None:
-    """Bits 0 to 3 of the channel's number, four codes in a word: first within each word, then between four of them."""
-    for i in range(len(words)):
-        k = u(i)
-        w = words[k]
-        low, high = w & EVEN, (w >> u64(16)) & EVEN
-        w = (low + high) | ((low + DOUBLE_EVEN - high) << u64(16))
-        low, high = w & LOWER, w >> u64(32)
-        words[k] = (low + high) | ((low + FOURFOLD_LOWER - high) << u64(32))
-    for i in range(len(words) // 4):
-        k = u(4 * i)
-        a, b, c, d = words[k], words[k + u(1)], words[k + u(2)], words[k + u(3)]
-        e, f, g, h = a + b, a + EIGHTFOLD - b, c + d, c + EIGHTFOLD - d
-        words[k], words[k + u(1)], words[k + u(2)], words[k + u(3)] = (
-            e + g,
-            f + h,
-            e + SIXTEENFOLD - g,
-            f + SIXTEENFOLD - h,
-        )
-
-
-@compiled
-def _sums_of_128(sums: np.ndarray, steps: np.ndarray, norm: float, x: np.ndarray) -> None:
-    """Bits 4 to 6, then the step."""
-    for group in range(len(steps)):
-        step = f32(steps[group] * norm)
-        for j in range(16):
-            k = u(group * GROUP + j)
-            a0, a1 = i16(sums[k] - AFTER), i16(sums[k + u(16)] - AFTER)
-            a2, a3 = i16(sums[k + u(32)] - AFTER), i16(sums[k + u(48)] - AFTER)
-            a4, a5 = i16(sums[k + u(64)] - AFTER), i16(sums[k + u(80)] - AFTER)
-            a6, a7 = i16(sums[k + u(96)] - AFTER), i16(sums[k + u(112)] - AFTER)
-            b0, b1, b2, b3 = i16(a0 + a4), i16(a1 + a5), i16(a2 + a6), i16(a3 + a7)
-            b4, b5, b6, b7 = i16(a0 - a4), i16(a1 - a5), i16(a2 - a6), i16(a3 - a7)
-            a0, a1, a2, a3 = i16(b0 + b2), i16(b1 + b3), i16(b0 - b2), i16(b1 - b3)
-            a4, a5, a6, a7 = i16(b4 + b6), i16(b5 + b7), i16(b4 - b6), i16(b5 - b7)
-            x[k], x[k + u(16)] = f32(i16(a0 + a1)) * step, f32(i16(a0 - a1)) * step
-            x[k + u(32)], x[k + u(48)] = f32(i16(a2 + a3)) * step, f32(i16(a2 - a3)) * step
-            x[k + u(64)], x[k + u(80)] = f32(i16(a4 + a5)) * step, f32(i16(a4 - a5)) * step
-            x[k + u(96)], x[k + u(112)] = f32(i16(a6 + a7)) * step, f32(i16(a6 - a7)) * step
-
-
-@compiled
-def _butterflies2(x: np.ndarray, y: np.ndarray, height: int) -> None:
-    """The bit of 2 ** height: sums and differences of channels that far apart."""
-    h = u(height)
-    for start in range(0, len(x), 2 * height):
-        for j in range(height):
-            k = u(start + j)
-            y[k], y[k + h] = x[k] + x[k + h], x[k] - x[k + h]
-
-
-@compiled
-def _butterflies4(x: np.ndarray, y: np.ndarray, height: int) -> None:
-    """Two bits at once."""
-    h = u(height)
-    for start in range(0, len(x), 4 * height):
-        for j in range(height):
-            k = u(start + j)
-            e, f = x[k] + x[k + h], x[k] - x[k + h]
-            g, i = x[k + u(2) * h] + x[k + u(3) * h], x[k + u(2) * h] - x[k + u(3) * h]
-            y[k], y[k + h], y[k + u(2) * h], y[k + u(3) * h] = e + g, f + i, e - g, f - i
-
-
-@compiled
-def _butterflies8(x: np.ndarray, y: np.ndarray, height: int) -> None:
-    """Three bits at once."""
-    h = u(height)
-    for start in range(0, len(x), 8 * height):
-        for j in range(height):
-            k = u(start + j)
-            a0, a1, a2, a3 = x[k], x[k + h], x[k + u(2) * h], x[k + u(3) * h]
-            a4, a5, a6, a7 = x[k + u(4) * h], x[k + u(5) * h], x[k + u(6) * h], x[k + u(7) * h]
-            b0, b1, b2, b3, b4, b5, b6, b7 = a0 + a4, a1 + a5, a2 + a6, a3 + a7, a0 - a4, a1 - a5, a2 - a6, a3 - a7
-            a0, a1, a2, a3, a4, a5, a6, a7 = b0 + b2, b1 + b3, b0 - b2, b1 - b3, b4 + b6, b5 + b7, b4 - b6, b5 - b7
-            y[k], y[k + h], y[k + u(2) * h], y[k + u(3) * h] = a0 + a1, a0 - a1, a2 + a3, a2 - a3
-            y[k + u(4) * h], y[k + u(5) * h], y[k + u(6) * h], y[k + u(7) * h] = a4 + a5, a4 - a5, a6 + a7, a6 - a7
+            last *= u(2)
+    apart = groups // first
+    for column in range(u(0), u(GROUP), u(STRIP)):
+        for group in range(apart):
+            for lane in range(u(0), u(STRIP), u(VECTOR)):
+                _join_sums(first, apart, sums, column + lane, steps, group, room, lane)
+        height = apart
+        while height > last:
+            height //= u(2)
+            for group in range(groups):
+                if not group & height:
+                    for lane in range(u(STRIP)):
+                        low, high = group * u(STRIP) + lane, (group + height) * u(STRIP) + lane
+                        room[low], room[high] = room[low] + room[high], room[low] - room[high]
+        for group in range(u(0), groups, last):
+            for lane in range(u(0), u(STRIP), u(VECTOR)):
+                _join_last(last, group, room, lane, signs, start + column * groups, out, start + column + lane)

@@ -14,12 +14,21 @@ import xxhash
 
 from genrecal.errors import DamageError, FormatError
 from genrecal.samples import ImageSource, Sample
+from genrecal.shards.codecs import Empty, empty_states
 from genrecal.shards.head import HEAD_FILE, MOST_HEADER_BYTES, FrozenHead
 from genrecal.shards.index import INDEX_FILE, Index, index_of, read_index, read_shard_manifest, scan
 from genrecal.shards.index import SCHEMA as INDEX_SCHEMA
 from genrecal.shards.layout import FORMAT_VERSION, TIERS, manifest_name, read_cache_json, tar_name, wrong_settings
 from genrecal.shards.manifest import DIGEST, SCHEMA, SKIPPED
-from genrecal.shards.record import AnswerRows, QuestionRows, Record, answer_rows, question_rows, read_table
+from genrecal.shards.record import (
+    AnswerRows,
+    QuestionRows,
+    Record,
+    answer_rows,
+    question_rows,
+    read_stored,
+    read_table,
+)
 from genrecal.shards.storage import Store, files_in, open_store
 from genrecal.shards.strict_json import strict_json
 
@@ -246,6 +255,10 @@ class CachedRecord:
         return list(self.row["members"])
 
     @cached_property
+    def _shard(self) -> int:
+        return int(self.row["shard"])
+
+    @cached_property
     def key(self) -> str:
         return str(self.row["key"])
 
@@ -292,12 +305,17 @@ class CachedRecord:
 
     def answer_rows(self) -> AnswerRows:
         """The answer rows, decoded."""
-        return answer_rows(self.answer, where=self._where(self._member(".answer.arrow")))
+        member = self._member(".answer.arrow")
+        where = self._where(member)
+        return answer_rows(read_stored(self._read([member])[0], where=where), where=where)
 
-    def question_rows(self) -> QuestionRows | None:
-        """The question rows, decoded; None if this sample's were not cached."""
-        table = self.question
-        return None if table is None else question_rows(table, where=self._where(self._member(".question.arrow")))
+    def question_rows(self, *, empty: Empty = empty_states) -> QuestionRows | None:
+        """The question rows, decoded to where `empty` says; None if this sample's were not cached."""
+        if not self.has_question:
+            return None
+        member = self._member(".question.arrow")
+        where = self._where(member)
+        return question_rows(read_stored(self._read([member])[0], where=where), where=where, empty=empty)
 
     def hidden(self) -> np.ndarray:
         """float32 `[R, D]`: the teacher's states over the answer rows."""
@@ -308,16 +326,19 @@ class CachedRecord:
         rows = self.question_rows()
         return None if rows is None else rows.hidden
 
-    def record(self, *, question: bool = True) -> Record:
-        """Everything, decoded, the samples tier in one read; the question tier is not touched if `question` is False."""
+    def record(self, *, question: bool = True, empty: Empty = empty_states) -> Record:
+        """Everything, decoded, the samples tier in one read; the question tier is not touched if `question` is False.
+
+        `empty` gives the memory for the states, such as a `StateBuffer`.
+        """
         members = [self._member(".json"), *self._image_members]
         answer = self._member(".answer.arrow")
         *parts, answer_data = self._read([*members, answer])
         where = self._where(answer)
         return Record(
             sample=self._sample(members, parts),
-            answer=answer_rows(read_table(answer_data, where=where), where=where),
-            question=self.question_rows() if question else None,
+            answer=answer_rows(read_stored(answer_data, where=where), where=where, empty=empty),
+            question=self.question_rows(empty=empty) if question else None,
         )
 
     def read(self, member: dict[str, Any]) -> bytes:
@@ -330,7 +351,7 @@ class CachedRecord:
         self._check_places(members)
         for run in _runs(members):
             start, end = run[0]["offset"], run[-1]["offset"] + run[-1]["size"]
-            name = tar_name(self._tier(run[0]), self.row["shard"])
+            name = tar_name(self._tier(run[0]), self._shard)
             try:
                 data = memoryview(self.cache.store.read(name, start, end - start))
             except OSError as error:
@@ -396,7 +417,7 @@ class CachedRecord:
 
     @property
     def _manifest(self) -> str:
-        return self.cache.store.where(manifest_name(self.row["shard"]))
+        return self.cache.store.where(manifest_name(self._shard))
 
 
 def _runs(members: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

@@ -5,6 +5,8 @@ Letters used for shapes: R rows, D hidden size of the teacher, k stored logits a
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +19,10 @@ from genrecal.shards.arrow_file import (
     READ_ERRORS,
     allowed_bytes,
     expanded_bytes,
-    read_arrow,
+    read_batches,
+    schema_of,
 )
-from genrecal.shards.codecs import Codec, checked_facts, codec_named
+from genrecal.shards.codecs import Codec, Empty, checked_facts, codec_named, empty_states
 from genrecal.shards.strict_json import strict_json
 
 __all__ = ["METADATA_KEY", "AnswerRows", "QuestionRows", "Record", "answer_rows", "question_rows", "to_arrow"]
@@ -33,6 +36,9 @@ TYPES = {
     "hidden_scale": pa.float16(),
 }  # of a column's values; the codes' depend on the codec
 CODES = {"int8": pa.int8(), "int4": pa.uint8()}
+TENSORS = frozenset({
+    "topk_ids", "topk_logits", "sample_ids", "sample_counts", "hidden_hi", "hidden_lo", "hidden_q", "hidden_scale"
+})  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,102 +166,173 @@ def _tensor_column(values: np.ndarray) -> pa.Array:
 # --------------------------------------------------------------------------------------------------- Arrow file -> rows
 
 
-def read_table(data: bytes | memoryview, *, where: str) -> pa.Table:
-    """The Arrow table of an `.arrow` member, nothing decoded. Raises DamageError if it is not one."""
+class Layout:
+    """An Arrow schema, and what was found good in it: every file of a cache has one of two, so each is looked at once."""
+
+    def __init__(self, schema: pa.Schema):
+        self.schema, self.names = schema, frozenset(schema.names)
+        self._columns: dict[str, tuple[int, int, np.dtype]] = {}
+        self._codec: tuple[Codec, dict[str, Any]] | None = None
+
+    def column(self, name: str, where: str) -> tuple[int, int, np.dtype]:
+        """Its number, its values a row (0 if it is no tensor) and their type.
+
+        Raises FormatError for a column that is not there, or not as it should be.
+        """
+        return self._columns.get(name) or self._columns.setdefault(name, self._look(name, where))
+
+    def _look(self, name: str, where: str) -> tuple[int, int, np.dtype]:
+        times = self.schema.names.count(name)
+        if times != 1:
+            raise FormatError(f"{where}: column {name} is {f'there {times} times' if times else 'missing'}")
+        kind = CODES[self.codec(where)[0].name] if name == "hidden_q" else TYPES[name]
+        place, width = self.schema.names.index(name), 0
+        got, expected = self.schema.types[place], kind
+        if name in TENSORS and isinstance(got, pa.FixedShapeTensorType) and len(got.shape) == 1:
+            (width,) = got.shape
+            got = got.value_type if got == pa.fixed_shape_tensor(got.value_type, got.shape) else got
+        elif name in TENSORS:
+            expected = f"tensors of one dimension of {kind}"
+        if got != expected:
+            raise FormatError(f"{where}: column {name}: expected {expected}, got {got}")
+        return place, width, np.dtype(kind.to_pandas_dtype())
+
+    def codec(self, where: str) -> tuple[Codec, dict[str, Any]]:
+        """The codec of the states, and its facts. Raises FormatError for one that is not known, or other facts than its."""
+        if self._codec is None:
+            try:
+                facts = strict_json((self.schema.metadata or {})[METADATA_KEY], MOST_SCHEMA_BYTES)
+            except (KeyError, ValueError) as error:
+                raise FormatError(
+                    f"{where}: the Arrow metadata does not say codec and hidden size ({error!r})"
+                ) from None
+            facts = checked_facts(facts, where=where)
+            self._codec = codec_named(facts["codec"], where=where), facts
+        return self._codec
+
+
+@lru_cache(maxsize=64)
+def _layout(message: bytes) -> Layout:
+    return Layout(schema_of(message))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Rows as an Arrow file has them, nothing decoded."""
+
+    layout: Layout
+    batches: list[pa.RecordBatch]
+
+
+def read_stored(data: bytes | memoryview, *, where: str) -> Stored:
+    """The rows of an `.arrow` member. Raises DamageError if it is not one."""
     try:
-        return read_arrow(data)
+        message, batches = read_batches(data)
     except READ_ERRORS as error:
         raise DamageError(f"{where}: not a readable Arrow file: {error}") from None
+    return Stored(_layout(message), batches)
 
 
-def decode_hidden(table: pa.Table, *, where: str) -> np.ndarray:
-    """float32 `[R, D]` of a table, through the codec that its metadata names."""
-    try:
-        facts = strict_json((table.schema.metadata or {})[METADATA_KEY], MOST_SCHEMA_BYTES)
-    except (KeyError, ValueError) as error:
-        raise FormatError(f"{where}: the Arrow metadata does not say codec and hidden size ({error!r})") from None
-    codec = codec_named(checked_facts(facts, where=where)["codec"], where=where)
-    types = TYPES | {"hidden_q": CODES.get(codec.name)}
-    columns = {name: tensor(table, name, types[name], where=where, width=True) for name in codec.columns}
-    return codec.decode(columns, facts)
+def read_table(data: bytes | memoryview, *, where: str) -> pa.Table:
+    """The same as an Arrow table."""
+    stored = read_stored(data, where=where)
+    return pa.Table.from_batches(stored.batches, stored.layout.schema)
 
 
-def tensor(table: pa.Table, name: str, kind: pa.DataType, *, where: str, width: bool = False) -> np.ndarray:
-    """A column without nulls as numpy: `[R]`, or with `width` the `[R, n]` of a fixed-shape tensor column.
+class _Columns:
+    """Stored rows' columns as numpy; `where` is for messages."""
 
-    Raises FormatError if it is missing or its values are not of that kind.
-    """
-    column = _column(table, name, kind, where=where, width=width)
-    if column.null_count:
-        raise DamageError(f"{where}: column {name}: expected a value in every row, got {column.null_count} nulls")
-    if not width:
-        return np.asarray(column.to_numpy(zero_copy_only=False))
-    if not len(column):
-        return np.empty((0, *column.type.shape), column.type.value_type.to_pandas_dtype())
-    return np.asarray(column.to_numpy_ndarray())
-
-
-def _column(table: pa.Table, name: str, kind: pa.DataType, *, where: str, width: bool = False) -> pa.Array:
-    """A column as one array."""
-    try:
-        column = table.column(name)
-    except (KeyError, ValueError):
-        times = table.column_names.count(name)
-        raise FormatError(f"{where}: column {name} is {f'there {times} times' if times else 'missing'}") from None
-    got = column.type
-    if width and isinstance(got, pa.FixedShapeTensorType) and len(got.shape) == 1:
-        got = got.value_type if got == pa.fixed_shape_tensor(got.value_type, got.shape) else got
-    elif width:
-        kind = f"tensors of one dimension of {kind}"
-    if got != kind:
-        raise FormatError(f"{where}: column {name}: expected {kind}, got {got}")
-    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-
-
-def question_rows(table: pa.Table, *, where: str) -> QuestionRows:
-    """Decode a `.question.arrow` table."""
-    names = ("turn", "position", "token_id")
-    return QuestionRows(
-        **{name: tensor(table, name, TYPES[name], where=where) for name in names},
-        hidden=decode_hidden(table, where=where),
-    )
-
-
-def _filled(column: pa.Array) -> np.ndarray:
-    """A column's values, NO_TARGET for null. (Arrow's own fill_null costs more than all columns' reading.)"""
-    valid, values = column.buffers()
-    if not len(column):
-        return np.empty(0, column.type.to_pandas_dtype())
-    numbers = np.frombuffer(values, column.type.to_pandas_dtype())[column.offset :][: len(column)]
-    if not column.null_count:
-        return numbers
-    bits = np.unpackbits(np.frombuffer(valid, np.uint8), bitorder="little")[column.offset :][: len(column)]
-    return np.where(bits, numbers, numbers.dtype.type(NO_TARGET))
-
-
-def answer_rows(table: pa.Table, *, where: str) -> AnswerRows:
-    """Decode an `.answer.arrow` table."""
-    plain, stored = ("turn", "position", "token_id", "logsumexp"), ("topk_ids", "topk_logits")
-    nullable = ("target_id", "target_start", "target_end", "target_logit")
-    targets = {name: _filled(_column(table, name, TYPES[name], where=where)) for name in nullable}
-    top = {name: tensor(table, name, TYPES[name], where=where, width=True) for name in stored}
-    if top["topk_ids"].shape != top["topk_logits"].shape:
-        shapes = [list(top[name].shape) for name in stored]
-        raise FormatError(f"{where}: topk_ids of {shapes[0]}, topk_logits of {shapes[1]}: expected the same")
-    sampled = None
-    if "sample_ids" in table.column_names:
-        sampled = SampledTargets(
-            ids=tensor(table, "sample_ids", TYPES["sample_ids"], where=where, width=True),
-            counts=tensor(table, "sample_counts", TYPES["sample_counts"], where=where, width=True),
-            entropy=tensor(table, "entropy", TYPES["entropy"], where=where),
+    def __init__(self, rows: Stored | pa.Table, where: str):
+        layout, batches = (
+            (rows.layout, rows.batches) if isinstance(rows, Stored) else (Layout(rows.schema), rows.to_batches())
         )
-        if sampled.ids.shape != sampled.counts.shape:
-            shapes = [list(sampled.ids.shape), list(sampled.counts.shape)]
-            raise FormatError(f"{where}: sample_ids of {shapes[0]}, sample_counts of {shapes[1]}: expected the same")
+        if len(batches) > 1:  # a stranger's file: this writer makes one batch
+            batches = pa.Table.from_batches(batches).combine_chunks().to_batches()
+        self.layout, self.where, self._batch = layout, where, batches[0] if batches else None
+
+    def values(self, name: str) -> np.ndarray:
+        """A column without nulls: `[R]`, or `[R, n]` of fixed-shape tensors.
+
+        Raises FormatError if it is missing or not as it should be, DamageError if a value is null.
+        """
+        values, nulls = self._column(name)
+        if nulls is not None:
+            raise DamageError(f"{self.where}: column {name}: expected a value in every row, got {len(nulls)} nulls")
+        return values
+
+    def targets(self, name: str) -> np.ndarray:
+        """A column `[R]`, NO_TARGET for null."""
+        values, nulls = self._column(name)
+        if nulls is not None:
+            values = values.copy()
+            values[nulls] = NO_TARGET
+        return values
+
+    def _column(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """All its values, and the rows that have none. From its buffers: pyarrow's own ways to numpy take much longer."""
+        place, width, dtype = self.layout.column(name, self.where)
+        rows = self._batch.num_rows if self._batch is not None else 0
+        shape, size = ((rows, width), rows * width) if name in TENSORS else (rows, rows)
+        if self._batch is None or not size:
+            return np.empty(shape, dtype), None
+        column = self._batch.column(place)
+        buffers, start = column.buffers(), column.offset * dtype.itemsize * size // rows
+        values = np.frombuffer(buffers[-1], dtype, size, start).reshape(shape)
+        if width and buffers[1] is not None and (count := column.storage.flatten().null_count):
+            raise DamageError(f"{self.where}: column {name}: expected a number in every place, got {count} nulls")
+        if buffers[0] is None or not column.null_count:
+            return values, None
+        nulls = _unset(buffers[0].to_pybytes(), column.offset, rows)
+        return values, nulls if len(nulls) else None
+
+
+@lru_cache(maxsize=4)  # a record's four columns of targets lack the same rows
+def _unset(bits: bytes, start: int, count: int) -> np.ndarray:
+    """Which of `count` bits from `start` on are 0."""
+    return np.flatnonzero(np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[start:][:count] == 0)
+
+
+def _hidden(columns: _Columns, empty: Empty) -> np.ndarray:
+    """float32 `[R, D]`, through the codec that the file names."""
+    codec, facts = columns.layout.codec(columns.where)
+    return codec.decode({name: columns.values(name) for name in codec.columns}, facts, empty)
+
+
+def question_rows(rows: Stored | pa.Table, *, where: str, empty: Empty = empty_states) -> QuestionRows:
+    """Decode what a `.question.arrow` member holds, the states to where `empty` says."""
+    columns = _Columns(rows, where)
+    plain = {name: columns.values(name) for name in ("turn", "position", "token_id")}
+    return QuestionRows(**plain, hidden=_hidden(columns, empty))
+
+
+def answer_rows(rows: Stored | pa.Table, *, where: str, empty: Empty = empty_states) -> AnswerRows:
+    """Decode what an `.answer.arrow` member holds, the states to where `empty` says."""
+    columns = _Columns(rows, where)
+    top_ids, top_logits = _pair(columns, "topk_ids", "topk_logits")
+    sampled = None
+    if "sample_ids" in columns.layout.names:
+        ids, counts = _pair(columns, "sample_ids", "sample_counts")
+        sampled = SampledTargets(ids=ids, counts=counts, entropy=columns.values("entropy"))
     return AnswerRows(
-        **{name: tensor(table, name, TYPES[name], where=where) for name in plain},
-        **top,
-        **targets,
+        turn=columns.values("turn"),
+        position=columns.values("position"),
+        token_id=columns.values("token_id"),
+        target_id=columns.targets("target_id"),
+        target_start=columns.targets("target_start"),
+        target_end=columns.targets("target_end"),
+        target_logit=columns.targets("target_logit"),
+        topk_ids=top_ids,
+        topk_logits=top_logits,
+        logsumexp=columns.values("logsumexp"),
         sampled=sampled,
-        hidden=decode_hidden(table, where=where),
+        hidden=_hidden(columns, empty),
     )
+
+
+def _pair(columns: _Columns, first: str, second: str) -> tuple[np.ndarray, np.ndarray]:
+    """Two columns of tensors of the same shape."""
+    pair = columns.values(first), columns.values(second)
+    if pair[0].shape != pair[1].shape:
+        shapes = [list(values.shape) for values in pair]
+        raise FormatError(f"{columns.where}: {first} of {shapes[0]}, {second} of {shapes[1]}: expected the same")
+    return pair

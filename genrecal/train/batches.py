@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from genrecal.errors import DamageError, GenrecalError, SampleError
 from genrecal.samples import ImageRef, Message, Sample
+from genrecal.shards.codecs import StateBuffer
 from genrecal.shards.order import SampleOrder, micro_batches
 from genrecal.shards.reader import Cache
 from genrecal.shards.record import Record
@@ -101,17 +102,18 @@ class RecordSource(Protocol):
 
 
 class ShardSource:
-    """Reads what is asked for from the shards, and nothing else."""
+    """Reads what is asked for from the shards, and nothing else. The states of records last until the next are fetched."""
 
     def __init__(self, cache: Cache):
-        self.cache = cache
+        self.cache, self._states = cache, StateBuffer()
 
     def fetch(self, indices: Sequence[int], *, teacher: bool, questions: bool) -> list[Fetched]:
+        self._states.clear()
         found: list[Fetched] = []
         for index in indices:
             try:
                 entry = self.cache[index]
-                record = entry.record(question=questions) if teacher else None
+                record = entry.record(question=questions, empty=self._states) if teacher else None
                 found.append((record.sample if record else entry.sample, record))
             except DamageError as error:
                 found.append(error)
@@ -292,10 +294,11 @@ def _add_teacher_part(batch: MicroBatch, encoded: Sequence[Encoded], records: Se
     length = batch.student_inputs["input_ids"].shape[1]
     answers = [record.answer for record in records]
     lengths = [_turn_lengths(record) for record in records]
-    own = [np.diff(a.turn, prepend=a.turn[0] - 1) == 0 for a in answers]  # not a turn's first row
-    batch.answer_states = torch.from_numpy(
-        np.concatenate([a.hidden[mask] for a, mask in zip(answers, own, strict=True)])
-    )
+    own = []  # all but each turn's first row, as slices: masks would copy the states once more
+    for answer in answers:
+        turns = np.split(answer.hidden, np.flatnonzero(np.diff(answer.turn)) + 1)
+        own += [turn[1:] for turn in turns]
+    batch.answer_states = torch.from_numpy(np.concatenate(own))
     questions = [
         [np.arange(s, e) + number * length for s, e, is_answer in item.segments() if not is_answer]
         for number, item in enumerate(encoded)

@@ -11,7 +11,8 @@ from hypothesis.extra import numpy as hnp
 from shard_records import make_answer, make_question
 
 from genrecal.errors import FormatError, SampleError
-from genrecal.shards.codecs import CODECS, GROUP, round_to_bf16
+from genrecal.shards import codecs
+from genrecal.shards.codecs import CODECS, GROUP, StateBuffer, round_to_bf16
 from genrecal.shards.fidelity import FidelityMeter, compare
 from genrecal.shards.head import FrozenHead
 from genrecal.shards.record import answer_rows, question_rows, read_table, to_arrow
@@ -171,6 +172,25 @@ def test_fast_decoding_is_the_slow_one(name, width):
     assert not fast[3].any()
 
 
+@pytest.mark.parametrize("width", [1, 7, 130, 256, 1536])
+def test_fast_coding_is_the_slow_one(width):
+    """Zeros, subnormals, ties of magnitude and of rounding, and a group that is not full."""
+    rng = np.random.default_rng(width)
+    rotated = (rng.integers(-60, 60, (40, width)) / 4 * 10.0 ** rng.integers(-9, 4, (40, 1))).astype(np.float32)
+    rotated[0], rotated[1], rotated[2] = 0, -0.0, np.finfo(np.float32).smallest_subnormal
+    rotated[3] = rng.choice([-5, 5], width)
+    groups = np.zeros((40, -(-width // GROUP), GROUP), np.float32)
+    groups.reshape(40, -1)[:, :width] = rotated
+    largest = np.take_along_axis(groups, np.abs(groups).argmax(-1)[..., None], -1)[..., 0]
+    assert np.array_equal(codecs._largest(rotated, GROUP), largest)
+    for scales in (np.abs(largest / 127).astype(np.float16), (largest / -8).astype(np.float16)):
+        step = scales.astype(np.float32)[..., None]
+        ratio = np.divide(groups, step, out=np.zeros_like(groups), where=step != 0)
+        for low, high in ((-127, 127), (-8, 7)):
+            codes = np.clip(np.rint(ratio), low, high).astype(np.int8).reshape(40, -1)[:, :width]
+            assert np.array_equal(codecs._quantised(rotated, scales, GROUP, low, high), codes)
+
+
 def test_golden_bytes():
     """What version 1 writes for these states; a change here is another format."""
     states = round_to_bf16(np.linspace(-2, 3, 2 * 160, dtype=np.float32).reshape(2, 160))
@@ -190,6 +210,23 @@ def test_rows_go_through_arrow(name):
         got = read(read_table(to_arrow(rows, codec), where="x"), where="x")
         assert np.array_equal(got.hidden, round_trip(name, rows.hidden))
         assert np.array_equal(got.token_id, rows.token_id)
+
+
+def test_a_buffer_gives_its_memory_again_after_it_is_cleared():
+    buffer, states = StateBuffer(), {}
+    for name, codec in CODECS.items():
+        states[name] = round_to_bf16(gaussian(3, 100))
+        assert np.array_equal(
+            codec.decode(codec.encode(states[name], codec.facts(100)), codec.facts(100), buffer),
+            round_trip(name, states[name]),
+        )
+    for _ in range(2):
+        buffer.clear()
+        first, second = buffer(3, 100), buffer(2, 7)
+        assert not np.shares_memory(first, second) and first.ctypes.data % 64 == second.ctypes.data % 64 == 0
+    buffer.clear()
+    assert buffer(3, 100).ctypes.data == first.ctypes.data
+    assert not np.shares_memory(buffer(10**6, 1), first)  # more than it has: memory of its own
 
 
 @pytest.mark.parametrize("change", [{"block": 64}, {"group": 0}, {"seed": -1}, {"hidden_size": 0}, {"codec": None}])
