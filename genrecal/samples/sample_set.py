@@ -16,7 +16,7 @@ from braceexpand import braceexpand
 from genrecal.errors import DataError, SampleError, UsageError
 from genrecal.samples.record import parse_record, record_names
 from genrecal.samples.sample import BadRecord, Sample
-from genrecal.samples.table_file import TABLE_SUFFIXES, Cursors, open_table
+from genrecal.samples.table_file import TABLE_SUFFIXES, Spools, open_table
 from genrecal.samples.tar_file import TarFile
 from genrecal.samples.text_file import TEXT_SUFFIXES, TextFile
 
@@ -184,9 +184,17 @@ def open_samples(
     if nothing is selected.
     """
     files = [file for path in paths for file in data_files(str(path))]
-    openers, cursors = [_opener(file) for file in files], Cursors()
+    openers, spools = [_opener(file) for file in files], Spools()
+
+    def open_file(opener: Opener, file: Path) -> RecordFile:
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            raise DataError(f"{file}: {error.strerror or error}") from None
+        return opener(file, spools)
+
     with ThreadPoolExecutor(OPENERS) as pool:
-        opened = list(pool.map(lambda opener, file: opener(file, cursors), openers, files))
+        opened = list(pool.map(open_file, openers, files))
     named = ", ".join(str(path) for path in paths)
     if not sum(len(file) for file in opened):
         raise DataError(f"no records in {named}")
@@ -199,7 +207,7 @@ def open_samples(
 
 # ------------------------------------------------------------------------------------------------------------- the files
 
-Opener = Callable[[Path, Cursors], RecordFile]
+Opener = Callable[[Path, Spools], RecordFile]
 DATASET, DATASETS = "state.json", "dataset_dict.json"  # of `datasets.save_to_disk`
 
 

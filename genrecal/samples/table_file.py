@@ -1,15 +1,18 @@
 """Parquet files and Arrow files of Hugging Face datasets: a record is a row, its pictures bytes in a column.
 
-Parquet is decoded a few rows at a time, going on from where the last reader of a row group stopped, since pages cannot be
-entered in the middle; Arrow files are mapped into memory and read in place.
+Parquet pages cannot be entered in the middle, so a row group is decoded once, a few rows at a time, into a temporary file
+and read from there; Arrow files are mapped into memory and read in place.
 """
 
 import hashlib
+import json
+import os
+import tempfile
 import threading
-from collections import OrderedDict, deque
+from array import array
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from genrecal.errors import DataError, SampleError
+from genrecal.errors import DataError, GenrecalError, SampleError
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
 TURN_COLUMNS = ("conversations", "messages", "texts")
@@ -25,10 +28,11 @@ NAME_COLUMNS = ("id", "sample_id", "category")
 COLUMNS = (*TURN_COLUMNS, *NAME_COLUMNS, "source", "data_source", "image", "images")
 READ_ERRORS = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, MemoryError)
 
+NO_UTF8 = "not UTF-8 text"
 BLOCK_ROWS = 16  # rows of Parquet that are decoded at once
-KEPT_BYTES = 2**27  # of decoded rows behind the newest that a cursor keeps
-CURSORS = 8  # row groups that are read at once: of three shards, each perhaps between two groups
 STREAM_BYTES = 2**20  # read ahead in each column
+SPOOLS = 8  # row groups that are kept decoded: three shards are made at once, each perhaps between two groups
+SPOOLED = "\0bytes"  # stands for bytes in a row's JSON
 WHOLE_DIGEST_BYTES, SLICES, SLICE_BYTES = 2**26, 1024, 2**16
 
 
@@ -39,7 +43,7 @@ class TableFile:
     path: Path
     columns: list[str]
     starts: np.ndarray  # int64 [parts + 1]
-    cursors: "Cursors"
+    spools: "Spools"
     batches: Sequence[pa.RecordBatch] | None = None  # of Arrow, in mapped memory
 
     def __len__(self) -> int:
@@ -55,10 +59,10 @@ class TableFile:
         place = row - int(self.starts[part])
         try:
             if self.batches is not None:
-                block = self.batches[part].slice(place, 1)
-            else:
-                block = self.cursors.get(self.path, part, self.columns).row(place)
-            return _row(block)
+                return _row(self.batches[part].slice(place, 1))
+            return self.spools.get(self.path, part, self.columns).row(place)
+        except GenrecalError:
+            raise
         except READ_ERRORS as error:
             raise self._damaged(part, error) from None
 
@@ -82,10 +86,10 @@ class TableFile:
     def sha256(self) -> str:
         """Of a file up to 64 MiB as it is; of a larger one, of its size, 1,024 pieces spread over it, and its end."""
         size = self.path.stat().st_size
-        digest = hashlib.sha256(str(size).encode())
         with self.path.open("rb") as file:
             if size <= WHOLE_DIGEST_BYTES:
-                return hashlib.file_digest(file, lambda: digest).hexdigest()
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.sha256(str(size).encode())
             for start in np.linspace(0, size - SLICE_BYTES, SLICES).astype(np.int64).tolist():
                 file.seek(start)
                 digest.update(file.read(SLICE_BYTES))
@@ -106,24 +110,24 @@ class TableFile:
         return DataError(f"{self.path}: {kind} {part} cannot be read: {_words(error)}; copy or download the file again")
 
 
-def open_table(path: Path, cursors: "Cursors") -> TableFile:
+def open_table(path: Path, spools: "Spools") -> TableFile:
     """Open a `.parquet` or `.arrow` file. Raises DataError if it is none, or has no column of conversations."""
     try:
-        return (_open_parquet if path.suffix == ".parquet" else _open_arrow)(path, cursors)
+        return (_open_parquet if path.suffix == ".parquet" else _open_arrow)(path, spools)
+    except GenrecalError:
+        raise
     except READ_ERRORS as error:
-        if isinstance(error, DataError):
-            raise
         kind = "Parquet" if path.suffix == ".parquet" else "Arrow"
         raise DataError(f"{path}: not a readable {kind} file: {_words(error)}") from None
 
 
-def _open_parquet(path: Path, cursors: "Cursors") -> TableFile:
+def _open_parquet(path: Path, spools: "Spools") -> TableFile:
     with path.open("rb") as file, pq.ParquetFile(file) as opened:
         groups = [opened.metadata.row_group(number).num_rows for number in range(opened.num_row_groups)]
-        return TableFile(path, _columns_of(path, opened.schema_arrow), _starts(path, groups), cursors)
+        return TableFile(path, _columns_of(path, opened.schema_arrow), _starts(path, groups), spools)
 
 
-def _open_arrow(path: Path, cursors: "Cursors") -> TableFile:
+def _open_arrow(path: Path, spools: "Spools") -> TableFile:
     source = pa.memory_map(str(path))
     try:
         reader = pa.ipc.open_stream(source)  # as `datasets` writes it
@@ -133,7 +137,7 @@ def _open_arrow(path: Path, cursors: "Cursors") -> TableFile:
         batches, reader = [file.get_batch(number) for number in range(file.num_record_batches)], file
     columns = _columns_of(path, reader.schema)
     selected = [batch.select(columns) for batch in batches]
-    return TableFile(path, columns, _starts(path, [batch.num_rows for batch in batches]), cursors, selected)
+    return TableFile(path, columns, _starts(path, [batch.num_rows for batch in batches]), spools, selected)
 
 
 def _columns_of(path: Path, schema: pa.Schema) -> list[str]:
@@ -159,7 +163,7 @@ def _row(block: pa.RecordBatch) -> Any:
     except pa.ArrowInvalid as error:
         if "UTF8" not in str(error):
             raise
-        raise SampleError("not UTF-8 text") from None
+        raise SampleError(NO_UTF8) from None
     [record] = block.to_pylist()
     return record
 
@@ -171,59 +175,84 @@ def _words(error: Exception) -> str:
 # -------------------------------------------------------------------------------------------------------------- Parquet
 
 
-class _Cursor:
-    """A place in one row group. A row before those that are kept is reached from the group's first row again."""
-
-    def __init__(self, path: Path, group: int, columns: Sequence[str]):
-        self.open = partial(_blocks_of_group, path, group, columns)
-        self.lock = threading.Lock()
-        self._rewind()
-
-    def row(self, row: int) -> pa.RecordBatch:
-        """One row of the group, as a block of its own."""
-        with self.lock:
-            if self.kept and row < self.kept[0][0]:
-                self._rewind()
-            while row >= self.end:
-                self._advance()
-            start, block = next((start, block) for start, block in reversed(self.kept) if start <= row)
-            return block.slice(row - start, 1)
-
-    def _rewind(self) -> None:
-        self.blocks, self.end, self.bytes = self.open(), 0, 0
-        self.kept: deque[tuple[int, pa.RecordBatch]] = deque()
-
-    def _advance(self) -> None:
-        try:
-            block = next(self.blocks)
-        except StopIteration:
-            raise ValueError(f"it ends after {self.end} rows") from None
-        self.kept.append((self.end, block))
-        self.end += block.num_rows
-        self.bytes += block.nbytes
-        while self.bytes > KEPT_BYTES and len(self.kept) > 1:
-            self.bytes -= self.kept.popleft()[1].nbytes
-
-
-def _blocks_of_group(path: Path, group: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    with pq.ParquetFile(path, buffer_size=STREAM_BYTES) as opened:
-        yield from opened.iter_batches(BLOCK_ROWS, row_groups=[group], columns=list(columns), use_threads=False)
-
-
-class Cursors:
-    """The cursors used last, of all files of an input; what is decoded is bounded by their number."""
+class Spools:
+    """The row groups of an input's Parquet files that were asked for last, each decoded once."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.last: OrderedDict[tuple[Path, int], _Cursor] = OrderedDict()
+        self.last: OrderedDict[tuple[Path, int], _Spool] = OrderedDict()
 
-    def get(self, path: Path, group: int, columns: Sequence[str]) -> _Cursor:
-        """The cursor of a row group; the one that was not asked for the longest goes for a new one."""
+    def get(self, path: Path, group: int, columns: Sequence[str]) -> "_Spool":
+        """A row group's rows. One is decoded at a time; the one that was not asked for the longest goes for a new one."""
         with self.lock:
-            cursor = self.last.get((path, group))
-            if cursor is None:
-                cursor = self.last[path, group] = _Cursor(path, group, columns)
+            if (path, group) not in self.last:
+                while len(self.last) >= SPOOLS:
+                    self.last.popitem(last=False)
+                self.last[path, group] = _Spool(path, group, columns)
             self.last.move_to_end((path, group))
-            if len(self.last) > CURSORS:
-                self.last.popitem(last=False)
-            return cursor
+            return self.last[path, group]
+
+
+class _Spool:
+    """The rows of one row group in an unnamed temporary file: of each row its pictures, then the rest as JSON."""
+
+    def __init__(self, path: Path, group: int, columns: Sequence[str]):
+        self.file = tempfile.TemporaryFile()
+        places = array("q")
+        for record in _records_of_group(path, group, columns):
+            text = json.dumps(self._packed(record), default=str).encode()
+            places.extend((self._write(text), len(text)))
+        self.places = np.array(places, np.int64).reshape(-1, 2)  # of each row's JSON: first byte, size
+
+    def row(self, row: int) -> Any:
+        """One row. Raises SampleError for text that is no UTF-8."""
+        record = self._unpacked(json.loads(self._read(*self.places[row].tolist())))
+        if isinstance(record, str):
+            raise SampleError(record)
+        return record
+
+    def _packed(self, value: Any) -> Any:
+        if isinstance(value, bytes):
+            return {SPOOLED: [self._write(value), len(value)]}
+        if isinstance(value, dict):
+            return {name: self._packed(item) for name, item in value.items()}
+        return [self._packed(item) for item in value] if isinstance(value, list) else value
+
+    def _unpacked(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            if SPOOLED in value:
+                return self._read(*value[SPOOLED])
+            return {name: self._unpacked(item) for name, item in value.items()}
+        return [self._unpacked(item) for item in value] if isinstance(value, list) else value
+
+    def _write(self, data: bytes) -> int:
+        try:
+            start = self.file.tell()
+            self.file.write(data)
+            self.file.flush()
+            return start
+        except OSError as error:
+            raise DataError(
+                f"{tempfile.gettempdir()}: no room for the pictures of a Parquet row group: {error.strerror}; set TMPDIR to a "
+                f"folder that holds {SPOOLS} of them"
+            ) from None
+
+    def _read(self, start: int, size: int) -> bytes:
+        return os.pread(self.file.fileno(), size, start)
+
+
+def _records_of_group(path: Path, group: int, columns: Sequence[str]) -> Iterator[Any]:
+    """Its rows; in place of one with text that is no UTF-8, the reason."""
+    with pq.ParquetFile(path, buffer_size=STREAM_BYTES, pre_buffer=False) as opened:
+        for block in opened.iter_batches(BLOCK_ROWS, row_groups=[group], columns=list(columns), use_threads=False):
+            try:
+                yield from block.to_pylist()
+            except UnicodeDecodeError:
+                yield from (_row_or_reason(block.slice(place, 1)) for place in range(block.num_rows))
+
+
+def _row_or_reason(block: pa.RecordBatch) -> Any:
+    try:
+        return block.to_pylist()[0]
+    except UnicodeDecodeError:
+        return NO_UTF8

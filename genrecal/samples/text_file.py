@@ -59,11 +59,9 @@ class TextFile:
 
     @classmethod
     def open(cls, path: Path) -> "TextFile":
+        """Find every record's place. Raises DataError for a file that is none of these, or an array that breaks off."""
         suffixes = "".join(path.suffixes[-2:]) if path.suffix == ".zst" else path.suffix
-        try:
-            stream: BinaryIO = path.open("rb")
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror or error}") from None
+        stream: BinaryIO = path.open("rb")
         if path.suffix == ".zst":
             stream = _decompressed(path, stream)
         starts_array = suffixes in (".json", ".json.zst") and stream.read(4096).lstrip()[:1] == b"["
