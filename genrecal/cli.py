@@ -485,6 +485,42 @@ def _show(content: Any, as_json: bool) -> None:
         typer.echo("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
 
 
+# ------------------------------------------------------------------------------------------------------------------- pair
+
+
+@app.command()
+def pair(
+    teacher: Annotated[str, typer.Argument(help="Teacher: a folder or a hub name; no weights are read.")],
+    student: Annotated[str, typer.Argument(help="Student, likewise.")],
+    text: Annotated[str | None, typer.Option(help="Text to compare; else one with code, numbers and scripts.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Picture to count tokens of, else five sizes; may be repeated.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Put two models' token types side by side: which distillation is possible between them."""
+    from genrecal.errors import SampleError
+    from genrecal.samples import ImageSource, decode_image
+    from genrecal.vlm.pair import TEXT, compare_pair, pair_report
+
+    pictures = {}
+    for path in image or []:
+        try:
+            picture = decode_image(ImageSource(path=path).read())
+        except SampleError as error:
+            raise UsageError(f"--image {path}: {error}") from None
+        pictures[f"{path.name} {picture.width}x{picture.height}"] = picture
+    found = compare_pair(
+        teacher,
+        student,
+        text=TEXT if text is None else text,
+        pictures=pictures or None,
+        trust_remote_code=trust_remote_code,
+    )
+    _show(dataclasses.asdict(found) | {"traditional": found.traditional} if json_ else pair_report(found), json_)
+
+
 # ----------------------------------------------------------------------------------------------------------------- verify
 
 
