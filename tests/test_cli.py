@@ -255,7 +255,7 @@ def test_another_job_in_the_same_folder_is_refused(
 def test_help_lists_every_command(run: Run) -> None:
     ended = run("-h")
     assert ended.status == 0
-    for command in ("cache", "inspect", "train", "export", "evaluate", "demo"):
+    for command in ("cache", "inspect", "pair", "train", "export", "evaluate", "demo"):
         assert f" {command} " in ended.out
 
 

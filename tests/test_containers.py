@@ -343,6 +343,19 @@ def test_a_table_without_conversations_is_refused(tmp_path: Path) -> None:
         open_samples([tmp_path / "t.parquet"])
 
 
+def test_a_damaged_table_ends_the_job_and_is_named(
+    containers: dict[str, Path], teacher: HFTeacher, tmp_path: Path
+) -> None:
+    path = tmp_path / "d.parquet"
+    data = bytearray((containers["parquet"] / "train-00000-of-00002.parquet").read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 4000] = bytes(4000)
+    path.write_bytes(data)
+    with pytest.raises(
+        DataError, match=r"d\.parquet: row group \d cannot be read: .*; copy or download the file again"
+    ):
+        run_cache_job(teacher, open_samples([path]), tmp_path / "cache", CacheOptions(samples_per_shard=2))
+
+
 DAMAGE_SCRIPT = """
 import random, sys
 from genrecal.errors import GenrecalError
@@ -400,6 +413,8 @@ def test_folders_and_patterns_that_are_unclear_are_refused(containers: dict[str,
         open_samples([tmp_path / "gone-{000..002}.tar"])
     with pytest.raises(DataError, match=r"\*\.tar: no file matches"):
         open_samples([tmp_path / "*.tar"])
+    with pytest.raises(DataError, match="File name too long"):
+        open_samples([tmp_path / ("x" * 300 + ".tar")])
     with pytest.raises(DataError, match="found none of them in it; give files"):
         open_samples([tmp_path])
     for name in ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"):
@@ -522,6 +537,19 @@ def test_changed_data_have_another_digest(containers: dict[str, Path], tmp_path:
     copy = tmp_path / files[0].path.name
     copy.write_bytes(files[0].path.read_bytes().replace(b"How many?", b"How manx?"))
     assert open_samples([copy]).files[0].sha256() != digests[0]
+
+
+def test_a_large_tables_digest_is_of_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "d.parquet"
+    pictures = [[random.Random(i).randbytes(400_000)] for i in range(20)]
+    pq.write_table(table(images=pictures, texts=PAIRS[:20]), path, compression="none")
+    data, digest = path.read_bytes(), open_samples([path]).files[0].sha256()
+    assert len(data) > 4e6 and digest == open_samples([path]).files[0].sha256()
+    pictures[7] = [pictures[7][0][:-1]]
+    pq.write_table(table(images=pictures, texts=PAIRS[:20]), path, compression="none")
+    assert open_samples([path]).files[0].sha256() != digest
+    path.write_bytes(data[:1000] + b"x" + data[1001:])
+    assert open_samples([path]).files[0].sha256() != digest
 
 
 def test_write_llava_is_what_these_tests_start_from(tmp_path: Path, containers: dict[str, Path]) -> None:

@@ -3,6 +3,7 @@
 import glob
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -213,7 +214,7 @@ DATASET, DATASETS = "state.json", "dataset_dict.json"  # of `datasets.save_to_di
 
 def data_files(text: str) -> list[Path]:
     """The files that a path names, in order: itself, those of a folder, or those of a pattern."""
-    if Path(text).exists():
+    if os.path.exists(text):
         return _of_folder(Path(text)) if _is_folder(Path(text)) else [Path(text)]
     try:
         names = list(braceexpand(text))
@@ -230,7 +231,7 @@ def data_files(text: str) -> list[Path]:
 
 
 def _is_folder(path: Path) -> bool:
-    return path.is_dir() and path.suffix not in (*TEXT_SUFFIXES, ".tar", *TABLE_SUFFIXES)
+    return os.path.isdir(path) and path.suffix not in (*TEXT_SUFFIXES, ".tar", *TABLE_SUFFIXES)
 
 
 def _of_folder(folder: Path) -> list[Path]:

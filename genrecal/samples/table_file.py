@@ -33,7 +33,7 @@ BLOCK_ROWS = 16  # rows of Parquet that are decoded at once
 STREAM_BYTES = 2**20  # read ahead in each column
 SPOOLS = 8  # row groups that are kept decoded: three shards are made at once, each perhaps between two groups
 SPOOLED = "\0bytes"  # stands for bytes in a row's JSON
-WHOLE_DIGEST_BYTES, SLICES, SLICE_BYTES = 2**26, 1024, 2**16
+WHOLE_DIGEST_BYTES, SLICES, SLICE_BYTES = 2**22, 64, 2**16
 
 
 @dataclass
@@ -84,7 +84,7 @@ class TableFile:
                 raise self._damaged(part, error) from None
 
     def sha256(self) -> str:
-        """Of a file up to 64 MiB as it is; of a larger one, of its size, 1,024 pieces spread over it, and its end."""
+        """Of a file up to 4 MiB as it is; of a larger one, of its size, 64 pieces spread over it, and its end."""
         size = self.path.stat().st_size
         with self.path.open("rb") as file:
             if size <= WHOLE_DIGEST_BYTES:
