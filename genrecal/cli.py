@@ -34,6 +34,15 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a checkpoint.")
 ]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+IncludeCategory = Annotated[
+    list[str] | None,
+    typer.Option(help='Take records of this category alone; may be repeated. "" is those that name none.'),
+]
+ExcludeCategory = Annotated[list[str] | None, typer.Option(help="Leave out this category; may be repeated.")]
+Split = Annotated[
+    str, typer.Option(help="Take records whose hashed id falls between these shares; 0.95:1.0 is the rest of 0.0:0.95.")
+]
+SplitSeed = Annotated[int, typer.Option(help="Another seed hashes ids to other places.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or split: the layers spread over all GPUs.")]
 
 
@@ -116,7 +125,11 @@ def plan(
     data: Annotated[list[Path], typer.Option(help="Data files, as for cache.")],
     out: Annotated[str | None, typer.Option(help="Where the cache would be: is there room?")] = None,
     image_root: Annotated[Path | None, typer.Option(help="Where relative image paths start.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use the first N records only.", min=1)] = None,
+    include_category: IncludeCategory = None,
+    exclude_category: ExcludeCategory = None,
+    split: Split = "0.0:1.0",
+    split_seed: SplitSeed = 0,
+    limit: Annotated[int | None, typer.Option(help="Use the first N records only, of those selected.", min=1)] = None,
     probe: Annotated[int, typer.Option(help="Records that are looked at, drawn from all.")] = 512,
     num_samples: Annotated[int, typer.Option(help="Forecast for this many; 0 for as many as the data have.")] = 0,
     top_k: Annotated[int, typer.Option(help="As for cache.")] = 64,
@@ -159,7 +172,8 @@ def plan(
         gpu_gigabytes=gpu_gigabytes,
         train_rate=train_rate,
     )
-    samples = open_samples(data, image_root=image_root, limit=limit)
+    selection = _selection(include_category, exclude_category, split, split_seed)
+    samples = open_samples(data, image_root=image_root, limit=limit, selection=selection)
     if teacher.lower() in KNOWN and not Path(teacher).exists():
         forecast = make_plan(KNOWN[teacher.lower()], None, samples, settings, assumed, out=out)
     else:
@@ -193,13 +207,21 @@ def cache(
     context: typer.Context,
     teacher: Annotated[str, typer.Option(help="Teacher model: a folder or a hub name.")],
     data: Annotated[
-        list[Path], typer.Option(help="LLaVA json or chat jsonl, may be .zst; may be given several times.")
+        list[Path],
+        typer.Option(
+            help="LLaVA json, chat jsonl (either may be .zst), WebDataset tars, Parquet, a saved Hugging Face dataset: "
+            "files, folders or patterns such as 'data-{000..015}.tar'; may be repeated."
+        ),
     ],
     out: Annotated[str, typer.Option(help="Cache directory, or a URL such as s3://...; an unfinished one is resumed.")],
     image_root: Annotated[
         Path | None, typer.Option(help="Where relative image paths start; else the data's folder.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Use the first N records only.", min=1)] = None,
+    include_category: IncludeCategory = None,
+    exclude_category: ExcludeCategory = None,
+    split: Split = "0.0:1.0",
+    split_seed: SplitSeed = 0,
+    limit: Annotated[int | None, typer.Option(help="Use the first N records only, of those selected.", min=1)] = None,
     top_k: Annotated[int, typer.Option(help="Logits kept for each answer token.")] = 64,
     targets: Annotated[
         str | None,
@@ -289,7 +311,8 @@ def cache(
         )
     else:
         load_teacher = functools.partial(_teacher, teacher, dtype, device, trust_remote_code)
-    load_samples = functools.partial(open_samples, data, image_root=image_root, limit=limit)
+    selection = _selection(include_category, exclude_category, split, split_seed)
+    load_samples = functools.partial(open_samples, data, image_root=image_root, limit=limit, selection=selection)
     if ray is not None:
         from genrecal.cache.ray_job import run_ray_job
 
@@ -341,6 +364,17 @@ def _targets(text: str | None, top_k: int, *, top_k_given: bool) -> tuple[int, i
     if top_k_given and widths.get("topk", top_k) != top_k:
         raise UsageError(f"--targets topk:{widths['topk']} and --top-k {top_k}: expected the same k; leave one out")
     return widths.get("topk", top_k), widths.get("sample", 0)
+
+
+def _selection(include: list[str] | None, exclude: list[str] | None, split: str, seed: int) -> Any:
+    from genrecal.samples import Selection, parse_split
+
+    return Selection(
+        include_categories=tuple(include or ()),
+        exclude_categories=tuple(exclude or ()),
+        split=parse_split(split),
+        split_seed=seed,
+    )
 
 
 def _teacher(path: str, dtype: str, device: str, trust_remote_code: bool) -> Any:
@@ -461,6 +495,42 @@ def _show(content: Any, as_json: bool) -> None:
         text = io.StringIO()
         Console(file=text, width=UNLIMITED, soft_wrap=True).print(content)
         typer.echo("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
+
+
+# ------------------------------------------------------------------------------------------------------------------- pair
+
+
+@app.command()
+def pair(
+    teacher: Annotated[str, typer.Argument(help="Teacher: a folder or a hub name; no weights are read.")],
+    student: Annotated[str, typer.Argument(help="Student, likewise.")],
+    text: Annotated[str | None, typer.Option(help="Text to compare; else one with code, numbers and scripts.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Picture to count tokens of, else five sizes; may be repeated.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Put two models' token types side by side: which distillation is possible between them."""
+    from genrecal.errors import SampleError
+    from genrecal.samples import ImageSource, decode_image
+    from genrecal.vlm.pair import TEXT, compare_pair, pair_report
+
+    pictures = {}
+    for path in image or []:
+        try:
+            picture = decode_image(ImageSource(path=path).read())
+        except SampleError as error:
+            raise UsageError(f"--image {path}: {error}") from None
+        pictures[f"{path.name} {picture.width}x{picture.height}"] = picture
+    found = compare_pair(
+        teacher,
+        student,
+        text=TEXT if text is None else text,
+        pictures=pictures or None,
+        trust_remote_code=trust_remote_code,
+    )
+    _show(dataclasses.asdict(found) | {"traditional": found.traditional} if json_ else pair_report(found), json_)
 
 
 # ----------------------------------------------------------------------------------------------------------------- verify
@@ -648,7 +718,11 @@ def evaluate(
     metric: Annotated[str, typer.Option(help="auto, exact, relaxed, anls or choice.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Write the predictions here, as jsonl.")] = None,
     image_root: Annotated[Path | None, typer.Option(help="Where relative image paths start.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use the first N records only.", min=1)] = None,
+    include_category: IncludeCategory = None,
+    exclude_category: ExcludeCategory = None,
+    split: Split = "0.0:1.0",
+    split_seed: SplitSeed = 0,
+    limit: Annotated[int | None, typer.Option(help="Use the first N records only, of those selected.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Samples at a time.", min=1)] = 8,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest answer; else the generation config's.", min=1)
@@ -663,7 +737,8 @@ def evaluate(
     from genrecal.train.evaluate import evaluate, save_evaluation
     from genrecal.vlm.loading import load_vlm
 
-    samples = open_samples(data, image_root=image_root, limit=limit)
+    selection = _selection(include_category, exclude_category, split, split_seed)
+    samples = open_samples(data, image_root=image_root, limit=limit, selection=selection)
     vlm = load_vlm(model, dtype=_dtype(dtype), device=_device(device), trust_remote_code=trust_remote_code)
     result = evaluate(vlm, samples, metric=metric, batch_size=batch_size, max_new_tokens=max_new_tokens)
     if out is not None:

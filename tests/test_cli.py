@@ -145,6 +145,9 @@ CACHE = ["cache", "--teacher", "gone", "--data", "gone.json", "--out", "out"]
         ([*CACHE, "--top-k", "0"], 2, ["--top-k 0: expected at least 1"]),
         ([*CACHE, "--max-skip", "2"], 2, ["--max-skip 2.0", "share from 0 to 1"]),
         (["evaluate", "--model", "gone", "--data", "gone.csv"], 1, ["gone.csv: expected a .json"]),
+        ([*CACHE, "--split", "0.5"], 2, ["--split '0.5'", "expected two shares such as 0.0:0.95"]),
+        ([*CACHE, "--split", "0.9:0.1"], 2, ["--split 0.9:0.1", "the first below the second"]),
+        ([*CACHE[:3], "--data", "gone-{0..9}.tar", "--out", "out"], 1, ["gone-0.tar: No such file"]),
     ],
     ids=lambda value: " ".join(value[-2:]).replace("\n", " ") if isinstance(value, list) else str(value),
 )
@@ -200,6 +203,25 @@ def test_targets_say_what_is_kept(run: Run, tiny: Callable[[str], Path], data: P
     assert "top-3 logits, 7 draws a row" in run("inspect", tmp_path / "both").out
 
 
+def test_what_is_selected_is_cached_and_measured(run: Run, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    path = write_llava(tmp_path / "data", mixed_samples(8))
+    records = json.loads(path.read_text())
+    path.write_text(json.dumps([record | {"category": "ab"[i % 2]} for i, record in enumerate(records)]))
+    common = ["--data", path, "--limit", "3", "--json"]
+    plan = json.loads(run("plan", "--teacher", "qwen2-vl-72b", *common, "--include-category", "a").out)
+    assert (plan["num_samples"], plan["skipped"]) == (3, 0)
+    args = ["cache", "--teacher", tiny("qwen2_vl"), "--data", path, "--out", tmp_path / "c", "--exclude-category", "b"]
+    split = ["--split", "0:0.5", "--split-seed", "1"]
+    assert run(*args, *split).status == 0
+    rest = ["--include-category", "a", "--split", "0.5:1", "--split-seed", "1"]
+    rest = [*rest, "--max-new-tokens", "1", "--out", tmp_path / "p.jsonl"]
+    assert run("evaluate", "--model", tiny("qwen2_vl"), "--data", path, *rest).status == 0
+    cached = {row["sample_id"] for row in open_cache(tmp_path / "c").manifest().to_pylist()}
+    asked = {json.loads(line)["key"].partition("-")[2] for line in (tmp_path / "p.jsonl").read_text().splitlines()}
+    assert cached and asked and not cached & asked and cached | asked == {"s0", "s2", "s4", "s6"}
+    assert_one_line(run(*args, "--exclude-category", "c"), 2, "--exclude-category 'c': no record has it")
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -233,7 +255,7 @@ def test_another_job_in_the_same_folder_is_refused(
 def test_help_lists_every_command(run: Run) -> None:
     ended = run("-h")
     assert ended.status == 0
-    for command in ("cache", "inspect", "train", "export", "evaluate", "demo"):
+    for command in ("cache", "inspect", "pair", "train", "export", "evaluate", "demo"):
         assert f" {command} " in ended.out
 
 

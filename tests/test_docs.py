@@ -260,8 +260,8 @@ def test_records_of_the_quick_start_are_samples(tmp_path):
         parse_record(json.loads(block), index=i, location="doc", image_root=tmp_path)
         for i, block in enumerate(blocks(QUICKSTART, "json"))
     ]
-    assert [len(sample.images) for sample in samples] == [1, 1, 0]
-    assert [len(sample.answers) for sample in samples] == [2, 1, 1]
+    assert [len(sample.images) for sample in samples] == [1, 1, 0, 0]
+    assert [len(sample.answers) for sample in samples] == [2, 1, 1, 2]
 
 
 # ------------------------------------------------------------------------------------------------------ names and links

@@ -247,7 +247,8 @@ def _description(
         "max_tokens": options.max_tokens,
         "num_samples": len(samples),
         "num_shards": options.num_shards(len(samples)),
-        "data": [{"name": file.path.name, "sha256": file_digest(file.path)} for file in samples.files],
+        "selection": samples.selection.to_json(),
+        "data": [{"name": file.path.name, "sha256": file.sha256()} for file in samples.files],
     }  # fmt: skip
 
 

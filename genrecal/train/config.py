@@ -29,6 +29,7 @@ class StageConfig:
         weight_decay: AdamW's.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them.
         checkpoint_every: optimizer steps between checkpoints; 0 for none but the stage's result.
+        include_categories: the stage sees samples of these categories alone; empty for all.
         exclude_categories: samples of these categories are left out of the stage.
     """
 
@@ -41,6 +42,7 @@ class StageConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     checkpoint_every: int = 500
+    include_categories: tuple[str, ...] = ()
     exclude_categories: tuple[str, ...] = ()
 
 

@@ -194,16 +194,19 @@ def plan_stage(config: StageConfig, cache: Cache, *, global_batch: int | None = 
         global_batch: samples of an optimizer step; None for one process with the stage's own settings.
     """
     indices = np.arange(len(cache))
-    if config.exclude_categories:
+    if config.include_categories or config.exclude_categories:
         categories = cache.arrow_column("category").cast(pa.string())
         known = set(categories.unique().to_pylist())
-        for category in config.exclude_categories:
-            if category not in known:
-                raise UsageError(
-                    f"exclude_categories: no sample has the category {category!r}; the cache has {', '.join(sorted(known))}"
-                )
-        excluded = pc.is_in(categories, value_set=pa.array(config.exclude_categories, pa.string()))
-        indices = np.flatnonzero(~np.asarray(excluded.to_numpy()))
+        for name in ("include_categories", "exclude_categories"):
+            chosen = getattr(config, name)
+            for category in chosen:
+                if category not in known:
+                    raise UsageError(
+                        f"{name}: no sample has the category {category!r}; the cache has {', '.join(sorted(known))}"
+                    )
+            if chosen:
+                listed = np.asarray(pc.is_in(categories, value_set=pa.array(chosen, pa.string())).to_numpy())
+                indices = indices[listed[indices] if name == "include_categories" else ~listed[indices]]
     if not len(indices):
         raise UsageError(f"{cache.path}: no sample is left to train on")
     global_batch = global_batch or config.batch_size * config.accumulation

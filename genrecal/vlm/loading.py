@@ -73,7 +73,7 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
             processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ModelError(f"{path}: its processor cannot be loaded: {first_line(error)}") from None
-    if image_backend() == "pil" and "video_processor" in type(processor).get_attributes():
+    if image_backend() == "pil" and "video_processor" in getattr(type(processor), "get_attributes", list)():
 
         def refuse(*_: Any, **__: Any) -> None:
             raise ModelError("this processor was loaded without its video half and must not be saved; copy the files")

@@ -77,6 +77,7 @@ def test_set_comes_over_toml_and_toml_over_the_defaults(tmp_path: Path) -> None:
         ('objective="sft"', "objective", "sft"),
         ('stage2.exclude_categories=["Math", "A = b"]', "stage2.exclude_categories", ("Math", "A = b")),
         ("stage2.exclude_categories=[]", "stage2.exclude_categories", ()),
+        ('stage3.include_categories=["Math"]', "stage3.include_categories", ("Math",)),
         ("data.workers=0", "data.workers", 0),
     ],
 )

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import mixed_samples, write_llava
+from made_cache import make_cache
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -205,6 +207,25 @@ def test_categories_can_be_left_out(cache):
         plan_stage(config.stage3, open_cache(cache))
     with pytest.raises(UsageError, match="no sample has the category 'nope'; the cache has test"):
         plan_stage(load_config(None, ['stage3.exclude_categories=["nope"]']).stage3, open_cache(cache))
+
+
+def test_categories_alone_or_left_out(tmp_path):
+    opened = open_cache(make_cache(tmp_path / "made"))
+    kind = opened.column("category")
+    for chosen, expected in (
+        (['include_categories=["kind 1"]'], np.flatnonzero(kind == "kind 1")),
+        (['exclude_categories=["kind 1"]'], np.flatnonzero(kind == "kind 0")),
+        (
+            ['include_categories=["kind 0", "kind 1"]', 'exclude_categories=["kind 0"]'],
+            np.flatnonzero(kind == "kind 1"),
+        ),
+    ):
+        plan = plan_stage(load_config(None, [f"stage1.{setting}" for setting in chosen]).stage1, opened)
+        assert plan.indices.tolist() == expected.tolist() and 0 < plan.num_samples < len(opened)
+    with pytest.raises(
+        UsageError, match="include_categories: no sample has the category 'nope'; the cache has kind 0, kind 1"
+    ):
+        plan_stage(load_config(None, ['stage1.include_categories=["nope"]']).stage1, opened)
 
 
 def test_another_run_in_the_same_folder_is_refused(run_of):

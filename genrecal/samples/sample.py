@@ -1,0 +1,147 @@
+"""What a sample is: one conversation with its pictures, wherever it was read from."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from genrecal.errors import SampleError
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSource:
+    """One image of a sample: a file, a part of a file (of a tar), or bytes already in memory.
+
+    The bytes are passed on as they are, never re-encoded.
+
+    Args:
+        start, size: of the part, in bytes; without `size` the whole file.
+    """
+
+    path: Path | None = None
+    data: bytes | None = None
+    suffix: str = "jpg"
+    start: int = 0
+    size: int | None = None
+
+    def read(self) -> bytes:
+        """The encoded image bytes. Raises SampleError when the file cannot be read."""
+        if self.data is not None:
+            return self.data
+        assert self.path is not None
+        try:
+            return self.path.read_bytes() if self.size is None else read_part(self.path, self.start, self.size)
+        except OSError as error:
+            raise SampleError(f"image {self.path}: {error.strerror or error}") from None
+
+
+def read_part(path: Path, start: int, size: int) -> bytes:
+    """These bytes of a file. Raises OSError, also if the file ends before them."""
+    with path.open("rb") as file:
+        data = os.pread(file.fileno(), size, start)
+    if len(data) < size:
+        raise OSError(f"ends before byte {start + size}")
+    return data
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """Where an image stands in a message: the index into `Sample.images`."""
+
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One turn of one side: `role` is system, user or assistant; `parts` are texts and images in reading order."""
+
+    role: str
+    parts: tuple[str | ImageRef, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One conversation: user and assistant turns in alternation, perhaps after one system message.
+
+    `key` names the sample in a cache: its place in the input and its id, so it is the same in every run over the same
+    files. It holds no dot and no slash.
+    """
+
+    key: str
+    sample_id: str
+    messages: tuple[Message, ...]
+    images: tuple[ImageSource, ...] = ()
+    category: str = ""
+    source: str = ""
+    location: str = ""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The assistant's texts, turn by turn."""
+        return tuple(message.text for message in self.messages if message.role == "assistant")
+
+    @property
+    def image_indices(self) -> list[int]:
+        """The images in reading order."""
+        return [part.index for message in self.messages for part in message.parts if isinstance(part, ImageRef)]
+
+    def to_json(self) -> dict[str, Any]:
+        """The sample without its image bytes, as `KEY.json` holds it."""
+        return {
+            "sample_id": self.sample_id,
+            "category": self.category,
+            "source": self.source,
+            "messages": [
+                {
+                    "role": message.role,
+                    "content": [
+                        {"type": "text", "text": part}
+                        if isinstance(part, str)
+                        else {"type": "image", "index": part.index}
+                        for part in message.parts
+                    ],
+                }
+                for message in self.messages
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, key: str, content: dict[str, Any], images: Sequence[ImageSource]) -> "Sample":
+        """The inverse of `to_json`. Raises ValueError, KeyError or TypeError for content that `to_json` would not give."""
+        messages = tuple(
+            Message(role=message["role"], parts=tuple(_stored_part(part) for part in message["content"]))
+            for message in content["messages"]
+        )
+        names = {name: content[name] for name in ("sample_id", "category", "source")}
+        for name, value in (*names.items(), *(("role", message.role) for message in messages)):
+            if not isinstance(value, str) or (name == "role" and value not in ROLES.values()):
+                raise ValueError(f"{name} {value!r}")
+        return cls(key=key, messages=messages, images=tuple(images), location=key, **names)
+
+
+def _stored_part(part: dict[str, Any]) -> str | ImageRef:
+    """A part of a message as `KEY.json` has it."""
+    if part["type"] == "text" and isinstance(part["text"], str):
+        return part["text"]
+    if part["type"] == "image" and type(part["index"]) is int and part["index"] >= 0:
+        return ImageRef(part["index"])
+    raise ValueError(f"a part of type {part['type']!r} that is none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadRecord:
+    """An input record that is no sample, with where it stands and why. It keeps its place and its key."""
+
+    key: str
+    sample_id: str
+    location: str
+    reason: str
+    category: str = ""
+    source: str = ""

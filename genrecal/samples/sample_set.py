@@ -1,0 +1,280 @@
+"""Files of all formats as one sequence of samples, and what is taken of it."""
+
+import glob
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+from braceexpand import braceexpand
+
+from genrecal.errors import DataError, SampleError, UsageError
+from genrecal.samples.record import parse_record, record_names
+from genrecal.samples.sample import BadRecord, Sample
+from genrecal.samples.table_file import TABLE_SUFFIXES, Spools, open_table
+from genrecal.samples.tar_file import TarFile
+from genrecal.samples.text_file import TEXT_SUFFIXES, TextFile
+
+OPENERS = 8  # files that are indexed at once
+SHOWN_CATEGORIES = 20
+
+
+class RecordFile(Protocol):
+    """One input file: its records in a fixed order, each read when it is asked for, by several threads at once."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def __len__(self) -> int: ...
+
+    def location(self, row: int) -> str:
+        """Where a record stands, for people."""
+
+    def record(self, row: int) -> Any:
+        """The record, for `parse_record`. Raises SampleError if it is broken, DataError if the file is."""
+
+    def labels(self) -> Iterator[Any]:
+        """Of every record, in order, at least the fields that name it; anything but a dict for a broken one."""
+
+    def sha256(self) -> str:
+        """A digest by which other data under the same name are told apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which records are taken: a pure function of each record's category and name.
+
+    Args:
+        include_categories: only these; empty for all. exclude_categories: none of these. A broken record has the
+            category "".
+        split: records whose place in [0, 1) is from the first number up to below the second. The place is a hash of seed
+            and id, so that it depends on no other record, records of one id are never apart, and splits that share a seed
+            and no number share no record. A record without an id is hashed by its place in the input.
+        split_seed: another seed gives other places.
+    """
+
+    include_categories: tuple[str, ...] = ()
+    exclude_categories: tuple[str, ...] = ()
+    split: tuple[float, float] = (0.0, 1.0)
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        start, end = self.split
+        if not 0 <= start < end <= 1:
+            raise UsageError(f"--split {start}:{end}: expected two shares from 0 to 1, the first below the second")
+
+    @property
+    def takes_all(self) -> bool:
+        return not self.include_categories and not self.exclude_categories and self.split == (0.0, 1.0)
+
+    def takes(self, names: dict[str, str]) -> bool:
+        """Whether a record of these names (`record_names`) is taken."""
+        category = names["category"]
+        if self.include_categories and category not in self.include_categories:
+            return False
+        name = names["sample_id"] or names["key"]
+        place = xxhash.xxh3_64_intdigest(f"split:{self.split_seed}:{name}".encode()) / 2**64
+        return category not in self.exclude_categories and self.split[0] <= min(place, BELOW_ONE) < self.split[1]
+
+    def to_json(self) -> dict[str, Any] | None:
+        """As `cache.json` holds it; None where all is taken."""
+        return None if self.takes_all else json.loads(json.dumps(asdict(self)))
+
+
+BELOW_ONE = math.nextafter(1.0, 0.0)  # hashes near 2**64 round up
+
+
+def parse_split(text: str) -> tuple[float, float]:
+    """ "0.0:0.95" -> its two numbers. Raises UsageError for anything else."""
+    start, colon, end = text.partition(":")
+    try:
+        if not colon:
+            raise ValueError
+        return float(start), float(end)
+    except ValueError:
+        raise UsageError(
+            f"--split {text!r}: expected two shares such as 0.0:0.95 (and 0.95:1.0 for the rest)"
+        ) from None
+
+
+@dataclass
+class SampleSet(Sequence[Sample | BadRecord]):
+    """All records of one or more files in order; indexing parses one record and checks that its images exist.
+
+    A record that is no sample comes back as a `BadRecord`, so every input record keeps its place and its key, which says
+    where it stands in the whole input, whatever is selected.
+    """
+
+    files: Sequence[RecordFile]
+    image_root: Path | None = None
+    limit: int | None = None
+    selection: Selection = field(default_factory=Selection)
+    _starts: np.ndarray = field(init=False, repr=False)
+    _taken: np.ndarray | None = field(init=False, repr=False)  # int64, places in the input; None for all
+
+    def __post_init__(self) -> None:
+        self._starts = np.cumsum([0] + [len(file) for file in self.files])
+        self._taken = None if self.selection.takes_all else self._select()
+
+    def __len__(self) -> int:
+        total = int(self._starts[-1]) if self._taken is None else len(self._taken)
+        return total if self.limit is None else min(total, self.limit)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        place = int(index % len(self)) if self._taken is None else int(self._taken[index % len(self)])
+        number = int(np.searchsorted(self._starts, place, side="right")) - 1
+        file, row = self.files[number], place - int(self._starts[number])
+        location = file.location(row)
+        record: Any = None
+        try:
+            record = file.record(row)
+            root = self.image_root or file.path.parent
+            return parse_record(record, index=place, location=location, image_root=root)
+        except SampleError as error:
+            return BadRecord(location=location, reason=str(error), **record_names(record, index=place))
+
+    def __iter__(self) -> Iterator[Sample | BadRecord]:
+        return (self[i] for i in range(len(self)))
+
+    def _select(self) -> np.ndarray:
+        """Places of the records that are taken. Raises UsageError for a category that no record has."""
+        known: set[str] = set()
+        taken: list[int] = []
+        for start, file in zip(self._starts, self.files, strict=False):
+            for row, label in enumerate(file.labels()):
+                names = record_names(label, index=int(start) + row)
+                known.add(names["category"])
+                if self.selection.takes(names):
+                    taken.append(int(start) + row)
+        for option in ("include", "exclude"):
+            for category in getattr(self.selection, f"{option}_categories"):
+                if category not in known:
+                    shown = ", ".join(repr(name) for name in sorted(known)[:SHOWN_CATEGORIES])
+                    more = ", ..." if len(known) > SHOWN_CATEGORIES else ""
+                    raise UsageError(f"--{option}-category {category!r}: no record has it; the data have {shown}{more}")
+        return np.array(taken, np.int64)
+
+
+def open_samples(
+    paths: Sequence[Path | str],
+    *,
+    image_root: Path | str | None = None,
+    limit: int | None = None,
+    selection: Selection | None = None,
+) -> SampleSet:
+    """Open files of any format as one sequence of samples.
+
+    Args:
+        paths: files, or folders of tars, of Parquet files or of a saved Hugging Face dataset; `{000..015}` and `*` are
+            expanded.
+        image_root: where relative image paths start, or else at the folder of their file.
+        limit: of what is selected, the first so many.
+        selection: needs every record to be looked at once.
+
+    Raises DataError for a file that cannot be read, holds nothing, or breaks off where later records cannot be found, and
+    if nothing is selected.
+    """
+    files = [file for path in paths for file in data_files(str(path))]
+    openers, spools = [_opener(file) for file in files], Spools()
+
+    def open_file(opener: Opener, file: Path) -> RecordFile:
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            raise DataError(f"{file}: {error.strerror or error}") from None
+        return opener(file, spools)
+
+    with ThreadPoolExecutor(OPENERS) as pool:
+        opened = list(pool.map(open_file, openers, files))
+    named = ", ".join(str(path) for path in paths)
+    if not sum(len(file) for file in opened):
+        raise DataError(f"no records in {named}")
+    root = Path(image_root) if image_root else None
+    samples = SampleSet(files=opened, image_root=root, limit=limit, selection=selection or Selection())
+    if not len(samples):
+        raise DataError(f"no record of {named} is left by the categories and the split asked for")
+    return samples
+
+
+# ------------------------------------------------------------------------------------------------------------- the files
+
+Opener = Callable[[Path, Spools], RecordFile]
+DATASET, DATASETS = "state.json", "dataset_dict.json"  # of `datasets.save_to_disk`
+
+
+def data_files(text: str) -> list[Path]:
+    """The files that a path names, in order: itself, those of a folder, or those of a pattern."""
+    if os.path.exists(text):
+        return _of_folder(Path(text)) if _is_folder(Path(text)) else [Path(text)]
+    try:
+        names = list(braceexpand(text))
+    except ValueError:  # a brace that is not closed
+        names = [text]
+    found: list[Path] = []
+    for name in names:
+        matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+        if not matches:
+            raise DataError(f"{name}: no file matches")
+        for match in matches:
+            found += _of_folder(Path(match)) if _is_folder(Path(match)) else [Path(match)]
+    return found
+
+
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path) and path.suffix not in (*TEXT_SUFFIXES, ".tar", *TABLE_SUFFIXES)
+
+
+def _of_folder(folder: Path) -> list[Path]:
+    """The data files of a folder, which must be of one kind and of one split."""
+    if (folder / DATASET).is_file():
+        try:
+            state = json.loads((folder / DATASET).read_bytes())
+            return [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise DataError(f"{folder / DATASET}: not a saved dataset's: {error}") from None
+    splits = sorted(path.parent.name for path in folder.glob(f"*/{DATASET}"))
+    if (folder / DATASETS).is_file() or splits:
+        raise DataError(f"{folder}: expected one split of a saved dataset; give {folder}/SPLIT, of {', '.join(splits)}")
+    found = {suffix: sorted(folder.glob(f"*{suffix}")) for suffix in (".tar", ".parquet")}
+    kinds = [suffix for suffix, files in found.items() if files]
+    if len(kinds) != 1:
+        raise DataError(
+            f"{folder}: expected a folder of .tar files, of .parquet files or of a saved Hugging Face dataset, found "
+            f"{' and '.join(kinds) or 'none of them'} in it; give files"
+        )
+    files = found[kinds[0]]
+    splits = sorted({name for path in files if (name := _split_of(path))})
+    if len(splits) > 1:
+        raise DataError(f"{folder}: holds several splits ({', '.join(splits)}); give one, as '{folder}/{splits[0]}-*'")
+    return files
+
+
+def _split_of(path: Path) -> str:
+    """The split in a hub data set's file name: "train" of train-00000-of-00004.parquet."""
+    name, _, rest = path.stem.partition("-")
+    return name if "-of-" in rest else ""
+
+
+def _opener(path: Path) -> Opener:
+    name = path.name
+    if name.endswith(TEXT_SUFFIXES):
+        return lambda file, _: TextFile.open(file)
+    if name.endswith(".tar"):
+        return lambda file, _: TarFile.open(file)
+    if name.endswith(TABLE_SUFFIXES):
+        return open_table
+    if name.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
+        raise DataError(f"{path}: a compressed tar, whose members cannot be read one by one; unpack it to a .tar first")
+    raise DataError(
+        f"{path}: expected a {', '.join(TEXT_SUFFIXES)}, .tar, {' or '.join(TABLE_SUFFIXES)}, or a folder; got {name!r}"
+    )
