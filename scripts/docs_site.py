@@ -41,7 +41,9 @@ def commands() -> str:
     )  # fmt: skip
     if done.returncode:
         raise PluginError(f"the commands' reference cannot be made: {done.stderr}")
-    _, options, rest = re.split(r"^# `genrecal`\n|^\*\*Commands\*\*:\n(?:\n\* .*)*", done.stdout, maxsplit=2, flags=re.M)
+    _, options, rest = re.split(
+        r"^# `genrecal`\n|^\*\*Commands\*\*:\n(?:\n\* .*)*", done.stdout, maxsplit=2, flags=re.M
+    )
     return options + rest
 
 

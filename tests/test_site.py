@@ -8,7 +8,6 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from importlib.metadata import metadata
-from pathlib import Path
 
 import pytest
 from test_docs import ROOT, blocks
@@ -64,8 +63,9 @@ def test_site_builds_strictly_and_needs_no_network(site):
 
 @pytest.mark.slow
 def test_generated_parts_are_there(site):
-    from genrecal.cli import app
     from typer.main import get_command
+
+    from genrecal.cli import app
 
     commands = (site / "cli.html").read_text()
     for name, command in get_command(app).commands.items():
@@ -83,7 +83,9 @@ def test_generated_parts_are_there(site):
 
 def test_public_modules_exist_and_stand_once():
     """Each module of the Python pages is there; no module has two places. Their docstrings are read, not imported."""
-    listed = [name for page in (DOCS / "api").glob("*.md") for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)]
+    listed = [
+        name for page in (DOCS / "api").glob("*.md") for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)
+    ]
     assert len(listed) == len(set(listed)) > 30
     for name in listed:
         assert (ROOT / (name.replace(".", "/") + ".py")).exists(), name
