@@ -47,6 +47,7 @@ def site(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("site")
 def test_site_builds_strictly_and_needs_no_network(site):
     """Strict: every link and anchor leads somewhere, every page is in the navigation."""
     pages = sorted(site.rglob("*.html"))
@@ -62,6 +63,7 @@ def test_site_builds_strictly_and_needs_no_network(site):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("site")
 def test_generated_parts_are_there(site):
     from typer.main import get_command
 
