@@ -52,9 +52,9 @@ def code_spans(page):
     return re.findall(r"`([^`\n]+)`", without_blocks(page))
 
 
-def shell_lines(page):
+def shell_lines(page, language="sh"):
     """The commands of its shell blocks, continuation lines joined, comments left out."""
-    text = "".join(blocks(page, "sh")).replace("\\\n", " ")
+    text = "".join(blocks(page, language)).replace("\\\n", " ")
     return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
@@ -226,13 +226,14 @@ def test_imports_of_python_examples_exist(page):
 
 @pages
 def test_commands_parse(page, tmp_path, monkeypatch):
-    """Every whole command of a shell block is one that the parser takes, and its settings are ones that exist."""
+    """Every whole command of a shell block or a job script is one that the parser takes, and its settings exist."""
     monkeypatch.chdir(tmp_path)
     for block in blocks(page, "toml"):
         (tmp_path / block.split()[1]).write_text(block)
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    for line in shell_lines(page):
-        program, *words = shlex.split(line)
+    scripts = [line.removeprefix("srun ") for line in shell_lines(page, "bash")]
+    for line in shell_lines(page) + [line for line in scripts if line.startswith("genrecal ")]:
+        program, *words = shlex.split(re.sub(r"\$\w+", "1", line))  # a variable may stand for a number
         if program == "make":
             assert words[0] in targets
         if program != "genrecal":
