@@ -6,7 +6,7 @@ VLLM_VENV ?= .venv-vllm
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready-dev
 
-.PHONY: demo test test-all test-vllm slow check clean
+.PHONY: demo test test-all test-vllm slow check docs clean
 
 demo: $(READY)
 	$(BIN)/genrecal demo
@@ -30,6 +30,10 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The documentation site, in site/. It is strict: a link that leads nowhere is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "genrecal needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,4 +41,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) demo-out build dist
+	rm -rf $(VENV) $(VLLM_VENV) demo-out build dist site

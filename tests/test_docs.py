@@ -1,5 +1,6 @@
 """What the documents say: their scripts run, and their options, settings, defaults, names and links exist."""
 
+import ast
 import importlib
 import io
 import json
@@ -18,7 +19,7 @@ from conftest import mixed_samples, write_llava
 from PIL import Image
 
 from genrecal.cache.job import run_cache_job
-from genrecal.cache.options import CacheOptions
+from genrecal.cache.options import CacheOptions, WorkOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.cli import app
 from genrecal.samples import open_samples, parse_record
@@ -30,7 +31,7 @@ from genrecal.train.config import TrainConfig, _all_keys, _converted, _parse_val
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
-    (ROOT / "docs").glob("*.md")
+    (ROOT / "docs").rglob("*.md")
 )
 COMMANDS = typer.main.get_command(app).commands
 QUICKSTART, FORMAT, README = ROOT / "docs/quickstart.md", ROOT / "docs/shard-format.md", ROOT / "README.md"
@@ -51,9 +52,9 @@ def code_spans(page):
     return re.findall(r"`([^`\n]+)`", without_blocks(page))
 
 
-def shell_lines(page):
+def shell_lines(page, language="sh"):
     """The commands of its shell blocks, continuation lines joined, comments left out."""
-    text = "".join(blocks(page, "sh")).replace("\\\n", " ")
+    text = "".join(blocks(page, language)).replace("\\\n", " ")
     return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
@@ -174,12 +175,50 @@ def test_format_page_names_every_field(cache):
     assert sorted(name for name in names if f"`{name}`" not in text) == []
 
 
-def test_readme_python_runs(cache):
-    (code,) = blocks(README, "python")
+@one_cache
+@pytest.mark.parametrize(
+    "page", [README, ROOT / "docs/index.md", ROOT / "docs/api/index.md"], ids=lambda page: page.name
+)
+def test_python_examples_run(cache, page):
+    (code,) = blocks(page, "python")
     assert '"demo-out/cache"' in code
     names = {}
     exec(code.replace("demo-out/cache", str(cache)), names)
     assert len(names["cache"]) == 8
+
+
+def test_python_of_reading_the_loss_runs(tmp_path, monkeypatch, capsys):
+    (code,) = blocks(ROOT / "docs/howto/loss.md", "python")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    terms = {"kl_first": 0.5, "kl_later": 0.25, "ce_first": 1.5, "sft": 2.0}
+    lines = [{"stage": stage, "step": step, **terms} for stage in (1, 2) for step in range(8)]
+    (tmp_path / "runs/mine/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    exec(code, {})
+    assert capsys.readouterr().out.split() == [
+        str(word) for item in terms.items() for word in (item[0], f"{item[1]:.3f}")
+    ]
+
+
+def test_slurm_script_counts_what_status_files_say(teacher, tmp_path):
+    data = write_llava(tmp_path / "data", mixed_samples(8))
+    (tmp_path / "status").mkdir()
+    for worker in (0, 1):
+        work = WorkOptions(workers=2, worker=worker, status_file=tmp_path / "status" / f"{worker}.json")
+        run_cache_job(teacher, open_samples([data]), tmp_path / "cache", CacheOptions(samples_per_shard=2), work)
+    (script,) = [block for block in blocks(ROOT / "docs/howto/slurm.md", "bash") if "records_total" in block]
+    script = script.replace("python -", f"{sys.executable} -")
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["8 of 8 records, 0 skipped", "{'finished': 1, 'waiting': 1}"], done.stderr
+
+
+@pages
+def test_imports_of_python_examples_exist(page):
+    for code in blocks(page, "python"):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("genrecal"):
+                module = importlib.import_module(node.module)
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 # -------------------------------------------------------------------------------------------------- commands, settings
@@ -187,14 +226,15 @@ def test_readme_python_runs(cache):
 
 @pages
 def test_commands_parse(page, tmp_path, monkeypatch):
-    """Every whole command of a shell block is one that the parser takes, and its settings are ones that exist."""
+    """Every whole command of a shell block or a job script is one that the parser takes, and its settings exist."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     for block in blocks(page, "toml"):
         (tmp_path / block.split()[1]).write_text(block)
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    for line in shell_lines(page):
-        program, *words = shlex.split(line)
+    scripts = [line.removeprefix("srun ") for line in shell_lines(page, "bash")]
+    for line in shell_lines(page) + [line for line in scripts if line.startswith("genrecal ")]:
+        program, *words = shlex.split(re.sub(r"\$\w+", "1", line))  # a variable may stand for a number
         if program == "make":
             assert words[0] in targets
         if program != "genrecal":
