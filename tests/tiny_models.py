@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from genrecal.vlm.loading import without_video_processors
@@ -39,6 +39,15 @@ GEMMA = (
     "{{ '<end_of_turn>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
 )
 
+# Llama 3's own. The text begins with a token that the tokenizer adds, so the template leaves it out.
+LLAMA3 = (
+    "{%- for m in messages -%}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{%- if m['content'] is string -%}{{ m['content'] }}{%- else -%}{%- for c in m['content'] -%}"
+    "{%- if c['type'] == 'image' -%}{{ 'IMAGE' }}{%- else -%}{{ c['text'] }}{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{{ '<|eot_id|>' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif -%}"
+)
+
 IDEFICS = (
     "<|begin_of_text|>{%- for m in messages -%}{{ m['role'] | capitalize }}"
     "{%- if m['content'] is not string and m['content'][0]['type'] == 'image' -%}{{ ':' }}{%- else -%}{{ ': ' }}{%- endif -%}"
@@ -56,15 +65,35 @@ WIDE_TEXT = TEXT | dict(hidden_size=64, num_attention_heads=2)
 VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
 
 
-def byte_bpe(specials: list[str], *, vocab_size: int = 400) -> Tokenizer:
-    """A Qwen2-like byte-level BPE."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+# How the released tokenizers cut a text into words: they differ in how many digits make one.
+CUT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def byte_bpe(specials: list[str], *, vocab_size: int = 400, like: str | None = None) -> Tokenizer:
+    """A byte-level BPE; `like` "qwen2" (NFC, digit by digit) or "llama3" (digits by threes, a token before the text)."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=like == "llama3"))
+    if like is None:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        cut = Regex(CUT.replace("DIGITS", "{1,3}" if like == "llama3" else ""))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(cut, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+    if like == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
         CORPUS, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet)
     )
+    if like == "llama3":
+        begin = "<|begin_of_text|>"
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
+        )
     return tokenizer
 
 
@@ -127,21 +156,25 @@ def _video_processor(name: str, **kwargs: Any) -> Any:
     return getattr(transformers, name)(**kwargs) if transformers.utils.is_torchvision_available() else None
 
 
-def qwen_vl(version: str, *, head_rows_past_tokenizer: int = 0, wide: bool = False) -> tuple[Any, Any]:
+def qwen_vl(
+    version: str, *, head_rows_past_tokenizer: int = 0, wide: bool = False, like: str | None = None, tied: bool = True,
+    **sizes: int,
+) -> tuple[Any, Any]:
     specials = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     template = CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
-    tokenizer = fast(byte_bpe(["<|endoftext|>", "<|im_end|>", *specials]), template, specials=specials)
+    backend = byte_bpe(["<|endoftext|>", "<|im_end|>", *specials], like=like)
+    tokenizer = fast(backend, template, specials=specials)
     ids = {
         f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
         for name, token in zip(("vision_start", "vision_end", "image", "video"), specials[1:], strict=True)
     }
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6] if wide else [1, 1, 2]}
-    text = _text(tokenizer, wide=wide, rope_parameters=rope, rows=len(tokenizer) + head_rows_past_tokenizer)
+    text = _text(tokenizer, wide=wide, rope_parameters=rope, rows=len(tokenizer) + head_rows_past_tokenizer) | sizes
     out = text["hidden_size"]
     patch = 14
     if version == "2":
         vision = dict(depth=1, embed_dim=32, hidden_size=out, num_heads=2, mlp_ratio=2, patch_size=patch)
-        config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+        config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
         model: Any = transformers.Qwen2VLForConditionalGeneration(config)
         processor_class: Any = transformers.Qwen2VLProcessor
     elif version == "2.5":
@@ -172,20 +205,42 @@ def qwen_vl(version: str, *, head_rows_past_tokenizer: int = 0, wide: bool = Fal
     return model, processor
 
 
-def internvl(text_model: str, *, wide: bool = False) -> tuple[Any, Any]:
-    """InternVL with Qwen2 text and byte-level BPE, or Llama text and a sentencepiece-like BPE (as InternLM2 has)."""
+# The two encoders of InternVL: that of the students, and that of the teachers with its 6 billion parameters.
+INTERN_VIT_300M = dict(VISION, attention_bias=True)
+INTERN_VIT_6B = dict(VISION, hidden_size=40, num_attention_heads=5, norm_type="rms_norm", use_qk_norm=True)
+
+
+def internvl(
+    text_model: str, *, wide: bool = False, like: str | None = None, vision: dict[str, Any] = VISION, **text: Any
+) -> tuple[Any, Any]:
+    """InternVL with Qwen2 text and byte-level BPE, or Llama text and a sentencepiece-like BPE (as InternLM2 has).
+
+    Args:
+        like: the tokenizer's kind where it is another, with the template that goes with it: "qwen2" or "llama3".
+        vision, text: settings of the encoder, and of the text model over those of every tiny one.
+    """
     # The released templates break the line after a picture.
-    template = CHATML.replace("'IMAGE'", r"'<IMG_CONTEXT>\n'" if wide else "'<IMG_CONTEXT>'")
-    base = ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
-    backend = sentencepiece_bpe(base) if text_model == "llama" else byte_bpe(base, vocab_size=360)
+    line_break = wide or like is not None
+    eos = "<|eot_id|>" if like == "llama3" else "<|im_end|>"
+    specials = ["<|start_header_id|>", "<|end_header_id|>"] if like == "llama3" else ["<|im_start|>"]
+    template = LLAMA3 if like == "llama3" else CHATML
+    template = template.replace("'IMAGE'", r"'<IMG_CONTEXT>\n'" if line_break else "'<IMG_CONTEXT>'")
+    base = ["<|endoftext|>", eos, *specials]
+    if text_model == "llama" and like is None:
+        backend = sentencepiece_bpe(base)
+    elif like == "llama3":
+        backend = byte_bpe(["<|begin_of_text|>", *base], like=like)
+    else:
+        backend = byte_bpe(base, vocab_size=360, like=like)
     extra = {
         "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
     }  # fmt: skip
-    tokenizer = fast(backend, template, specials=["<|im_start|>"], extra_special_tokens=extra)
+    begin = {"bos_token": "<|begin_of_text|>"} if like == "llama3" else {}
+    tokenizer = fast(backend, template, specials=specials, eos=eos, extra_special_tokens=extra, **begin)
     config = transformers.InternVLConfig(
-        text_config=_text(tokenizer, wide=wide, model_type=text_model),
-        vision_config=dict(VISION, image_size=[56, 56], patch_size=[14, 14]),
+        text_config=_text(tokenizer, wide=wide, model_type=text_model) | text,
+        vision_config=dict(vision, image_size=[56, 56], patch_size=[14, 14]),
         image_token_id=tokenizer.context_image_token_id,
         image_seq_length=4,
         downsample_ratio=0.5,
@@ -371,6 +426,22 @@ def gemma3() -> tuple[Any, Any]:
     return transformers.Gemma3ForConditionalGeneration(config), processor
 
 
+def text_only(model_class: str, *, like: str, **text: Any) -> tuple[Any, Any]:
+    """A language model without pictures, and its tokenizer in the place of a processor."""
+    if like == "llama3":
+        specials, eos, template = ["<|start_header_id|>", "<|end_header_id|>"], "<|eot_id|>", LLAMA3
+        base, begin = ["<|begin_of_text|>", "<|endoftext|>", eos, *specials], {"bos_token": "<|begin_of_text|>"}
+    else:
+        specials, eos, template = ["<|im_start|>"], "<|im_end|>", CHATML
+        base, begin = ["<|endoftext|>", eos, *specials], {}
+    # Templates of language models know strings alone.
+    start, end = template.index("{%- if m['content'] is string -%}"), template.index("{%- endif -%}{{ '<")
+    template = template[:start] + "{{ m['content'] + '' }}" + template[end + len("{%- endif -%}") :]
+    tokenizer = fast(byte_bpe(base, like=like), template, specials=specials, eos=eos, **begin)
+    config = getattr(transformers, f"{model_class}Config")(**_text(tokenizer) | text)
+    return getattr(transformers, f"{model_class}ForCausalLM")(config), tokenizer
+
+
 FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_vl": functools.partial(qwen_vl, "2"),
     "qwen2_vl_padded_head": functools.partial(qwen_vl, "2", head_rows_past_tokenizer=24),
@@ -384,7 +455,34 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava_onevision": llava_onevision,
     "idefics3": idefics3,
     "gemma3": gemma3,
+    "qwen2": functools.partial(text_only, "Qwen2", like="qwen2", tie_word_embeddings=True),
+    "llama3": functools.partial(text_only, "Llama", like="llama3"),
 }
+
+# The paper's models: classes, config keys, tokenizer and ratios of heads as released. Of NVLM-D see `make_nvlm`.
+LARGE = dict(hidden_size=64, num_attention_heads=8, num_key_value_heads=1)
+INTERNLM2 = dict(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}, attention_bias=False)
+LLAMA3_ROPE = {"rope_type": "default", "rope_theta": 5e5}
+FAMILIES |= {
+    "qwen2_vl_72b": functools.partial(qwen_vl, "2", like="qwen2", head_rows_past_tokenizer=24, tied=False, **LARGE),
+    "internvl2_76b": functools.partial(
+        internvl, "llama", like="llama3", vision=INTERN_VIT_6B, rope_parameters=LLAMA3_ROPE, **LARGE
+    ),
+    "internvl2_5_78b": functools.partial(internvl, "qwen2", like="qwen2", vision=INTERN_VIT_6B, **LARGE),
+    "qwen2_vl_2b": functools.partial(qwen_vl, "2", like="qwen2", head_rows_past_tokenizer=8),
+    "qwen2_vl_7b": functools.partial(qwen_vl, "2", like="qwen2", head_rows_past_tokenizer=24, tied=False),
+    "internvl2_5_1b": functools.partial(
+        internvl, "qwen2", like="qwen2", vision=INTERN_VIT_300M, hidden_size=56, num_attention_heads=7,
+        num_key_value_heads=1,
+    ),
+    "internvl2_5_2b": functools.partial(internvl, "llama", vision=INTERN_VIT_300M, **INTERNLM2),
+    "internvl2_5_4b": functools.partial(
+        internvl, "qwen2", like="qwen2", vision=INTERN_VIT_300M, num_attention_heads=8, num_key_value_heads=1
+    ),
+    "internvl2_5_8b": functools.partial(
+        internvl, "llama", vision=INTERN_VIT_300M, hidden_size=48, num_key_value_heads=1, **INTERNLM2
+    ),
+}  # fmt: skip
 
 
 def make(family: str, folder: Path, seed: int = 0) -> Path:

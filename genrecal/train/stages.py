@@ -205,7 +205,7 @@ def select_trainable(stage: int, student: VLM, lora: LoraConfig) -> list[str]:
         chosen = [name for name, parameter in named.items() if id(parameter) in inside]
     else:
         chosen = [name for name in named if not is_vision_encoder(name)]
-        if len(chosen) == len(named) and hasattr(student.renderer.processor, "image_processor"):
+        if len(chosen) == len(named) and student.renderer.takes_pictures:
             raise ModelError(
                 f"{student.path}: stage 3 trains all but the vision encoder, but none of {', '.join(VISION_PARTS)} "
                 "is part of this student's parameter names"
