@@ -3,6 +3,7 @@
 A test that calls `record` has its outcome in the tables of docs/models.md (`make support-matrix`).
 """
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -25,16 +26,25 @@ SMALL = "batch_size=4 accumulation=2 max_steps=3 epochs=3 lr=1e-2 lr_end=1e-3 ch
 SETTINGS = ["data.workers=0", *(f"stage{n}.{setting}" for n in (1, 2, 3) for setting in SMALL)]
 TERMS = {1: ("ce", "kl", "reg_ce", "reg_kl"), 2: ("ce", "kl", "sft"), 3: ("sft",)}
 
-# The paper's models, by the names of their tiny ones (tests/tiny_models.py).
-TEACHERS = ("qwen2_vl_72b", "internvl2_76b", "internvl2_5_78b", "nvlm_d_72b")
+# The paper's models, by the names of their tiny ones (tests/tiny_models.py). NVLM-D runs in vLLM alone.
+HF_TEACHERS = ("qwen2_vl_72b", "internvl2_76b", "internvl2_5_78b")
 STUDENTS = ("qwen2_vl_2b", "qwen2_vl_7b", "internvl2_5_1b", "internvl2_5_2b", "internvl2_5_4b", "internvl2_5_8b")
+# Families beyond the paper, each once as a teacher and once as a student.
+RING = ("qwen2_5_vl", "gemma3", "qwen3_vl", "idefics3", "internvl_qwen2", "llava_onevision", "qwen2_5_vl")
+NEED_TORCHVISION = [("internvl_qwen2", "smolvlm"), ("smolvlm", "llava_onevision")]
+# Each of these has a test of its own.
+LANGUAGE_MODELS = [("llama3", "qwen2_vl_2b"), ("internvl2_76b", "qwen2"), ("llama3", "qwen2")]
+PAIRS = {
+    *((teacher, student, "hf") for teacher, student in itertools.product(HF_TEACHERS, STUDENTS)),
+    *(("nvlm_d_72b", student, "vllm") for student in STUDENTS),
+    *((*pair, "hf") for pair in (*itertools.pairwise(RING), *NEED_TORCHVISION, *LANGUAGE_MODELS)),
+}
 
 
-def record(property_of: Callable[[str, object], None], teacher: str, student: str, backend: str) -> None:
+def record(property_of: Callable[[str, object], None], teacher: str, student: str, backend: str = "hf") -> None:
     """Note which pair a test is of, for scripts/support_matrix.py; `property_of` is pytest's `record_property`."""
-    property_of("teacher", teacher)
-    property_of("student", student)
-    property_of("backend", backend)
+    assert (teacher, student, backend) in PAIRS
+    property_of("pair", f"{teacher} {student} {backend}")
 
 
 def train_and_check(cache: Path, student: Path, folder: Path, *settings: str) -> Run:

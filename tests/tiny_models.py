@@ -86,8 +86,10 @@ def byte_bpe(specials: list[str], *, vocab_size: int = 400, like: str | None = N
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+    # Qwen's joins the end of a mark in plain text with the line break after it.
+    corpus = CORPUS + (["<image>\n </Image>\n <tile_1>"] * 40 if like == "qwen2" else [])
     tokenizer.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet)
+        corpus, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet)
     )
     if like == "llama3":
         begin = "<|begin_of_text|>"
@@ -157,7 +159,12 @@ def _video_processor(name: str, **kwargs: Any) -> Any:
 
 
 def qwen_vl(
-    version: str, *, head_rows_past_tokenizer: int = 0, wide: bool = False, like: str | None = None, tied: bool = True,
+    version: str,
+    *,
+    head_rows_past_tokenizer: int = 0,
+    wide: bool = False,
+    like: str | None = None,
+    tied: bool = True,
     **sizes: int,
 ) -> tuple[Any, Any]:
     specials = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -211,12 +218,19 @@ INTERN_VIT_6B = dict(VISION, hidden_size=40, num_attention_heads=5, norm_type="r
 
 
 def internvl(
-    text_model: str, *, wide: bool = False, like: str | None = None, vision: dict[str, Any] = VISION, **text: Any
+    text_model: str,
+    *,
+    wide: bool = False,
+    like: str | None = None,
+    vision: dict[str, Any] = VISION,
+    marks: tuple[str, str, str] = ("<img>", "</img>", "<IMG_CONTEXT>"),
+    **text: Any,
 ) -> tuple[Any, Any]:
     """InternVL with Qwen2 text and byte-level BPE, or Llama text and a sentencepiece-like BPE (as InternLM2 has).
 
     Args:
         like: the tokenizer's kind where it is another, with the template that goes with it: "qwen2" or "llama3".
+        marks: the tokens before, after and in the place of a picture.
         vision, text: settings of the encoder, and of the text model over those of every tiny one.
     """
     # The released templates break the line after a picture.
@@ -224,7 +238,7 @@ def internvl(
     eos = "<|eot_id|>" if like == "llama3" else "<|im_end|>"
     specials = ["<|start_header_id|>", "<|end_header_id|>"] if like == "llama3" else ["<|im_start|>"]
     template = LLAMA3 if like == "llama3" else CHATML
-    template = template.replace("'IMAGE'", r"'<IMG_CONTEXT>\n'" if line_break else "'<IMG_CONTEXT>'")
+    template = template.replace("'IMAGE'", rf"'{marks[2]}\n'" if line_break else f"'{marks[2]}'")
     base = ["<|endoftext|>", eos, *specials]
     if text_model == "llama" and like is None:
         backend = sentencepiece_bpe(base)
@@ -232,10 +246,8 @@ def internvl(
         backend = byte_bpe(["<|begin_of_text|>", *base], like=like)
     else:
         backend = byte_bpe(base, vocab_size=360, like=like)
-    extra = {
-        "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
-        "video_token": "<video>",
-    }  # fmt: skip
+    names = ("start_image_token", "end_image_token", "context_image_token")
+    extra = dict(zip(names, marks, strict=True)) | {"video_token": "<video>"}
     begin = {"bos_token": "<|begin_of_text|>"} if like == "llama3" else {}
     tokenizer = fast(backend, template, specials=specials, eos=eos, extra_special_tokens=extra, **begin)
     config = transformers.InternVLConfig(
@@ -260,26 +272,29 @@ def internvl(
     return transformers.InternVLForConditionalGeneration(config), processor
 
 
-INTERNVL_CHAT_CONFIG = """
-from transformers import AutoConfig, PretrainedConfig, Qwen2Config
+# The code that comes with a checkpoint, as far as its config goes.
+ORIGINAL_CONFIG = """
+from transformers import PretrainedConfig, TEXTConfig
 
 
 class InternVisionConfig(PretrainedConfig):
     model_type = "intern_vit_6b"
 
 
-class InternVLChatConfig(PretrainedConfig):
-    model_type = "internvl_chat"
+class ChatConfig(PretrainedConfig):
+    model_type = "MODEL_TYPE"
 
     def __init__(self, vision_config=None, llm_config=None, **kwargs):
         self.vision_config = InternVisionConfig(**(vision_config or {}))
-        self.llm_config = Qwen2Config(**(llm_config or {}))
+        self.llm_config = TEXTConfig(**(llm_config or {}))
         super().__init__(**kwargs)
 """
+NVLM_DUMMY_HEADS = 7  # of the encoder: zeros, so that GPUs can share the heads evenly
 
 
-def make_internvl_chat(native: Path, folder: Path) -> Path:
-    """The model of `internvl("qwen2")` in InternVL's original layout: the same weights by other names, with code of its own."""
+def make_original(native: Path, folder: Path, *, nvlm: bool = False) -> Path:
+    """An InternVL of transformers' layout in its original one, or in NVLM-D's: the same weights by other names, with code of
+    its own."""
     import json
     import re
     import shutil
@@ -295,6 +310,7 @@ def make_internvl_chat(native: Path, folder: Path) -> Path:
         (r"^vision_tower.embeddings.position_embeddings", "vision_model.embeddings.position_embedding"),
         (r"^vision_tower.encoder.layer.", "vision_model.encoder.layers."),
         (r"attention.projection_layer", "attn.proj"),
+        (r"attention.([qk])_norm", r"attn.\1_norm"),
         (r"layernorm_before", "norm1"),
         (r"layernorm_after", "norm2"),
         (r"lambda_", "ls"),
@@ -302,30 +318,45 @@ def make_internvl_chat(native: Path, folder: Path) -> Path:
         (r"^multi_modal_projector.linear_1", "mlp1.1"),
         (r"^multi_modal_projector.linear_2", "mlp1.3"),
     ]
+    config = json.loads((native / "config.json").read_text())
+    text, vision = config["text_config"], config["vision_config"]
+    head_dim = vision["hidden_size"] // vision["num_attention_heads"]
+
+    def padded(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """With the dummy heads' zeros."""
+        shape = list(tensor.shape)
+        shape[dim] = (NVLM_DUMMY_HEADS if nvlm else 0) * head_dim
+        return torch.cat([tensor, tensor.new_zeros(shape)], dim)
+
     tensors, parts = {}, {}
     for name, tensor in load_file(native / "model.safetensors").items():
         for old, new in names:
             name = re.sub(old, new, name)
-        if match := re.fullmatch(r"(.*)\.attention\.([qkv])_proj\.weight", name):
-            parts.setdefault(match[1], {})[match[2]] = tensor
+        if match := re.fullmatch(r"(.*)\.attention\.([qkv])_proj\.(weight|bias)", name):
+            parts.setdefault((match[1], match[3]), {})[match[2]] = padded(tensor, 0)
+        elif nvlm and re.fullmatch(r"mlp1\.[13]\.bias", name):
+            assert not tensor.any()  # its projector has none
+        elif re.search(r"attn\.(proj\.weight|[qk]_norm)", name):
+            tensors[name] = padded(tensor, -1)
         else:
             tensors[name] = tensor
-    for stem, qkv in parts.items():
-        tensors[f"{stem}.attn.qkv.weight"] = torch.cat([qkv[letter] for letter in "qkv"])
+    for (stem, kind), qkv in parts.items():
+        tensors[f"{stem}.attn.qkv.{kind}"] = torch.cat([qkv[letter] for letter in "qkv"])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((native / "config.json").read_text())
-    vision = config["vision_config"]
-    (folder / "configuration_internvl_chat.py").write_text(INTERNVL_CHAT_CONFIG)
+    kind = "NVLM_D" if nvlm else "internvl_chat"
+    text_class = {"qwen2": "Qwen2", "llama": "Llama"}[text["model_type"]]
+    code = ORIGINAL_CONFIG.replace("MODEL_TYPE", kind).replace("TEXT", text_class)
+    (folder / "configuration_chat.py").write_text(code)
     written = dict(
-        architectures=["InternVLChatModel"], model_type="internvl_chat", dtype="float32", tie_word_embeddings=False,
-        auto_map={"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
-        llm_config=config["text_config"] | {"architectures": ["Qwen2ForCausalLM"]},
+        architectures=["NVLM_D" if nvlm else "InternVLChatModel"], model_type=kind, dtype="float32",
+        auto_map={"AutoConfig": "configuration_chat.ChatConfig"}, tie_word_embeddings=False,
+        llm_config=text | {"architectures": [f"{text_class}ForCausalLM"]},
         vision_config=dict(
             architectures=["InternVisionModel"], model_type="intern_vit_6b", hidden_size=vision["hidden_size"],
             intermediate_size=vision["intermediate_size"], num_hidden_layers=vision["num_hidden_layers"],
             num_attention_heads=vision["num_attention_heads"], image_size=56, patch_size=14, num_channels=3,
-            qkv_bias=False, qk_normalization=False, norm_type="layer_norm", layer_norm_eps=vision["layer_norm_eps"],
-            hidden_act="gelu", initializer_factor=0.1, use_flash_attn=False,
+            qkv_bias=vision["attention_bias"], qk_normalization=vision["use_qk_norm"], norm_type=vision["norm_type"],
+            layer_norm_eps=vision["layer_norm_eps"], hidden_act="gelu", initializer_factor=0.1, use_flash_attn=False,
         ),
         downsample_ratio=0.5, dynamic_image_size=True, force_image_size=56, max_dynamic_patch=4, min_dynamic_patch=1,
         use_thumbnail=True, ps_version="v2", select_layer=-1, template="internvl2_5",
@@ -336,7 +367,8 @@ def make_internvl_chat(native: Path, folder: Path) -> Path:
     tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
     tokenizer_config.pop("processor_class", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
-    template = CHATML.replace("{%- if m['content'] is string -%}", "{%- if true -%}")  # as the original's
+    template = (native / "chat_template.jinja").read_text()
+    template = template.replace("{%- if m['content'] is string -%}", "{%- if true -%}")  # as the original's
     (folder / "chat_template.jinja").write_text(template)
     return folder
 
@@ -370,7 +402,8 @@ def llava_onevision() -> tuple[Any, Any]:
     return transformers.LlavaOnevisionForConditionalGeneration(config), processor
 
 
-def idefics3() -> tuple[Any, Any]:
+def idefics3(name: str = "Idefics3") -> tuple[Any, Any]:
+    """Idefics3, or SmolVLM, which is the same but for the names of its classes."""
     specials = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<|begin_of_text|>"]
     specials += [f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)]
     backend = byte_bpe(["<|endoftext|>", *specials])
@@ -381,22 +414,24 @@ def idefics3() -> tuple[Any, Any]:
         eos="<end_of_utterance>",
         bos_token="<|begin_of_text|>",
     )
-    config = transformers.Idefics3Config(
+    config = getattr(transformers, f"{name}Config")(
         text_config=_text(tokenizer, model_type="llama"),
         vision_config=dict(VISION, image_size=56, patch_size=14),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         pad_token_id=tokenizer.pad_token_id,
     )
-    processor = transformers.Idefics3Processor(
+    video = {"video_processor": _video_processor("SmolVLMVideoProcessor")} if name == "SmolVLM" else {}
+    processor = getattr(transformers, f"{name}Processor")(
         image_processor=_image_processor(
-            "Idefics3ImageProcessor", size={"longest_edge": 112}, max_image_size={"longest_edge": 56}
+            f"{name}ImageProcessor", size={"longest_edge": 112}, max_image_size={"longest_edge": 56}
         ),
         tokenizer=tokenizer,
         image_seq_len=4,
         chat_template=tokenizer.chat_template,
+        **video,
     )
-    return transformers.Idefics3ForConditionalGeneration(config), processor
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config), processor
 
 
 def gemma3() -> tuple[Any, Any]:
@@ -455,15 +490,20 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava_onevision": llava_onevision,
     "idefics3": idefics3,
     "gemma3": gemma3,
+}
+
+NEEDS_TORCHVISION = {"smolvlm": functools.partial(idefics3, "SmolVLM")}  # and num2words
+
+LANGUAGE_MODELS = {
     "qwen2": functools.partial(text_only, "Qwen2", like="qwen2", tie_word_embeddings=True),
     "llama3": functools.partial(text_only, "Llama", like="llama3"),
 }
 
-# The paper's models: classes, config keys, tokenizer and ratios of heads as released. Of NVLM-D see `make_nvlm`.
+# The paper's models: classes, config keys, tokenizer and ratios of heads as released, but for NVLM-D (`make_original`).
 LARGE = dict(hidden_size=64, num_attention_heads=8, num_key_value_heads=1)
 INTERNLM2 = dict(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}, attention_bias=False)
 LLAMA3_ROPE = {"rope_type": "default", "rope_theta": 5e5}
-FAMILIES |= {
+PAPER = {
     "qwen2_vl_72b": functools.partial(qwen_vl, "2", like="qwen2", head_rows_past_tokenizer=24, tied=False, **LARGE),
     "internvl2_76b": functools.partial(
         internvl, "llama", like="llama3", vision=INTERN_VIT_6B, rope_parameters=LLAMA3_ROPE, **LARGE
@@ -482,6 +522,11 @@ FAMILIES |= {
     "internvl2_5_8b": functools.partial(
         internvl, "llama", vision=INTERN_VIT_300M, hidden_size=48, num_key_value_heads=1, **INTERNLM2
     ),
+    # What `make_original` makes NVLM-D of. Its projector is as wide as the text model's MLP.
+    "nvlm_d_native_wide": functools.partial(
+        internvl, "qwen2", wide=True, like="qwen2", vision=INTERN_VIT_6B, intermediate_size=64,
+        marks=("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+    ),
 }  # fmt: skip
 
 
@@ -490,7 +535,7 @@ def make(family: str, folder: Path, seed: int = 0) -> Path:
     if not (folder / "config.json").exists():
         torch.manual_seed(seed)
         with without_video_processors():
-            model, processor = FAMILIES[family]()
+            model, processor = (FAMILIES | PAPER | LANGUAGE_MODELS | NEEDS_TORCHVISION)[family]()
             _spread_weights(model, norms=family.endswith("_wide"))
             model.save_pretrained(folder)
             processor.save_pretrained(folder)

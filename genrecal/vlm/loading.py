@@ -72,6 +72,10 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
             if original_layout(path) is not None:
                 return load_original_processor(path, trust_remote_code=trust_remote_code)
             processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except TypeError as error:
+        if image_backend() == "pil" and "video_processor" in str(error):  # SmolVLM's cannot do without
+            raise ModelError(f"{path}: its processor needs torchvision: pip install torchvision num2words") from None
+        raise ModelError(f"{path}: its processor cannot be loaded: {first_line(error)}") from None
     except Exception as error:
         raise ModelError(f"{path}: its processor cannot be loaded: {first_line(error)}") from None
     if image_backend() == "pil" and "video_processor" in getattr(type(processor), "get_attributes", list)():

@@ -223,7 +223,9 @@ class Renderer:
         rendered: list[dict[str, Any]] = []
         for message in messages:
             parts = [answer] if answer is not None and message.role == "assistant" else message.parts
-            content: Any = [{"type": "image"} if isinstance(p, ImageRef) else {"type": "text", "text": p} for p in parts]
+            content: Any = [
+                {"type": "image"} if isinstance(p, ImageRef) else {"type": "text", "text": p} for p in parts
+            ]
             if not self.takes_pictures:  # templates of language models take strings
                 content = "".join(part for part in parts if isinstance(part, str))
             rendered.append({"role": message.role, "content": content})

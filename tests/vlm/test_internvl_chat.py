@@ -13,7 +13,7 @@ from genrecal.vlm.rendering import Renderer
 
 @pytest.fixture(scope="module")
 def folder(tiny, tmp_path_factory):
-    return tiny_models.make_internvl_chat(tiny("internvl_wide"), tmp_path_factory.mktemp("chat") / "model")
+    return tiny_models.make_original(tiny("internvl_wide"), tmp_path_factory.mktemp("chat") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -83,5 +83,5 @@ def test_fixed_tiles_and_no_thumbnail(renderer, folder):
 
 
 def test_transformers_cannot_run_it(folder):
-    with pytest.raises(ModelError, match="no class for the original InternVL layout.*-HF.*--backend vllm"):
+    with pytest.raises(ModelError, match="no class for the original internvl_chat layout.*-HF.*--backend vllm"):
         load_vlm(folder)
