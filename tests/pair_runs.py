@@ -1,6 +1,6 @@
 """One pair of teacher and student through all that follows the cache job, for the tests of both environments.
 
-A test that calls `record` has its outcome in the tables of docs/models.md (`make support-matrix`).
+A test that calls `note_pair` has its outcome in the tables of docs/models.md (`make support-matrix`).
 """
 
 import itertools
@@ -41,7 +41,7 @@ PAIRS = {
 }
 
 
-def record(property_of: Callable[[str, object], None], teacher: str, student: str, backend: str = "hf") -> None:
+def note_pair(property_of: Callable[[str, object], None], teacher: str, student: str, backend: str = "hf") -> None:
     """Note which pair a test is of, for scripts/support_matrix.py; `property_of` is pytest's `record_property`."""
     assert (teacher, student, backend) in PAIRS
     property_of("pair", f"{teacher} {student} {backend}")

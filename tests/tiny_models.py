@@ -294,7 +294,7 @@ NVLM_DUMMY_HEADS = 7  # of the encoder: zeros, so that GPUs can share the heads 
 
 def make_original(native: Path, folder: Path, *, nvlm: bool = False) -> Path:
     """An InternVL of transformers' layout in its original one, or in NVLM-D's: the same weights by other names, with code of
-    its own."""
+    its own. One with a sentencepiece-like tokenizer has InternLM2's text model."""
     import json
     import re
     import shutil
@@ -340,6 +340,10 @@ def make_original(native: Path, folder: Path, *, nvlm: bool = False) -> Path:
             tensors[name] = padded(tensor, -1)
         else:
             tensors[name] = tensor
+    tokenizer = json.loads((native / "tokenizer.json").read_text())
+    internlm2 = tokenizer["model"]["byte_fallback"]
+    if internlm2:
+        tensors = _internlm2(tensors, text)
     for (stem, kind), qkv in parts.items():
         tensors[f"{stem}.attn.qkv.{kind}"] = torch.cat([qkv[letter] for letter in "qkv"])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -350,7 +354,7 @@ def make_original(native: Path, folder: Path, *, nvlm: bool = False) -> Path:
     written = dict(
         architectures=["NVLM_D" if nvlm else "InternVLChatModel"], model_type=kind, dtype="float32",
         auto_map={"AutoConfig": "configuration_chat.ChatConfig"}, tie_word_embeddings=False,
-        llm_config=text | {"architectures": [f"{text_class}ForCausalLM"]},
+        llm_config=text | {"architectures": [f"{text_class}ForCausalLM"]} | (INTERNLM2_KEYS if internlm2 else {}),
         vision_config=dict(
             architectures=["InternVisionModel"], model_type="intern_vit_6b", hidden_size=vision["hidden_size"],
             intermediate_size=vision["intermediate_size"], num_hidden_layers=vision["num_hidden_layers"],
@@ -364,6 +368,8 @@ def make_original(native: Path, folder: Path, *, nvlm: bool = False) -> Path:
     (folder / "config.json").write_text(json.dumps(written, indent=2))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(native / name, folder / name)
+    if internlm2:
+        _sentencepiece_files(tokenizer, folder)
     tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
     tokenizer_config.pop("processor_class", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
@@ -371,6 +377,52 @@ def make_original(native: Path, folder: Path, *, nvlm: bool = False) -> Path:
     template = template.replace("{%- if m['content'] is string -%}", "{%- if true -%}")  # as the original's
     (folder / "chat_template.jinja").write_text(template)
     return folder
+
+
+INTERNLM2_KEYS = {
+    "model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "bias": False, "attention_bias": None,
+    "rope_theta": 1e6, "rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None,
+}  # fmt: skip
+
+
+def _internlm2(tensors: dict[str, torch.Tensor], text: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Llama's tensors as InternLM2 has them: the rows of each key head after those of the queries that share it."""
+    names = {
+        "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
+        "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+        "model.embed_tokens": "model.tok_embeddings", "language_model.lm_head": "language_model.output",
+    }  # fmt: skip
+    size = text["hidden_size"] // text["num_attention_heads"]
+    shared = text["num_attention_heads"] // text["num_key_value_heads"]
+    result = {}
+    for name, tensor in tensors.items():
+        if name.endswith("self_attn.q_proj.weight"):
+            stem = name.removesuffix("self_attn.q_proj.weight")
+            queries, keys, values = (tensors[f"{stem}self_attn.{letter}_proj.weight"].split(size) for letter in "qkv")
+            rows = []
+            for head, (key, value) in enumerate(zip(keys, values, strict=True)):
+                rows += [*queries[head * shared : (head + 1) * shared], key, value]
+            result[f"{stem}attention.wqkv.weight"] = torch.cat(rows)
+        elif ".self_attn.k_proj." not in name and ".self_attn.v_proj." not in name:
+            for old, new in names.items():
+                name = name.replace(old, new)
+            result[name] = tensor
+    return result
+
+
+def _sentencepiece_files(tokenizer: dict[str, Any], folder: Path) -> None:
+    """What such a checkpoint ships in place of tokenizer.json: pieces, and tokens that were added to them."""
+    import json
+
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    protobuf = import_protobuf()
+    vocabulary = tokenizer["model"]["vocab"]
+    pieces = [protobuf.ModelProto.SentencePiece(piece=piece) for piece in sorted(vocabulary, key=vocabulary.get)]
+    (folder / "tokenizer.model").write_bytes(protobuf.ModelProto(pieces=pieces).SerializeToString())
+    added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    (folder / "tokenizer.json").unlink()
 
 
 def llava_onevision() -> tuple[Any, Any]:

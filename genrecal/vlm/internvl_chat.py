@@ -27,6 +27,9 @@ class InternVLChatProcessor:
     model_type: ClassVar[str] = "internvl_chat"
     context: ClassVar[str] = "<IMG_CONTEXT>"  # the token that a visual embedding takes the place of
     replaced: ClassVar[str] = PLACEHOLDER  # what vLLM looks for in a prompt
+    instead: ClassVar[str] = (
+        "run `genrecal convert MODEL --processor OpenGVLab/InternVL3-1B-hf --out DIR` (docs/models.md)"
+    )
 
     def __init__(self, tokenizer: Any, config: dict[str, Any]):
         self.tokenizer = tokenizer
@@ -120,6 +123,7 @@ class NVLMProcessor(InternVLChatProcessor):
     model_type = "NVLM_D"
     context = "<|vision_pad|>"
     replaced = PLACEHOLDER + "\n"
+    instead = "take another student"
 
     def run_of(self, tiles: int) -> str:
         tags = [f"<tile_{number}>" for number in range(1, tiles)] + ["<tile_global_thumbnail>"]

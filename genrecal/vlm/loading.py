@@ -185,8 +185,8 @@ def load_vlm(
         raise ModelError(f"{path}: expected a model folder, found no config.json in it")
     if (layout := original_layout(path)) is not None:
         raise ModelError(
-            f"{path}: transformers has no class for the original {layout.model_type} layout; use a conversion to its own "
-            "layout (the hub names end with -HF), or --backend vllm to cache a teacher"
+            f"{path}: transformers has no class for the original {layout.model_type} layout; {layout.instead}, or cache it as "
+            "a teacher with --backend vllm"
         )
     try:
         with _quiet():

@@ -23,7 +23,7 @@ pytest.importorskip("vllm", reason="needs vLLM: `make test-vllm` runs these in a
 import tiny_models
 import torch
 from conftest import conversation, mixed_samples, write_llava
-from pair_runs import STUDENTS, record, train_and_check
+from pair_runs import STUDENTS, note_pair, train_and_check
 
 from genrecal.cache import vllm_teacher
 from genrecal.cache.job import CacheOptions, run_cache_job
@@ -250,7 +250,7 @@ def nvlm_cache(pair, tmp_path_factory):
 @only("nvlm_d")
 @pytest.mark.parametrize("student", STUDENTS)
 def test_the_papers_pairs_with_nvlm_d(nvlm_cache, tiny, tmp_path, record_property, student):
-    record(record_property, "nvlm_d_72b", student, "vllm")
+    note_pair(record_property, "nvlm_d_72b", student, "vllm")
     train_and_check(nvlm_cache, tiny(student), tmp_path)
 
 

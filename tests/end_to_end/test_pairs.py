@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import conversation, mixed_samples, write_llava
-from pair_runs import HF_TEACHERS, NEED_TORCHVISION, RING, STUDENTS, record, train_and_check
+from pair_runs import HF_TEACHERS, NEED_TORCHVISION, RING, STUDENTS, note_pair, train_and_check
 from transformers.utils import is_num2words_available, is_torchvision_available
 
 from genrecal.cache.job import run_cache_job
@@ -54,13 +54,13 @@ def cache_of(tiny, tmp_path_factory):
 
 @pytest.mark.parametrize(("teacher", "student"), pairs(itertools.product(HF_TEACHERS, STUDENTS)))
 def test_the_papers_pairs(cache_of, tiny, tmp_path, record_property, teacher, student):
-    record(record_property, teacher, student)
+    note_pair(record_property, teacher, student)
     train_and_check(cache_of(teacher), tiny(student), tmp_path)
 
 
 @pytest.mark.parametrize(("teacher", "student"), pairs(itertools.pairwise(RING)))
 def test_pairs_beyond_the_paper(cache_of, tiny, tmp_path, record_property, teacher, student):
-    record(record_property, teacher, student)
+    note_pair(record_property, teacher, student)
     train_and_check(cache_of(teacher), tiny(student), tmp_path)
 
 
@@ -88,7 +88,7 @@ TEXT = [conversation((f"What is {i} and {i}?", f"it is {2 * i}"), key=f"{i:08d}"
 
 
 def test_a_language_model_as_teacher_leaves_pictures_out(tiny, tmp_path, record_property):
-    record(record_property, "llama3", "qwen2_vl_2b")
+    note_pair(record_property, "llama3", "qwen2_vl_2b")
     data = write_llava(tmp_path / "data", [*TEXT, *mixed_samples(2)])
     teacher, out = HFTeacher.load(tiny("llama3"), dtype=torch.float32), tmp_path / "cache"
     with pytest.raises(DataError, match="of 8 samples cannot be used.*takes text alone"):
@@ -101,7 +101,7 @@ def test_a_language_model_as_teacher_leaves_pictures_out(tiny, tmp_path, record_
 
 
 def test_a_language_model_as_student_leaves_pictures_out(tiny, tmp_path, record_property):
-    record(record_property, "internvl2_76b", "qwen2")
+    note_pair(record_property, "internvl2_76b", "qwen2")
     data = write_llava(tmp_path / "data", [*mixed_samples(2), *TEXT])
     teacher, cache = HFTeacher.load(tiny("internvl2_76b"), dtype=torch.float32), tmp_path / "cache"
     run_cache_job(teacher, open_samples([data]), cache, CacheOptions())
@@ -116,7 +116,7 @@ def test_a_language_model_as_student_leaves_pictures_out(tiny, tmp_path, record_
 
 @pytest.mark.slow
 def test_two_language_models(tiny, tmp_path, record_property):
-    record(record_property, "llama3", "qwen2")
+    note_pair(record_property, "llama3", "qwen2")
     data = write_llava(tmp_path / "data", TEXT)
     run_cache_job(
         HFTeacher.load(tiny("llama3"), dtype=torch.float32), open_samples([data]), tmp_path / "cache", CacheOptions()

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pair_runs import NEED_TORCHVISION, record
+from pair_runs import NEED_TORCHVISION, note_pair
 from transformers.utils import is_torchvision_available
 
 HERE = Path(__file__).parent
@@ -42,4 +42,4 @@ def test_rendering_loading_and_smolvlm_with_torchvision(tmp_path, record_propert
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
     for teacher, student in NEED_TORCHVISION:
-        record(record_property, teacher, student)
+        note_pair(record_property, teacher, student)
