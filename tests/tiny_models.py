@@ -320,6 +320,7 @@ def make_original(native: Path, folder: Path, *, nvlm: bool = False) -> Path:
     ]
     config = json.loads((native / "config.json").read_text())
     text, vision = config["text_config"], config["vision_config"]
+    llm_config = text
     head_dim = vision["hidden_size"] // vision["num_attention_heads"]
 
     def padded(tensor: torch.Tensor, dim: int) -> torch.Tensor:
@@ -344,6 +345,7 @@ def make_original(native: Path, folder: Path, *, nvlm: bool = False) -> Path:
     internlm2 = tokenizer["model"]["byte_fallback"]
     if internlm2:
         tensors = _internlm2(tensors, text)
+        llm_config = {k: v for k, v in text.items() if k not in ("attention_bias", "rope_parameters")} | INTERNLM2_KEYS
     for (stem, kind), qkv in parts.items():
         tensors[f"{stem}.attn.qkv.{kind}"] = torch.cat([qkv[letter] for letter in "qkv"])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -354,7 +356,7 @@ def make_original(native: Path, folder: Path, *, nvlm: bool = False) -> Path:
     written = dict(
         architectures=["NVLM_D" if nvlm else "InternVLChatModel"], model_type=kind, dtype="float32",
         auto_map={"AutoConfig": "configuration_chat.ChatConfig"}, tie_word_embeddings=False,
-        llm_config=text | {"architectures": [f"{text_class}ForCausalLM"]} | (INTERNLM2_KEYS if internlm2 else {}),
+        llm_config={"architectures": [f"{text_class}ForCausalLM"]} | llm_config,
         vision_config=dict(
             architectures=["InternVisionModel"], model_type="intern_vit_6b", hidden_size=vision["hidden_size"],
             intermediate_size=vision["intermediate_size"], num_hidden_layers=vision["num_hidden_layers"],
@@ -380,8 +382,8 @@ def make_original(native: Path, folder: Path, *, nvlm: bool = False) -> Path:
 
 
 INTERNLM2_KEYS = {
-    "model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "bias": False, "attention_bias": None,
-    "rope_theta": 1e6, "rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_parameters": None,
+    "model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "bias": False, "rope_theta": 1e6,
+    "rope_scaling": {"type": "dynamic", "factor": 2.0},
 }  # fmt: skip
 
 
@@ -573,6 +575,11 @@ PAPER = {
     ),
     "internvl2_5_8b": functools.partial(
         internvl, "llama", vision=INTERN_VIT_300M, hidden_size=48, num_key_value_heads=1, **INTERNLM2
+    ),
+    # InternLM2 in the original layout, with heads that vLLM takes: queries that share a key head, and several of these.
+    "internlm2_native_wide": functools.partial(
+        internvl, "llama", wide=True, vision=INTERN_VIT_300M, hidden_size=128, num_attention_heads=4,
+        num_key_value_heads=2, **INTERNLM2,
     ),
     # What `make_original` makes NVLM-D of. Its projector is as wide as the text model's MLP.
     "nvlm_d_native_wide": functools.partial(

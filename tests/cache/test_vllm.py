@@ -5,6 +5,7 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 
@@ -33,6 +34,7 @@ from genrecal.cache.vllm_teacher import VLLMTeacher
 from genrecal.errors import ModelError, SampleError, UsageError
 from genrecal.samples import open_samples
 from genrecal.shards.reader import open_cache
+from genrecal.vlm.convert import convert_internvl
 from genrecal.vlm.loading import split_vlm
 from genrecal.vlm.rendering import Renderer
 
@@ -80,7 +82,8 @@ class WithPixels:
 
 
 @pytest.fixture(
-    scope="module", params=["qwen2_vl", "qwen2_5_vl", "internvl", "internvl_chat", "nvlm_d", "qwen2_vl_bf16"]
+    scope="module",
+    params=["qwen2_vl", "qwen2_5_vl", "internvl", "internvl_chat", "internlm2", "nvlm_d", "qwen2_vl_bf16"],
 )
 def pair(request, tiny, tmp_path_factory):
     name = request.param
@@ -88,6 +91,14 @@ def pair(request, tiny, tmp_path_factory):
         native = tiny("internvl_wide")
         path = tiny_models.make_original(native, tmp_path_factory.mktemp("chat") / "internvl_chat")
         made = Pair(path, native, engine_args=SMALL, trust_remote_code=True)
+    elif name == "internlm2":
+        # vLLM runs the original, transformers what was converted from it: each checks the other.
+        native, folder = tiny("internlm2_native_wide"), tmp_path_factory.mktemp("internlm2")
+        path = tiny_models.make_original(native, folder / "original")
+        convert_internvl(path, folder / "converted", processor=native)
+        shutil.copy(native / "tokenizer.json", path)  # in the place of the checkpoint's own code
+        (path / "tokenizer.model").unlink()
+        made = Pair(path, folder / "converted", engine_args=SMALL, trust_remote_code=True)
     elif name == "nvlm_d":
         native = tiny("nvlm_d_native_wide")
         path = tiny_models.make_original(native, tmp_path_factory.mktemp("nvlm") / "nvlm_d", nvlm=True)
@@ -109,14 +120,14 @@ def only(*names):
     return pytest.mark.parametrize("pair", names, indirect=True)
 
 
-float32 = only("qwen2_vl", "qwen2_5_vl", "internvl", "internvl_chat", "nvlm_d")
+float32 = only("qwen2_vl", "qwen2_5_vl", "internvl", "internvl_chat", "internlm2", "nvlm_d")
 qwen2_vl = only("qwen2_vl")
 
 
 def kinds(pair):
     """Conversations of every kind, with questions for half of them."""
     samples = mixed_samples(12)
-    if pair.name in ("internvl_chat", "nvlm_d"):
+    if pair.name in ("internvl_chat", "internlm2", "nvlm_d"):
         samples = [resized(sample, WHOLE_TILE) for sample in samples]
     return samples
 

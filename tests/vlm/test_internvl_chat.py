@@ -83,5 +83,7 @@ def test_fixed_tiles_and_no_thumbnail(renderer, folder):
 
 
 def test_transformers_cannot_run_it(folder):
-    with pytest.raises(ModelError, match="no class for the original internvl_chat layout.*-HF.*--backend vllm"):
+    with pytest.raises(
+        ModelError, match="no class for the original internvl_chat layout.*genrecal convert.*--backend vllm"
+    ):
         load_vlm(folder)
