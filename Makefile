@@ -32,9 +32,9 @@ check: $(READY)
 
 # The tables of docs/models.md, from the tests that run every pair of models.
 support-matrix: $(READY)
-	$(BIN)/python -m pytest -n 2 --junitxml=build/pairs.xml tests/end_to_end/test_pairs.py tests/vlm/test_torchvision.py
+	$(BIN)/python -m pytest -n 2 -o junit_family=xunit1 --junitxml=build/pairs.xml tests/end_to_end/test_pairs.py tests/vlm/test_torchvision.py
 	PYTHON=$(PYTHON) scripts/make_vllm_env $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pytest -m vllm -k nvlm_d --junitxml=build/pairs-vllm.xml tests/cache/test_vllm.py
+	$(VLLM_VENV)/bin/python -m pytest -m vllm -k nvlm_d -o junit_family=xunit1 --junitxml=build/pairs-vllm.xml tests/cache/test_vllm.py
 	$(BIN)/python scripts/support_matrix.py build/pairs.xml build/pairs-vllm.xml
 
 $(READY): pyproject.toml constraints.txt
