@@ -6,7 +6,7 @@ VLLM_VENV ?= .venv-vllm
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready-dev
 
-.PHONY: demo test test-all test-vllm slow check docs clean
+.PHONY: demo test test-all test-vllm slow check docs support-matrix clean
 
 demo: $(READY)
 	$(BIN)/genrecal demo
@@ -33,6 +33,13 @@ check: $(READY)
 # The documentation site, in site/. It is strict: a link that leads nowhere is an error.
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The tables of docs/models.md, from the tests that run every pair of models.
+support-matrix: $(READY)
+	$(BIN)/python -m pytest -n 2 -o junit_family=xunit1 --junitxml=build/pairs.xml tests/end_to_end/test_pairs.py tests/vlm/test_torchvision.py
+	PYTHON=$(PYTHON) scripts/make_vllm_env $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pytest -m vllm -k nvlm_d -o junit_family=xunit1 --junitxml=build/pairs-vllm.xml tests/cache/test_vllm.py
+	$(BIN)/python scripts/support_matrix.py build/pairs.xml build/pairs-vllm.xml
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "genrecal needs Python 3.11 or newer: make PYTHON=python3.11 ...")'

@@ -712,6 +712,22 @@ def export(
 
 
 @app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="A folder or hub name of the original InternVL layout.")],
+    processor: Annotated[
+        str,
+        typer.Option(help="An InternVL in transformers' layout, with the same vocabulary: its tokenizer is copied."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint in transformers' layout.")],
+) -> None:
+    """Write an InternVL of the original layout in transformers' own, which a student must have."""
+    from genrecal.vlm.convert import convert_internvl
+
+    convert_internvl(model, out, processor=processor)
+    console.print(f"{out}: {model} in transformers' layout")
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Option(help="Model folder or hub name.")],
     data: Annotated[list[Path], typer.Option(help="Data files, as for cache.")],

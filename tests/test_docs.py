@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import io
 import json
 import re
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pair_runs
 import pytest
 import torch
 import typer
@@ -335,3 +337,32 @@ def test_links_point_to_files_and_headings(page):
         if anchor:
             headings = re.findall(r"^#+ (.+)$", path.read_text(), flags=re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], anchor
+
+
+# ------------------------------------------------------------------------------------------------------ tables of pairs
+
+
+def support_matrix():
+    spec = importlib.util.spec_from_file_location("support_matrix", ROOT / "scripts/support_matrix.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_of_pairs_are_those_of_the_tests():
+    found = support_matrix().pairs_of((ROOT / "docs/models.md").read_text())
+    assert set(found) == pair_runs.PAIRS and all(found.values())
+
+
+def test_the_tables_say_what_the_results_say(tmp_path):
+    case = '<testcase name="t"><properties><property name="pair" value="{} {} {}"/></properties>{}</testcase>'
+    ends = {"passed": "", "failed": "<failure/>", "skipped": "<skipped/>"}
+    outcomes = {pair: list(ends)[number % 3] for number, pair in enumerate(sorted(pair_runs.PAIRS))}
+    path = tmp_path / "results.xml"
+    cases = "".join(case.format(*pair, ends[outcome]) for pair, outcome in outcomes.items())
+    path.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    script = support_matrix()
+    found = script.results([path])
+    assert found == {pair: outcome == "passed" for pair, outcome in outcomes.items() if outcome != "skipped"}
+    text = script.tables(found)
+    assert text.count("**failed**") == list(outcomes.values()).count("failed") and "not run" in text

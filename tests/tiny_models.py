@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from genrecal.vlm.loading import without_video_processors
@@ -39,6 +39,15 @@ GEMMA = (
     "{{ '<end_of_turn>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
 )
 
+# Llama 3's own. The text begins with a token that the tokenizer adds, so the template leaves it out.
+LLAMA3 = (
+    "{%- for m in messages -%}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{%- if m['content'] is string -%}{{ m['content'] }}{%- else -%}{%- for c in m['content'] -%}"
+    "{%- if c['type'] == 'image' -%}{{ 'IMAGE' }}{%- else -%}{{ c['text'] }}{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{{ '<|eot_id|>' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif -%}"
+)
+
 IDEFICS = (
     "<|begin_of_text|>{%- for m in messages -%}{{ m['role'] | capitalize }}"
     "{%- if m['content'] is not string and m['content'][0]['type'] == 'image' -%}{{ ':' }}{%- else -%}{{ ': ' }}{%- endif -%}"
@@ -56,15 +65,37 @@ WIDE_TEXT = TEXT | dict(hidden_size=64, num_attention_heads=2)
 VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
 
 
-def byte_bpe(specials: list[str], *, vocab_size: int = 400) -> Tokenizer:
-    """A Qwen2-like byte-level BPE."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+# How the released tokenizers cut a text into words: they differ in how many digits make one.
+CUT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def byte_bpe(specials: list[str], *, vocab_size: int = 400, like: str | None = None) -> Tokenizer:
+    """A byte-level BPE; `like` "qwen2" (NFC, digit by digit) or "llama3" (digits by threes, a token before the text)."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=like == "llama3"))
+    if like is None:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        cut = Regex(CUT.replace("DIGITS", "{1,3}" if like == "llama3" else ""))
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(cut, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+    if like == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+    # Qwen's joins the end of a mark in plain text with the line break after it.
+    corpus = CORPUS + (["<image>\n </Image>\n <tile_1>"] * 40 if like == "qwen2" else [])
     tokenizer.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet)
+        corpus, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet)
     )
+    if like == "llama3":
+        begin = "<|begin_of_text|>"
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))]
+        )
     return tokenizer
 
 
@@ -127,21 +158,30 @@ def _video_processor(name: str, **kwargs: Any) -> Any:
     return getattr(transformers, name)(**kwargs) if transformers.utils.is_torchvision_available() else None
 
 
-def qwen_vl(version: str, *, head_rows_past_tokenizer: int = 0, wide: bool = False) -> tuple[Any, Any]:
+def qwen_vl(
+    version: str,
+    *,
+    head_rows_past_tokenizer: int = 0,
+    wide: bool = False,
+    like: str | None = None,
+    tied: bool = True,
+    **sizes: int,
+) -> tuple[Any, Any]:
     specials = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     template = CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
-    tokenizer = fast(byte_bpe(["<|endoftext|>", "<|im_end|>", *specials]), template, specials=specials)
+    backend = byte_bpe(["<|endoftext|>", "<|im_end|>", *specials], like=like)
+    tokenizer = fast(backend, template, specials=specials)
     ids = {
         f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
         for name, token in zip(("vision_start", "vision_end", "image", "video"), specials[1:], strict=True)
     }
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6] if wide else [1, 1, 2]}
-    text = _text(tokenizer, wide=wide, rope_parameters=rope, rows=len(tokenizer) + head_rows_past_tokenizer)
+    text = _text(tokenizer, wide=wide, rope_parameters=rope, rows=len(tokenizer) + head_rows_past_tokenizer) | sizes
     out = text["hidden_size"]
     patch = 14
     if version == "2":
         vision = dict(depth=1, embed_dim=32, hidden_size=out, num_heads=2, mlp_ratio=2, patch_size=patch)
-        config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+        config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
         model: Any = transformers.Qwen2VLForConditionalGeneration(config)
         processor_class: Any = transformers.Qwen2VLProcessor
     elif version == "2.5":
@@ -172,20 +212,47 @@ def qwen_vl(version: str, *, head_rows_past_tokenizer: int = 0, wide: bool = Fal
     return model, processor
 
 
-def internvl(text_model: str, *, wide: bool = False) -> tuple[Any, Any]:
-    """InternVL with Qwen2 text and byte-level BPE, or Llama text and a sentencepiece-like BPE (as InternLM2 has)."""
+# The two encoders of InternVL: that of the students, and that of the teachers with its 6 billion parameters.
+INTERN_VIT_300M = dict(VISION, attention_bias=True)
+INTERN_VIT_6B = dict(VISION, hidden_size=40, num_attention_heads=5, norm_type="rms_norm", use_qk_norm=True)
+
+
+def internvl(
+    text_model: str,
+    *,
+    wide: bool = False,
+    like: str | None = None,
+    vision: dict[str, Any] = VISION,
+    marks: tuple[str, str, str] = ("<img>", "</img>", "<IMG_CONTEXT>"),
+    **text: Any,
+) -> tuple[Any, Any]:
+    """InternVL with Qwen2 text and byte-level BPE, or Llama text and a sentencepiece-like BPE (as InternLM2 has).
+
+    Args:
+        like: the tokenizer's kind where it is another, with the template that goes with it: "qwen2" or "llama3".
+        marks: the tokens before, after and in the place of a picture.
+        vision, text: settings of the encoder, and of the text model over those of every tiny one.
+    """
     # The released templates break the line after a picture.
-    template = CHATML.replace("'IMAGE'", r"'<IMG_CONTEXT>\n'" if wide else "'<IMG_CONTEXT>'")
-    base = ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
-    backend = sentencepiece_bpe(base) if text_model == "llama" else byte_bpe(base, vocab_size=360)
-    extra = {
-        "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
-        "video_token": "<video>",
-    }  # fmt: skip
-    tokenizer = fast(backend, template, specials=["<|im_start|>"], extra_special_tokens=extra)
+    line_break = wide or like is not None
+    eos = "<|eot_id|>" if like == "llama3" else "<|im_end|>"
+    specials = ["<|start_header_id|>", "<|end_header_id|>"] if like == "llama3" else ["<|im_start|>"]
+    template = LLAMA3 if like == "llama3" else CHATML
+    template = template.replace("'IMAGE'", rf"'{marks[2]}\n'" if line_break else f"'{marks[2]}'")
+    base = ["<|endoftext|>", eos, *specials]
+    if text_model == "llama" and like is None:
+        backend = sentencepiece_bpe(base)
+    elif like == "llama3":
+        backend = byte_bpe(["<|begin_of_text|>", *base], like=like)
+    else:
+        backend = byte_bpe(base, vocab_size=360, like=like)
+    names = ("start_image_token", "end_image_token", "context_image_token")
+    extra = dict(zip(names, marks, strict=True)) | {"video_token": "<video>"}
+    begin = {"bos_token": "<|begin_of_text|>"} if like == "llama3" else {}
+    tokenizer = fast(backend, template, specials=specials, eos=eos, extra_special_tokens=extra, **begin)
     config = transformers.InternVLConfig(
-        text_config=_text(tokenizer, wide=wide, model_type=text_model),
-        vision_config=dict(VISION, image_size=[56, 56], patch_size=[14, 14]),
+        text_config=_text(tokenizer, wide=wide, model_type=text_model) | text,
+        vision_config=dict(vision, image_size=[56, 56], patch_size=[14, 14]),
         image_token_id=tokenizer.context_image_token_id,
         image_seq_length=4,
         downsample_ratio=0.5,
@@ -205,26 +272,29 @@ def internvl(text_model: str, *, wide: bool = False) -> tuple[Any, Any]:
     return transformers.InternVLForConditionalGeneration(config), processor
 
 
-INTERNVL_CHAT_CONFIG = """
-from transformers import AutoConfig, PretrainedConfig, Qwen2Config
+# The code that comes with a checkpoint, as far as its config goes.
+ORIGINAL_CONFIG = """
+from transformers import PretrainedConfig, TEXTConfig
 
 
 class InternVisionConfig(PretrainedConfig):
     model_type = "intern_vit_6b"
 
 
-class InternVLChatConfig(PretrainedConfig):
-    model_type = "internvl_chat"
+class ChatConfig(PretrainedConfig):
+    model_type = "MODEL_TYPE"
 
     def __init__(self, vision_config=None, llm_config=None, **kwargs):
         self.vision_config = InternVisionConfig(**(vision_config or {}))
-        self.llm_config = Qwen2Config(**(llm_config or {}))
+        self.llm_config = TEXTConfig(**(llm_config or {}))
         super().__init__(**kwargs)
 """
+NVLM_DUMMY_HEADS = 7  # of the encoder: zeros, so that GPUs can share the heads evenly
 
 
-def make_internvl_chat(native: Path, folder: Path) -> Path:
-    """The model of `internvl("qwen2")` in InternVL's original layout: the same weights by other names, with code of its own."""
+def make_original(native: Path, folder: Path, *, nvlm: bool = False) -> Path:
+    """An InternVL of transformers' layout in its original one, or in NVLM-D's: the same weights by other names, with code of
+    its own. One with a sentencepiece-like tokenizer has InternLM2's text model."""
     import json
     import re
     import shutil
@@ -240,6 +310,7 @@ def make_internvl_chat(native: Path, folder: Path) -> Path:
         (r"^vision_tower.embeddings.position_embeddings", "vision_model.embeddings.position_embedding"),
         (r"^vision_tower.encoder.layer.", "vision_model.encoder.layers."),
         (r"attention.projection_layer", "attn.proj"),
+        (r"attention.([qk])_norm", r"attn.\1_norm"),
         (r"layernorm_before", "norm1"),
         (r"layernorm_after", "norm2"),
         (r"lambda_", "ls"),
@@ -247,30 +318,51 @@ def make_internvl_chat(native: Path, folder: Path) -> Path:
         (r"^multi_modal_projector.linear_1", "mlp1.1"),
         (r"^multi_modal_projector.linear_2", "mlp1.3"),
     ]
+    config = json.loads((native / "config.json").read_text())
+    text, vision = config["text_config"], config["vision_config"]
+    llm_config = text
+    head_dim = vision["hidden_size"] // vision["num_attention_heads"]
+
+    def padded(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """With the dummy heads' zeros."""
+        shape = list(tensor.shape)
+        shape[dim] = (NVLM_DUMMY_HEADS if nvlm else 0) * head_dim
+        return torch.cat([tensor, tensor.new_zeros(shape)], dim)
+
     tensors, parts = {}, {}
     for name, tensor in load_file(native / "model.safetensors").items():
         for old, new in names:
             name = re.sub(old, new, name)
-        if match := re.fullmatch(r"(.*)\.attention\.([qkv])_proj\.weight", name):
-            parts.setdefault(match[1], {})[match[2]] = tensor
+        if match := re.fullmatch(r"(.*)\.attention\.([qkv])_proj\.(weight|bias)", name):
+            parts.setdefault((match[1], match[3]), {})[match[2]] = padded(tensor, 0)
+        elif nvlm and re.fullmatch(r"mlp1\.[13]\.bias", name):
+            assert not tensor.any()  # its projector has none
+        elif re.search(r"attn\.(proj\.weight|[qk]_norm)", name):
+            tensors[name] = padded(tensor, -1)
         else:
             tensors[name] = tensor
-    for stem, qkv in parts.items():
-        tensors[f"{stem}.attn.qkv.weight"] = torch.cat([qkv[letter] for letter in "qkv"])
+    tokenizer = json.loads((native / "tokenizer.json").read_text())
+    internlm2 = tokenizer["model"]["byte_fallback"]
+    if internlm2:
+        tensors = _internlm2(tensors, text)
+        llm_config = {k: v for k, v in text.items() if k not in ("attention_bias", "rope_parameters")} | INTERNLM2_KEYS
+    for (stem, kind), qkv in parts.items():
+        tensors[f"{stem}.attn.qkv.{kind}"] = torch.cat([qkv[letter] for letter in "qkv"])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((native / "config.json").read_text())
-    vision = config["vision_config"]
-    (folder / "configuration_internvl_chat.py").write_text(INTERNVL_CHAT_CONFIG)
+    kind = "NVLM_D" if nvlm else "internvl_chat"
+    text_class = {"qwen2": "Qwen2", "llama": "Llama"}[text["model_type"]]
+    code = ORIGINAL_CONFIG.replace("MODEL_TYPE", kind).replace("TEXT", text_class)
+    (folder / "configuration_chat.py").write_text(code)
     written = dict(
-        architectures=["InternVLChatModel"], model_type="internvl_chat", dtype="float32", tie_word_embeddings=False,
-        auto_map={"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
-        llm_config=config["text_config"] | {"architectures": ["Qwen2ForCausalLM"]},
+        architectures=["NVLM_D" if nvlm else "InternVLChatModel"], model_type=kind, dtype="float32",
+        auto_map={"AutoConfig": "configuration_chat.ChatConfig"}, tie_word_embeddings=False,
+        llm_config={"architectures": [f"{text_class}ForCausalLM"]} | llm_config,
         vision_config=dict(
             architectures=["InternVisionModel"], model_type="intern_vit_6b", hidden_size=vision["hidden_size"],
             intermediate_size=vision["intermediate_size"], num_hidden_layers=vision["num_hidden_layers"],
             num_attention_heads=vision["num_attention_heads"], image_size=56, patch_size=14, num_channels=3,
-            qkv_bias=False, qk_normalization=False, norm_type="layer_norm", layer_norm_eps=vision["layer_norm_eps"],
-            hidden_act="gelu", initializer_factor=0.1, use_flash_attn=False,
+            qkv_bias=vision["attention_bias"], qk_normalization=vision["use_qk_norm"], norm_type=vision["norm_type"],
+            layer_norm_eps=vision["layer_norm_eps"], hidden_act="gelu", initializer_factor=0.1, use_flash_attn=False,
         ),
         downsample_ratio=0.5, dynamic_image_size=True, force_image_size=56, max_dynamic_patch=4, min_dynamic_patch=1,
         use_thumbnail=True, ps_version="v2", select_layer=-1, template="internvl2_5",
@@ -278,12 +370,61 @@ def make_internvl_chat(native: Path, folder: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(written, indent=2))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(native / name, folder / name)
+    if internlm2:
+        _sentencepiece_files(tokenizer, folder)
     tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
     tokenizer_config.pop("processor_class", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
-    template = CHATML.replace("{%- if m['content'] is string -%}", "{%- if true -%}")  # as the original's
+    template = (native / "chat_template.jinja").read_text()
+    template = template.replace("{%- if m['content'] is string -%}", "{%- if true -%}")  # as the original's
     (folder / "chat_template.jinja").write_text(template)
     return folder
+
+
+INTERNLM2_KEYS = {
+    "model_type": "internlm2", "architectures": ["InternLM2ForCausalLM"], "bias": False, "rope_theta": 1e6,
+    "rope_scaling": {"type": "dynamic", "factor": 2.0},
+}  # fmt: skip
+
+
+def _internlm2(tensors: dict[str, torch.Tensor], text: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Llama's tensors as InternLM2 has them: the rows of each key head after those of the queries that share it."""
+    names = {
+        "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
+        "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
+        "model.embed_tokens": "model.tok_embeddings", "language_model.lm_head": "language_model.output",
+    }  # fmt: skip
+    size = text["hidden_size"] // text["num_attention_heads"]
+    shared = text["num_attention_heads"] // text["num_key_value_heads"]
+    result = {}
+    for name, tensor in tensors.items():
+        if name.endswith("self_attn.q_proj.weight"):
+            stem = name.removesuffix("self_attn.q_proj.weight")
+            queries, keys, values = (tensors[f"{stem}self_attn.{letter}_proj.weight"].split(size) for letter in "qkv")
+            rows = []
+            for head, (key, value) in enumerate(zip(keys, values, strict=True)):
+                rows += [*queries[head * shared : (head + 1) * shared], key, value]
+            result[f"{stem}attention.wqkv.weight"] = torch.cat(rows)
+        elif ".self_attn.k_proj." not in name and ".self_attn.v_proj." not in name:
+            for old, new in names.items():
+                name = name.replace(old, new)
+            result[name] = tensor
+    return result
+
+
+def _sentencepiece_files(tokenizer: dict[str, Any], folder: Path) -> None:
+    """What such a checkpoint ships in place of tokenizer.json: pieces, and tokens that were added to them."""
+    import json
+
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    protobuf = import_protobuf()
+    vocabulary = tokenizer["model"]["vocab"]
+    pieces = [protobuf.ModelProto.SentencePiece(piece=piece) for piece in sorted(vocabulary, key=vocabulary.get)]
+    (folder / "tokenizer.model").write_bytes(protobuf.ModelProto(pieces=pieces).SerializeToString())
+    added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    (folder / "tokenizer.json").unlink()
 
 
 def llava_onevision() -> tuple[Any, Any]:
@@ -315,7 +456,8 @@ def llava_onevision() -> tuple[Any, Any]:
     return transformers.LlavaOnevisionForConditionalGeneration(config), processor
 
 
-def idefics3() -> tuple[Any, Any]:
+def idefics3(name: str = "Idefics3") -> tuple[Any, Any]:
+    """Idefics3, or SmolVLM, which is the same but for the names of its classes."""
     specials = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<|begin_of_text|>"]
     specials += [f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)]
     backend = byte_bpe(["<|endoftext|>", *specials])
@@ -326,22 +468,24 @@ def idefics3() -> tuple[Any, Any]:
         eos="<end_of_utterance>",
         bos_token="<|begin_of_text|>",
     )
-    config = transformers.Idefics3Config(
+    config = getattr(transformers, f"{name}Config")(
         text_config=_text(tokenizer, model_type="llama"),
         vision_config=dict(VISION, image_size=56, patch_size=14),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         pad_token_id=tokenizer.pad_token_id,
     )
-    processor = transformers.Idefics3Processor(
+    video = {"video_processor": _video_processor("SmolVLMVideoProcessor")} if name == "SmolVLM" else {}
+    processor = getattr(transformers, f"{name}Processor")(
         image_processor=_image_processor(
-            "Idefics3ImageProcessor", size={"longest_edge": 112}, max_image_size={"longest_edge": 56}
+            f"{name}ImageProcessor", size={"longest_edge": 112}, max_image_size={"longest_edge": 56}
         ),
         tokenizer=tokenizer,
         image_seq_len=4,
         chat_template=tokenizer.chat_template,
+        **video,
     )
-    return transformers.Idefics3ForConditionalGeneration(config), processor
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config), processor
 
 
 def gemma3() -> tuple[Any, Any]:
@@ -371,6 +515,22 @@ def gemma3() -> tuple[Any, Any]:
     return transformers.Gemma3ForConditionalGeneration(config), processor
 
 
+def text_only(model_class: str, *, like: str, **text: Any) -> tuple[Any, Any]:
+    """A language model without pictures, and its tokenizer in the place of a processor."""
+    if like == "llama3":
+        specials, eos, template = ["<|start_header_id|>", "<|end_header_id|>"], "<|eot_id|>", LLAMA3
+        base, begin = ["<|begin_of_text|>", "<|endoftext|>", eos, *specials], {"bos_token": "<|begin_of_text|>"}
+    else:
+        specials, eos, template = ["<|im_start|>"], "<|im_end|>", CHATML
+        base, begin = ["<|endoftext|>", eos, *specials], {}
+    # Templates of language models know strings alone.
+    start, end = template.index("{%- if m['content'] is string -%}"), template.index("{%- endif -%}{{ '<")
+    template = template[:start] + "{{ m['content'] + '' }}" + template[end + len("{%- endif -%}") :]
+    tokenizer = fast(byte_bpe(base, like=like), template, specials=specials, eos=eos, **begin)
+    config = getattr(transformers, f"{model_class}Config")(**_text(tokenizer) | text)
+    return getattr(transformers, f"{model_class}ForCausalLM")(config), tokenizer
+
+
 FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_vl": functools.partial(qwen_vl, "2"),
     "qwen2_vl_padded_head": functools.partial(qwen_vl, "2", head_rows_past_tokenizer=24),
@@ -386,13 +546,55 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "gemma3": gemma3,
 }
 
+NEEDS_TORCHVISION = {"smolvlm": functools.partial(idefics3, "SmolVLM")}  # and num2words
+
+LANGUAGE_MODELS = {
+    "qwen2": functools.partial(text_only, "Qwen2", like="qwen2", tie_word_embeddings=True),
+    "llama3": functools.partial(text_only, "Llama", like="llama3"),
+}
+
+# The paper's models: classes, config keys, tokenizer and ratios of heads as released, but for NVLM-D (`make_original`).
+LARGE = dict(hidden_size=64, num_attention_heads=8, num_key_value_heads=1)
+INTERNLM2 = dict(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}, attention_bias=False)
+LLAMA3_ROPE = {"rope_type": "default", "rope_theta": 5e5}
+PAPER = {
+    "qwen2_vl_72b": functools.partial(qwen_vl, "2", like="qwen2", head_rows_past_tokenizer=24, tied=False, **LARGE),
+    "internvl2_76b": functools.partial(
+        internvl, "llama", like="llama3", vision=INTERN_VIT_6B, rope_parameters=LLAMA3_ROPE, **LARGE
+    ),
+    "internvl2_5_78b": functools.partial(internvl, "qwen2", like="qwen2", vision=INTERN_VIT_6B, **LARGE),
+    "qwen2_vl_2b": functools.partial(qwen_vl, "2", like="qwen2", head_rows_past_tokenizer=8),
+    "qwen2_vl_7b": functools.partial(qwen_vl, "2", like="qwen2", head_rows_past_tokenizer=24, tied=False),
+    "internvl2_5_1b": functools.partial(
+        internvl, "qwen2", like="qwen2", vision=INTERN_VIT_300M, hidden_size=56, num_attention_heads=7,
+        num_key_value_heads=1,
+    ),
+    "internvl2_5_2b": functools.partial(internvl, "llama", vision=INTERN_VIT_300M, **INTERNLM2),
+    "internvl2_5_4b": functools.partial(
+        internvl, "qwen2", like="qwen2", vision=INTERN_VIT_300M, num_attention_heads=8, num_key_value_heads=1
+    ),
+    "internvl2_5_8b": functools.partial(
+        internvl, "llama", vision=INTERN_VIT_300M, hidden_size=48, num_key_value_heads=1, **INTERNLM2
+    ),
+    # InternLM2 in the original layout, with heads that vLLM takes: queries that share a key head, and several of these.
+    "internlm2_native_wide": functools.partial(
+        internvl, "llama", wide=True, vision=INTERN_VIT_300M, hidden_size=128, num_attention_heads=4,
+        num_key_value_heads=2, **INTERNLM2,
+    ),
+    # What `make_original` makes NVLM-D of. Its projector is as wide as the text model's MLP.
+    "nvlm_d_native_wide": functools.partial(
+        internvl, "qwen2", wide=True, like="qwen2", vision=INTERN_VIT_6B, intermediate_size=64,
+        marks=("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+    ),
+}  # fmt: skip
+
 
 def make(family: str, folder: Path, seed: int = 0) -> Path:
     """Write the tiny model of `family` to `folder` once and return it."""
     if not (folder / "config.json").exists():
         torch.manual_seed(seed)
         with without_video_processors():
-            model, processor = FAMILIES[family]()
+            model, processor = (FAMILIES | PAPER | LANGUAGE_MODELS | NEEDS_TORCHVISION)[family]()
             _spread_weights(model, norms=family.endswith("_wide"))
             model.save_pretrained(folder)
             processor.save_pretrained(folder)

@@ -257,9 +257,12 @@ class VLLMTeacher:
             top_k=1,
             draws=0,
         )
-        self._on_workers("genrecal_count_pictures", True)
+        counted: list[int] = []
+        if self.renderer.takes_pictures:
+            self._on_workers("genrecal_count_pictures", True)
         (rows,) = self.run([encoded], [request])
-        counted = [n for n in self._on_workers("genrecal_count_pictures", False) if n is not None]
+        if self.renderer.takes_pictures:
+            counted = [n for n in self._on_workers("genrecal_count_pictures", False) if n is not None]
         if isinstance(rows, SampleError):
             raise rows
         hidden = rows.question

@@ -134,6 +134,9 @@ class RowsHead(nn.Module):
         return results
 
 
+HEAD_NAMES = ("lm_head", "output")  # the second is InternLM2's
+
+
 class TeacherWorker:
     """Methods that vLLM adds to its workers; the engine calls them by name. Every name begins with `genrecal_`."""
 
@@ -202,14 +205,14 @@ class TeacherWorker:
             return None
         hidden = unpack_states(states).to(self.device)
         model = self.model_runner.model
-        owner = _logits_owner(model)
+        owner, name = _logits_owner(model)
         kept = dict(owner._modules)
         processor: Any = kept["logits_processor"]
-        head: Any = kept["lm_head"].__dict__.get("module")  # behind a placeholder, unless the head is the embedding
+        head: Any = kept[name].__dict__.get("module")  # behind a placeholder, unless the head is the embedding
         try:
             owner._modules["logits_processor"] = processor.__dict__.get("module", processor)
             if head is not None:
-                owner._modules["lm_head"] = _load_head(head, path, hidden)
+                owner._modules[name] = _load_head(head, path, hidden)
             with torch.inference_mode():
                 logits = model.compute_logits(hidden)
         finally:
@@ -235,11 +238,13 @@ def unpack_states(data: bytes) -> torch.Tensor:
     return safetensors.torch.load(data)["states"]
 
 
-def _logits_owner(model: nn.Module) -> nn.Module:
-    """The module that holds the head and what makes logits with it. Raises ModelError if there is none."""
+def _logits_owner(model: nn.Module) -> tuple[nn.Module, str]:
+    """The module that holds the head and what makes logits with it, and the head's name there. Raises ModelError if there is
+    none."""
     for module in model.modules():
-        if {"logits_processor", "lm_head"} <= module._modules.keys():
-            return module
+        for name in HEAD_NAMES:
+            if {"logits_processor", name} <= module._modules.keys():
+                return module, name
     raise ModelError(f"{type(model).__name__} of vLLM has no lm_head with a logits_processor; use --backend hf")
 
 
@@ -273,7 +278,7 @@ def _text_model(model: Any) -> Any:
 
 def _logit_transform(model: nn.Module) -> LogitTransform | None:
     """What vLLM does after this model's head, as its logits processor says; None for what we cannot repeat."""
-    processor: Any = _logits_owner(model)._modules["logits_processor"]
+    processor: Any = _logits_owner(model)[0]._modules["logits_processor"]
     scale, softcap = float(processor.scale), processor.soft_cap
     if softcap is not None and scale != 1.0:
         return None  # vLLM scales after the cap, LogitTransform before it

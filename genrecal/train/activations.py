@@ -241,11 +241,11 @@ class _Student:
 
 def _student_of(student_config: Any, layers: int) -> _Student:
     """A model of the student's class with `layers` decoder layers."""
-    from transformers import AutoModelForImageTextToText
+    from genrecal.vlm.loading import auto_class
 
     config = copy.deepcopy(student_config)
     text = config.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
         text.layer_types = (text.layer_types * layers)[:layers]
-    return _Student(path="", model=AutoModelForImageTextToText.from_config(config))
+    return _Student(path="", model=auto_class(config).from_config(config))

@@ -3,6 +3,7 @@
 It is loaded again in its stock class and compared with what was trained before it is put in place.
 """
 
+import contextlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from genrecal.errors import ModelError, UsageError
+from genrecal.errors import ModelError, SampleError, UsageError
 from genrecal.files import temporary_path
 from genrecal.samples import Sample, decode_image
 from genrecal.shards.reader import Cache
@@ -38,9 +39,9 @@ def export(run: Run, out: Path, *, cache: str | None = None, stage: int | None =
         raise UsageError(f"{run.path}: stage {max(stage, 2)} has not finished, so no student has been trained yet")
     if out.exists():
         raise UsageError(f"--out {out}: exists already; choose another folder or delete it")
-    samples = _check_samples(cache or run.cache)
     base = model_folder(run.student)
     student = run.student_after(stage, "auto")
+    samples = _check_samples(cache or run.cache, student)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(out)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -55,12 +56,21 @@ def export(run: Run, out: Path, *, cache: str | None = None, stage: int | None =
     return stage
 
 
-def _check_samples(cache: str) -> list[Sample]:
+def _check_samples(cache: str, student: VLM) -> list[Sample]:
+    """The first cached samples that the student can take (of a language model: those without pictures)."""
+    samples: list[Sample] = []
     try:
-        records = Cache(cache)[:CHECK_SAMPLES]
-        return [record.sample for record in records]
+        opened = Cache(cache)
+        for index in range(len(opened)):
+            sample = opened[index].sample
+            with contextlib.suppress(SampleError):
+                student.renderer.encode(sample)
+                samples.append(sample)
+            if len(samples) == CHECK_SAMPLES:
+                break
     except ValueError as error:
         raise UsageError(f"export compares outputs on a few cached samples, but {error}; give --cache") from None
+    return samples
 
 
 def _write(student: VLM, base: Path, folder: Path) -> None:

@@ -53,6 +53,13 @@ class Checkpoint:
         with safe_open(self._needed(self._file_of[name]), "pt") as file:
             return file.get_tensor(name)
 
+    def files(self) -> dict[str, list[str]]:
+        """Names of the tensors in each file."""
+        names: dict[str, list[str]] = {}
+        for name, file in self._file_of.items():
+            names.setdefault(file, []).append(name)
+        return names
+
     @property
     def text_config(self) -> dict[str, Any]:
         """The part of config.json that describes the text model."""

@@ -1,20 +1,19 @@
-"""A processor for the original InternVL layout (`internvl_chat`: InternVL 1.5, 2, 2.5, 3), which ships a tokenizer only.
+"""Processors for layouts that transformers has no class for: the original InternVL (`internvl_chat`: InternVL 1.5, 2, 2.5,
+3) and NVLM-D. Both ship a tokenizer only.
 
-It does to a prompt what the checkpoint's own `chat` method does: "<image>" becomes `<img>`, 256 times `<IMG_CONTEXT>` for
-each tile, `</img>`. It prepares no pixels: transformers has no class for this layout, and vLLM prepares them itself.
+They do to a prompt what the checkpoint's own `chat` method does: a picture's placeholder becomes as many context tokens as
+its tiles have, and what the layout puts around them. They prepare no pixels: vLLM prepares them itself.
 """
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 
-MODEL_TYPE = "internvl_chat"
 PLACEHOLDER = "<image>"
-START, CONTEXT, END = "<img>", "<IMG_CONTEXT>", "</img>"
 
 
 class InternVLChatProcessor:
@@ -24,6 +23,13 @@ class InternVLChatProcessor:
         tokenizer: the checkpoint's.
         config: its config.json.
     """
+
+    model_type: ClassVar[str] = "internvl_chat"
+    context: ClassVar[str] = "<IMG_CONTEXT>"  # the token that a visual embedding takes the place of
+    replaced: ClassVar[str] = PLACEHOLDER  # what vLLM looks for in a prompt
+    instead: ClassVar[str] = (
+        "run `genrecal convert MODEL --processor OpenGVLab/InternVL3-1B-hf --out DIR` (docs/models.md)"
+    )
 
     def __init__(self, tokenizer: Any, config: dict[str, Any]):
         self.tokenizer = tokenizer
@@ -35,8 +41,12 @@ class InternVLChatProcessor:
         self.min_tiles = int(config["min_dynamic_patch"]) if dynamic else 1
         self.max_tiles = int(config["max_dynamic_patch"]) if dynamic else 1
         self.use_thumbnail = bool(config.get("use_thumbnail", True))
-        self.image_token_id = int(tokenizer.convert_tokens_to_ids(CONTEXT))
+        self.image_token_id = int(tokenizer.convert_tokens_to_ids(self.context))
         self.image_processor = self  # a sign that pictures are taken
+
+    def run_of(self, tiles: int) -> str:
+        """What stands in a prompt for a picture of so many tiles."""
+        return f"<img>{self.context * (self.tokens_a_tile * tiles)}</img>"
 
     def apply_chat_template(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
         """The tokenizer's template takes strings alone: a picture is "<image>" and a line break, as in training."""
@@ -54,28 +64,33 @@ class InternVLChatProcessor:
         Raises ValueError if the text holds another number of "<image>".
         """
         pictures = list(images[0]) if images else []
-        pieces = text[0].split(PLACEHOLDER)
-        if len(pieces) - 1 != len(pictures):
-            raise ValueError(f"the text holds {len(pieces) - 1} times {PLACEHOLDER}, expected {len(pictures)}")
-        runs = [START + CONTEXT * (self.tokens_a_tile * self.num_tiles(*image.size)) + END for image in pictures]
-        whole = pieces[0] + "".join(run + piece for run, piece in zip(runs, pieces[1:], strict=True))
-        ids = torch.tensor([self.tokenizer(whole)["input_ids"]])
+        if (count := text[0].count(PLACEHOLDER)) != len(pictures):
+            raise ValueError(f"the text holds {count} times {PLACEHOLDER}, expected {len(pictures)}")
+        runs = [self._expanded(self.num_tiles(*image.size)) for image in pictures]
+        ids = torch.tensor([self._ids(text[0], runs)])
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def raw_ids(self, text: str) -> list[int]:
-        """The ids of a text whose every "<image>" is tokenised by itself, as vLLM looks for it.
+        """The ids of a text whose every placeholder is tokenised by itself, as vLLM looks for it.
 
         A byte-level BPE would join its ">" with a line break, and vLLM then tokenises the whole conversation anew.
         """
-        start, end = (self.tokenizer.convert_tokens_to_ids(token) for token in (START, END))
-        placeholder = self.tokenizer(PLACEHOLDER, add_special_tokens=False)["input_ids"]
+        return self._ids(text, [self._plain(self.replaced)] * text.count(PLACEHOLDER))
+
+    def _ids(self, text: str, pictures: Sequence[list[int]]) -> list[int]:
+        """The ids of a text with these in place of its pictures. A context token, which no tokenizer joins with its
+        neighbours, holds their places meanwhile."""
+        waiting = iter(pictures)
         ids: list[int] = []
-        for token in self.tokenizer(text.replace(PLACEHOLDER, START + END))["input_ids"]:
-            if token == end and ids and ids[-1] == start:
-                ids[-1:] = placeholder
-            else:
-                ids.append(token)
+        for token in self.tokenizer(text.replace(self.replaced, self.context))["input_ids"]:
+            ids += next(waiting) if token == self.image_token_id else [token]
         return ids
+
+    def _expanded(self, tiles: int) -> list[int]:
+        return self._plain(self.run_of(tiles))
+
+    def _plain(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def num_tiles(self, width: int, height: int) -> int:
         """Tiles of a picture: those of the grid nearest to its aspect ratio, and a thumbnail if they are several."""
@@ -99,18 +114,40 @@ class InternVLChatProcessor:
         return tiles + 1 if self.use_thumbnail and tiles > 1 else tiles
 
 
-def is_internvl_chat(path: str | Path) -> bool:
-    """Whether a model folder or hub model is of this layout."""
-    return bool(_config(path).get("model_type") == MODEL_TYPE)
+class NVLMProcessor(InternVLChatProcessor):
+    """NVLM-D: every tile has a tag before its context tokens, in plain text ("<tile_1>", or that of the thumbnail).
+
+    vLLM tokenises a picture's run and the line break after it each by itself, and so do we.
+    """
+
+    model_type = "NVLM_D"
+    context = "<|vision_pad|>"
+    replaced = PLACEHOLDER + "\n"
+    instead = "take another student"
+
+    def run_of(self, tiles: int) -> str:
+        tags = [f"<tile_{number}>" for number in range(1, tiles)] + ["<tile_global_thumbnail>"]
+        return f"<Image>{''.join(tag + self.context * self.tokens_a_tile for tag in tags)}</Image>"
+
+    def _expanded(self, tiles: int) -> list[int]:
+        return super()._expanded(tiles) + self._plain("\n")
 
 
-def load_internvl_chat_processor(path: str | Path, *, trust_remote_code: bool) -> InternVLChatProcessor:
-    """The processor of a checkpoint of this layout."""
+LAYOUTS = {layout.model_type: layout for layout in (InternVLChatProcessor, NVLMProcessor)}
+
+
+def original_layout(path: str | Path) -> type[InternVLChatProcessor] | None:
+    """The processor of a model folder's or hub model's layout; None if transformers knows the layout itself."""
+    return LAYOUTS.get(str(_config(path).get("model_type")))
+
+
+def load_original_processor(path: str | Path, *, trust_remote_code: bool) -> InternVLChatProcessor:
+    """The processor of a checkpoint of such a layout."""
     from transformers import AutoTokenizer
 
-    return InternVLChatProcessor(
-        AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code), _config(path)
-    )
+    layout = original_layout(path)
+    assert layout is not None
+    return layout(AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code), _config(path))
 
 
 def _config(path: str | Path) -> dict[str, Any]:

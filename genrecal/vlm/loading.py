@@ -1,4 +1,5 @@
-"""Load any vision-language model that transformers' AutoModelForImageTextToText knows, split as body and head."""
+"""Load any vision-language model that transformers' AutoModelForImageTextToText knows, or a language model, split as body
+and head."""
 
 import contextlib
 import hashlib
@@ -17,7 +18,7 @@ from torch import nn
 from genrecal.errors import ModelError, UsageError
 from genrecal.samples import ImageRef, Message
 from genrecal.shards.head import FrozenHead, LogitTransform
-from genrecal.vlm.internvl_chat import MODEL_TYPE, is_internvl_chat, load_internvl_chat_processor
+from genrecal.vlm.internvl_chat import load_original_processor, original_layout
 from genrecal.vlm.rendering import Renderer
 
 # What families call the numbers that follow their head, by what is done with them.
@@ -68,9 +69,13 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
     try:
         with without_video_processors(), _quiet():
-            if is_internvl_chat(path):
-                return load_internvl_chat_processor(path, trust_remote_code=trust_remote_code)
+            if original_layout(path) is not None:
+                return load_original_processor(path, trust_remote_code=trust_remote_code)
             processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except TypeError as error:
+        if image_backend() == "pil" and "video_processor" in str(error):  # SmolVLM's cannot do without
+            raise ModelError(f"{path}: its processor needs torchvision: pip install torchvision num2words") from None
+        raise ModelError(f"{path}: its processor cannot be loaded: {first_line(error)}") from None
     except Exception as error:
         raise ModelError(f"{path}: its processor cannot be loaded: {first_line(error)}") from None
     if image_backend() == "pil" and "video_processor" in getattr(type(processor), "get_attributes", list)():
@@ -170,21 +175,23 @@ def load_vlm(
         trust_remote_code: run Python that comes with the checkpoint; never done without being asked for.
 
     Raises:
-        ModelError: the folder is not a model that AutoModelForImageTextToText knows, its chat template cannot be split
-            into turns, or nothing known makes its logits from its head's output. The message is the reason.
+        ModelError: the folder is not a model that AutoModelForImageTextToText knows, nor a language model; its chat
+            template cannot be split into turns, or nothing known makes its logits from its head's output. The message is
+            the reason.
     """
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoConfig
 
     if Path(path).expanduser().exists() and not (Path(path) / "config.json").exists():
         raise ModelError(f"{path}: expected a model folder, found no config.json in it")
-    if is_internvl_chat(path):
+    if (layout := original_layout(path)) is not None:
         raise ModelError(
-            f"{path}: transformers has no class for the original InternVL layout ({MODEL_TYPE}); use a conversion to its own "
-            "layout (the hub names end with -HF), or --backend vllm to cache a teacher"
+            f"{path}: transformers has no class for the original {layout.model_type} layout; {layout.instead}, or cache it as "
+            "a teacher with --backend vllm"
         )
     try:
         with _quiet():
-            model = AutoModelForImageTextToText.from_pretrained(
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            model = auto_class(config).from_pretrained(
                 path,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
@@ -197,6 +204,17 @@ def load_vlm(
     if device != SPLIT:
         model.to(device)
     return split_vlm(model.eval(), renderer, path=str(path))
+
+
+def auto_class(config: Any) -> Any:
+    """transformers' class that builds the model of a config: AutoModelForCausalLM for one that names itself a language
+    model and that AutoModelForImageTextToText does not know."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    names = config.architectures or ()
+    is_text = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    is_text = is_text and type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForCausalLM if is_text else AutoModelForImageTextToText
 
 
 def split_vlm(model: Any, renderer: Renderer, *, path: str = "") -> VLM:
@@ -215,7 +233,7 @@ def find_logit_transform(model: Any, body: nn.Module, head: nn.Linear, renderer:
     (Gemma3ForConditionalGeneration of transformers 5.23 has a softcap in its config and does not apply it.)
     Raises ModelError if no known combination gives the model's own logits bit for bit.
     """
-    parts = (ImageRef(0), "What is shown?") if hasattr(renderer.processor, "image_processor") else ("What is it?",)
+    parts = (ImageRef(0), "What is shown?") if renderer.takes_pictures else ("What is it?",)
     picture = Image.effect_mandelbrot((96, 64), (-2, -1.5, 1, 1.5), 40).convert("RGB")
     pictures = [picture] if len(parts) == 2 else []
     messages = [Message(role="user", parts=parts), Message(role="assistant", parts=("a red square",))]

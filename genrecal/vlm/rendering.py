@@ -93,6 +93,7 @@ class Renderer:
     def __init__(self, processor: Any):
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.takes_pictures = hasattr(processor, "image_processor")  # a language model has a tokenizer alone
         self.byte_tokenizer = ByteTokenizer(self.tokenizer)
         special = {str(t) for t in self.tokenizer.added_tokens_decoder.values() if getattr(t, "special", False)}
         self._special = re.compile("|".join(re.escape(t) for t in sorted(special, key=len, reverse=True)) or r"(?!)")
@@ -116,6 +117,8 @@ class Renderer:
         max_tokens: int | None = None,
     ) -> Encoded:
         """Render messages that end with an assistant's turn."""
+        if images and not self.takes_pictures:
+            raise SampleError("the conversation has pictures, and this is a language model, which takes text alone")
         answers = [message.text for message in messages if message.role == "assistant"]
         self._refuse_special_tokens(messages)
         text, ordinals = self._text_without_answers(messages, num_answers=len(answers))
@@ -220,7 +223,11 @@ class Renderer:
         rendered: list[dict[str, Any]] = []
         for message in messages:
             parts = [answer] if answer is not None and message.role == "assistant" else message.parts
-            content = [{"type": "image"} if isinstance(p, ImageRef) else {"type": "text", "text": p} for p in parts]
+            content: Any = [
+                {"type": "image"} if isinstance(p, ImageRef) else {"type": "text", "text": p} for p in parts
+            ]
+            if not self.takes_pictures:  # templates of language models take strings
+                content = "".join(part for part in parts if isinstance(part, str))
             rendered.append({"role": message.role, "content": content})
         try:
             return str(self.processor.apply_chat_template(rendered, tokenize=False, add_generation_prompt=prompt))
@@ -235,8 +242,9 @@ class Renderer:
                 raise SampleError(f"the text holds {MARK!r}, which genrecal uses to mark answers")
 
     def _process(self, text: str, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+        pictures = {"images": [images]} if images else {}
         try:
-            return dict(self.processor(text=[text], images=[images] if images else None, return_tensors="pt"))
+            return dict(self.processor(text=[text], **pictures, return_tensors="pt"))
         except Exception as error:  # each processor has its own kinds
             raise SampleError(f"the processor refuses this conversation: {error}") from None
 
@@ -342,7 +350,7 @@ class Renderer:
 
     def _probe_images(self) -> frozenset[str]:
         """Which of the processor's tensors have one row a conversation, however many pictures it holds."""
-        if not hasattr(self.processor, "image_processor"):
+        if not self.takes_pictures:
             return frozenset()
         picture = Image.new("RGB", (64, 48), (200, 30, 30))
         question = Message(role="user", parts=(ImageRef(0), ImageRef(1), "one"))

@@ -73,12 +73,14 @@ def meta_model(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     Raises ModelError if transformers cannot build it, or it has no decoder apart from its vision.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig
+
+    from genrecal.vlm.loading import auto_class
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ModelError(
             f"{path}: its sizes cannot be told from its config: {str(error).strip().splitlines()[0]}"

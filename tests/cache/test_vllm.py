@@ -5,6 +5,7 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 
@@ -23,6 +24,7 @@ pytest.importorskip("vllm", reason="needs vLLM: `make test-vllm` runs these in a
 import tiny_models
 import torch
 from conftest import conversation, mixed_samples, write_llava
+from pair_runs import STUDENTS, note_pair, train_and_check
 
 from genrecal.cache import vllm_teacher
 from genrecal.cache.job import CacheOptions, run_cache_job
@@ -32,6 +34,9 @@ from genrecal.cache.vllm_teacher import VLLMTeacher
 from genrecal.errors import ModelError, SampleError, UsageError
 from genrecal.samples import open_samples
 from genrecal.shards.reader import open_cache
+from genrecal.vlm.convert import convert_internvl
+from genrecal.vlm.loading import split_vlm
+from genrecal.vlm.rendering import Renderer
 
 pytestmark = pytest.mark.vllm
 
@@ -61,13 +66,45 @@ class Pair:
         self.hf = HFTeacher.load(reference, dtype=dtype)
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "internvl", "internvl_chat", "qwen2_vl_bf16"])
+class WithPixels:
+    """NVLM-D's tokens with the pixels that transformers prepares for InternVL, whose class can then run its weights."""
+
+    def __init__(self, processor, image_processor):
+        self.processor, self.image_processor = processor, image_processor
+        self.tokenizer, self.chat_template = processor.tokenizer, processor.chat_template
+        self.apply_chat_template, self.raw_ids = processor.apply_chat_template, processor.raw_ids
+
+    def __call__(self, text, images=None, **_):
+        inputs = self.processor(text, images)
+        if images:
+            inputs["pixel_values"] = self.image_processor(images[0], return_tensors="pt")["pixel_values"]
+        return inputs
+
+
+@pytest.fixture(
+    scope="module",
+    params=["qwen2_vl", "qwen2_5_vl", "internvl", "internvl_chat", "internlm2", "nvlm_d", "qwen2_vl_bf16"],
+)
 def pair(request, tiny, tmp_path_factory):
     name = request.param
     if name == "internvl_chat":
         native = tiny("internvl_wide")
-        path = tiny_models.make_internvl_chat(native, tmp_path_factory.mktemp("chat") / "internvl_chat")
+        path = tiny_models.make_original(native, tmp_path_factory.mktemp("chat") / "internvl_chat")
         made = Pair(path, native, engine_args=SMALL, trust_remote_code=True)
+    elif name == "internlm2":
+        # vLLM runs the original, transformers what was converted from it: each checks the other.
+        native, folder = tiny("internlm2_native_wide"), tmp_path_factory.mktemp("internlm2")
+        path = tiny_models.make_original(native, folder / "original")
+        convert_internvl(path, folder / "converted", processor=native)
+        shutil.copy(native / "tokenizer.json", path)  # in the place of the checkpoint's own code
+        (path / "tokenizer.model").unlink()
+        made = Pair(path, folder / "converted", engine_args=SMALL, trust_remote_code=True)
+    elif name == "nvlm_d":
+        native = tiny("nvlm_d_native_wide")
+        path = tiny_models.make_original(native, tmp_path_factory.mktemp("nvlm") / "nvlm_d", nvlm=True)
+        made = Pair(path, native, engine_args=SMALL, trust_remote_code=True)
+        processor = WithPixels(made.vllm.renderer.processor, made.hf.renderer.processor.image_processor)
+        made.hf = HFTeacher(split_vlm(made.hf.vlm.model, Renderer(processor)))
     elif name == "qwen2_vl_bf16":
         made = Pair(tiny("qwen2_vl_wide"), tiny("qwen2_vl_wide"), torch.bfloat16, engine_args=SMALL)
     else:
@@ -83,14 +120,14 @@ def only(*names):
     return pytest.mark.parametrize("pair", names, indirect=True)
 
 
-float32 = only("qwen2_vl", "qwen2_5_vl", "internvl", "internvl_chat")
+float32 = only("qwen2_vl", "qwen2_5_vl", "internvl", "internvl_chat", "internlm2", "nvlm_d")
 qwen2_vl = only("qwen2_vl")
 
 
 def kinds(pair):
     """Conversations of every kind, with questions for half of them."""
     samples = mixed_samples(12)
-    if pair.name == "internvl_chat":
+    if pair.name in ("internvl_chat", "internlm2", "nvlm_d"):
         samples = [resized(sample, WHOLE_TILE) for sample in samples]
     return samples
 
@@ -208,6 +245,24 @@ def test_caches_agree(pair, tmp_path):
         assert np.abs(want.answer_rows().topk_logits - got.answer_rows().topk_logits).max() < LOGIT
     with pytest.raises(UsageError, match="backend was 'hf', now 'vllm'"):
         run_cache_job(pair.vllm, open_samples([data]), tmp_path / "hf", options)
+
+
+@pytest.fixture(scope="module")
+def nvlm_cache(pair, tmp_path_factory):
+    """A cache of NVLM-D, which no other backend runs."""
+    folder = tmp_path_factory.mktemp("nvlm_cache")
+    run_cache_job(
+        pair.vllm, open_samples([write_llava(folder / "data", mixed_samples(8))]), folder / "cache", CacheOptions()
+    )
+    assert len(open_cache(folder / "cache")) == 8
+    return folder / "cache"
+
+
+@only("nvlm_d")
+@pytest.mark.parametrize("student", STUDENTS)
+def test_the_papers_pairs_with_nvlm_d(nvlm_cache, tiny, tmp_path, record_property, student):
+    note_pair(record_property, "nvlm_d_72b", student, "vllm")
+    train_and_check(nvlm_cache, tiny(student), tmp_path)
 
 
 @qwen2_vl
@@ -337,7 +392,7 @@ def test_what_cannot_be_is_refused_with_why(tiny, options, error, reason):
 
 
 def test_code_of_the_checkpoint_is_not_run_unasked(tiny, tmp_path):
-    path = tiny_models.make_internvl_chat(tiny("internvl_wide"), tmp_path / "chat")
+    path = tiny_models.make_original(tiny("internvl_wide"), tmp_path / "chat")
     with pytest.raises(ModelError, match="trust_remote_code|custom code"):
         start(path, dtype=torch.float32, engine_args=SMALL)
 

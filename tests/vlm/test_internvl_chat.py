@@ -6,6 +6,7 @@ import tiny_models
 from conftest import conversation, mixed_samples, picture
 
 from genrecal.errors import ModelError, SampleError
+from genrecal.samples import decode_image
 from genrecal.vlm.internvl_chat import InternVLChatProcessor
 from genrecal.vlm.loading import load_processor, load_vlm
 from genrecal.vlm.rendering import Renderer
@@ -13,7 +14,7 @@ from genrecal.vlm.rendering import Renderer
 
 @pytest.fixture(scope="module")
 def folder(tiny, tmp_path_factory):
-    return tiny_models.make_internvl_chat(tiny("internvl_wide"), tmp_path_factory.mktemp("chat") / "model")
+    return tiny_models.make_original(tiny("internvl_wide"), tmp_path_factory.mktemp("chat") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -83,5 +84,53 @@ def test_fixed_tiles_and_no_thumbnail(renderer, folder):
 
 
 def test_transformers_cannot_run_it(folder):
-    with pytest.raises(ModelError, match="no class for the original InternVL layout.*-HF.*--backend vllm"):
+    with pytest.raises(
+        ModelError, match="no class for the original internvl_chat layout.*genrecal convert.*--backend vllm"
+    ):
+        load_vlm(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------- NVLM-D
+
+
+@pytest.fixture(scope="module")
+def nvlm(tiny, tmp_path_factory):
+    native = tiny("nvlm_d_native_wide")
+    folder = tiny_models.make_original(native, tmp_path_factory.mktemp("nvlm") / "model", nvlm=True)
+    return Renderer(load_processor(folder, trust_remote_code=True))
+
+
+def test_every_tile_of_nvlm_d_has_its_tag(nvlm):
+    pad = "<|vision_pad|>" * nvlm.processor.tokens_a_tile
+    for sample in mixed_samples(4):
+        encoded = nvlm.encode(sample)
+        text = nvlm.tokenizer.decode(encoded.input_ids)
+        for image in sample.images:
+            tiles = nvlm.processor.num_tiles(*decode_image(image.read()).size)
+            tags = [*(f"<tile_{number}>" for number in range(1, tiles)), "<tile_global_thumbnail>"]
+            run = f"<Image>{''.join(tag + pad for tag in tags)}</Image>\n"
+            assert run in text
+            text = text.replace(run, "<image>\n", 1)
+        assert "Image>" not in text and "vision_pad" not in text
+        assert encoded.answers[0].ids.tolist() == encoded.input_ids[slice(*encoded.segments()[1][:2])].tolist()
+
+
+def test_what_stands_around_a_picture_of_nvlm_d_is_tokenised_by_itself(nvlm):
+    """As vLLM does it, though the tokenizer would join ">" and the line break."""
+    joined = nvlm.tokenizer("</Image>\n")["input_ids"]
+    apart = [*nvlm.tokenizer("</Image>")["input_ids"], *nvlm.tokenizer("\n")["input_ids"]]
+    assert joined != apart
+    sample = mixed_samples(1)[0]
+    ids, raw = nvlm.encode(sample).input_ids.tolist(), nvlm.raw_ids(sample.messages)
+    assert any(ids[place : place + len(apart)] == apart for place in range(len(ids)))
+    placeholder = nvlm.tokenizer("<image>\n")["input_ids"]
+    places = [place for place in range(len(raw)) if raw[place : place + len(placeholder)] == placeholder]
+    assert len(places) == len(sample.images) == 1
+    rest = raw[places[0] + len(placeholder) :]
+    assert raw[: places[0]] == ids[: places[0]] and rest == ids[-len(rest) :]
+
+
+def test_nvlm_d_is_no_student(tiny, tmp_path):
+    folder = tiny_models.make_original(tiny("nvlm_d_native_wide"), tmp_path / "model", nvlm=True)
+    with pytest.raises(ModelError, match="no class for the original NVLM_D layout; take another student, or cache it"):
         load_vlm(folder)

@@ -11,7 +11,7 @@ from genrecal.samples import Message
 from genrecal.vlm.loading import load_processor
 from genrecal.vlm.rendering import Renderer
 
-FAMILIES = sorted(tiny_models.FAMILIES)
+FAMILIES = [*sorted(tiny_models.FAMILIES), "internvl2_76b"]  # the last for Llama 3's tokenizer and template
 ANSWERS = [" leading space", "\n\nnewlines\n", "7 of 9", "中文，好的。", "🙂 and 👨‍👩‍👧", "trailing \n", "plain"]
 
 
