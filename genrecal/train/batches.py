@@ -248,7 +248,14 @@ def _empty_batch(stand_in: StandIn, renderer: Renderer, wanted: Wanted) -> Micro
     """A micro-batch of no samples: the stand-in goes through every module, and no row of it is read."""
     inputs = renderer.collate([stand_in.encoded])
     none = torch.zeros(0, dtype=torch.int64)
-    batch = MicroBatch(keys=[], student_inputs=inputs, sft_rows=none, sft_ids=none, sft_first=none.bool())
+    batch = MicroBatch(
+        keys=[],
+        student_inputs=inputs,
+        picture_rows=renderer.picture_rows([stand_in.encoded]),
+        sft_rows=none,
+        sft_ids=none,
+        sft_first=none.bool(),
+    )
     if wanted.teacher:
         batch.answer_states = torch.zeros(0, stand_in.teacher_size)
         batch.splice = Splice(rows=torch.arange(inputs["input_ids"].shape[1])[None], predicts=none)
@@ -283,7 +290,7 @@ def _student_part(encoded: Sequence[Encoded], renderer: Renderer, *, beside: Seq
     return MicroBatch(
         keys=[item.key for item in encoded],
         student_inputs=inputs,
-        picture_rows=renderer.picture_rows(encoded),
+        picture_rows=renderer.picture_rows([*encoded, *beside]),
         sft_rows=flat,
         sft_ids=inputs["input_ids"].flatten()[flat + 1],
         sft_first=torch.from_numpy(np.concatenate(first)),
