@@ -140,10 +140,15 @@ class LiveSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What a stage reads: teacher states at all, the question tier, and what `exact` or `sampled` targets need."""
+    """What a stage reads: teacher states at all, the question tier, and what `exact` or `sampled` targets need.
+
+    last_answer: whether the student runs over the last answer too. Stage 1 reads its states of the questions alone, and
+    these see nothing of an answer after them.
+    """
 
     teacher: bool
     questions: bool
+    last_answer: bool = True
     exact: bool = False
     sampled: bool = False
 
@@ -227,7 +232,8 @@ class BatchBuilder(Dataset[Loaded]):
                 continue
             sample, record = item
             try:
-                encoded.append(self.renderer.encode(sample, max_tokens=self.max_tokens or None))
+                rendered = self.renderer.encode(sample, max_tokens=self.max_tokens or None)
+                encoded.append(rendered if self.wanted.last_answer else self.renderer.without_last_answer(rendered))
                 records.append(record)
             except SampleError as error:
                 skipped.append(f"{sample.key}: {error}")

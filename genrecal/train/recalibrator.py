@@ -35,13 +35,18 @@ class Recalibrator(nn.Module):
         self.rec_proj_post = nn.Linear(student_size, teacher_size)
         self.rec_norm = nn.LayerNorm(teacher_size)
 
-    def forward(self, splice: torch.Tensor) -> torch.Tensor:
-        """Splices `[B, L, D_s]`, padded on the right -> states `[B, L, D_t]`.
+    def forward(self, splice: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Splices `[B, L, D_s]`, padded on the right -> states `[B, L, D_t]`, or `[N, D_t]` of `rows` alone.
 
         No mask is passed: a causal body cannot look at padding on its right, and without a mask the attention kernels
         take their causal path. Position ids are the default 0, 1, 2, ...
+
+        Args:
+            rows: int64 `[N]`, flat in B * L; the others are not projected to D_t.
         """
         hidden = self.rec_body(inputs_embeds=splice, use_cache=False).last_hidden_state
+        if rows is not None:
+            hidden = hidden.flatten(0, 1)[rows]
         return self.rec_norm(self.rec_proj_post(hidden))
 
 

@@ -46,7 +46,13 @@ def wanted_by(stage: int, config: TrainConfig) -> Wanted:
         return Wanted(teacher=False, questions=False)
     questions = stage == 1 and config.loss.reg_weight > 0
     target = config.loss.target
-    return Wanted(teacher=True, questions=questions, exact=target == "exact", sampled=target == "sample")
+    return Wanted(
+        teacher=True,
+        questions=questions,
+        last_answer=stage > 1,
+        exact=target == "exact",
+        sampled=target == "sample",
+    )
 
 
 class Distiller(nn.Module):
@@ -146,8 +152,8 @@ class Distiller(nn.Module):
         """Recalibrator(splice) at the prediction positions, `[N, D_t]`."""
         assert self.recalibrator is not None
         source = torch.cat([questions.to(answers.dtype), answers])
-        recalibrated = self.recalibrator(source[splice.rows])
-        return recalibrated.flatten(0, 1)[splice.predicts]
+        recalibrated: torch.Tensor = self.recalibrator(source[splice.rows], splice.predicts)
+        return recalibrated
 
     def _losses(self, rows: torch.Tensor, batch: MicroBatch, which: slice | torch.Tensor) -> RowLosses:
         assert self.head is not None and batch.target_ids is not None and batch.topk_ids is not None

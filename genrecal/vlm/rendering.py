@@ -149,9 +149,18 @@ class Renderer:
         """Render messages that end with a user's turn, ready for generation; the same tokens as a Q segment."""
         self._refuse_special_tokens(messages)
         answer = Message(role="assistant", parts=("a",))
-        encoded = self.encode_messages([*messages, answer], images)
+        return self.without_last_answer(self.encode_messages([*messages, answer], images)).inputs
+
+    def without_last_answer(self, encoded: Encoded) -> Encoded:
+        """The conversation up to its last question's end; A_T is empty in it."""
         length = len(encoded) - encoded.answer_lengths[-1]
-        return {name: value[:, :length] if name in self.text_keys else value for name, value in encoded.inputs.items()}
+        none = np.empty(0, np.int64)
+        return dataclasses.replace(
+            encoded,
+            inputs={n: value[:, :length] if n in self.text_keys else value for n, value in encoded.inputs.items()},
+            answer_lengths=(*encoded.answer_lengths[:-1], 0),
+            answers=(*encoded.answers[:-1], TokenizedText(ids=none, starts=none, ends=none)),
+        )
 
     def _insert_answers(
         self,

@@ -43,6 +43,12 @@ def test_causal_and_blind_to_padding(tiny, family):
     assert not different[:, :4].any() and different[:, 4:].all()
 
 
+def test_rows_asked_for_are_those_of_the_whole(tiny):
+    recalibrator = Recalibrator(AutoConfig.from_pretrained(tiny("qwen2_vl")), 48)
+    splice, rows = torch.randn(2, 9, recalibrator.rec_proj_pre.out_features), torch.tensor([3, 4, 9, 17])
+    assert torch.allclose(recalibrator(splice, rows), recalibrator(splice).flatten(0, 1)[rows], atol=1e-6)
+
+
 def test_every_parameter_is_trained(tiny):
     recalibrator = Recalibrator(AutoConfig.from_pretrained(tiny("internvl_qwen2")), 48)
     answers, questions = torch.randn(3, 48), torch.randn(4, recalibrator.rec_proj_pre.out_features)

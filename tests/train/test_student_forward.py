@@ -78,6 +78,22 @@ def test_without_the_mask_no_state_changes(distiller_of, cache, family):
     assert torch.allclose(ours[mask], masked[mask], atol=2e-6 * masked[mask].abs().max().item(), rtol=0)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stage_1_does_not_need_the_last_answer(distiller_of, cache, family):
+    distiller = distiller_of(family, 1)
+    results = []
+    for last_answer in (True, False):
+        wanted = Wanted(teacher=True, questions=True, last_answer=last_answer)
+        batch = BatchBuilder(ShardSource(cache), distiller.student.renderer, wanted)[range(8)].batch
+        results.append((int(batch.student_inputs["attention_mask"].sum()), len(batch.sft_ids), *step(distiller, batch)))
+    (tokens, own_rows, loss, gradients), (fewer, fewer_rows, same, same_gradients) = results
+    last = sum(distiller.student.renderer.encode(record.sample).answer_lengths[-1] for record in cache)
+    assert tokens - fewer == own_rows - fewer_rows == last
+    assert same == pytest.approx(loss, rel=1e-5)
+    for name, gradient in gradients.items():
+        assert torch.allclose(same_gradients[name], gradient, rtol=1e-3, atol=1e-5), name
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_frozen_vision_encoder_keeps_nothing_for_a_backward_pass(distiller_of, cache, family, stage):
