@@ -182,6 +182,11 @@ class TrainConfig:
                 raise UsageError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         if self.offload and not self.engine.startswith("zero"):
             raise UsageError(f"offload is for engine zero1, zero2 and zero3; engine is {self.engine}")
+        if self.data.vision_cache_gb and self.engine == "zero3":
+            raise UsageError(
+                "data.vision_cache_gb is not for engine zero3, whose processes must all run the vision encoder together; "
+                "leave it 0, or set engine to zero2"
+            )
 
     def stage(self, number: int) -> StageConfig:
         return (self.stage1, self.stage2, self.stage3)[number - 1]
