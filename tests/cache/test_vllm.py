@@ -83,12 +83,21 @@ class WithPixels:
 
 @pytest.fixture(
     scope="module",
-    params=["qwen2_vl", "qwen2_5_vl", "internvl", "internvl_chat", "internlm2", "nvlm_d", "qwen2_vl_bf16"],
+    params=[
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "internvl",
+        "internvl_chat",
+        "internvl2_76b",
+        "internlm2",
+        "nvlm_d",
+        "qwen2_vl_bf16",
+    ],
 )
 def pair(request, tiny, tmp_path_factory):
     name = request.param
-    if name == "internvl_chat":
-        native = tiny("internvl_wide")
+    if name in ("internvl_chat", "internvl2_76b"):
+        native = tiny("internvl_wide" if name == "internvl_chat" else "internvl2_76b_wide")
         path = tiny_models.make_original(native, tmp_path_factory.mktemp("chat") / "internvl_chat")
         made = Pair(path, native, engine_args=SMALL, trust_remote_code=True)
     elif name == "internlm2":
@@ -120,14 +129,14 @@ def only(*names):
     return pytest.mark.parametrize("pair", names, indirect=True)
 
 
-float32 = only("qwen2_vl", "qwen2_5_vl", "internvl", "internvl_chat", "internlm2", "nvlm_d")
+float32 = only("qwen2_vl", "qwen2_5_vl", "internvl", "internvl_chat", "internvl2_76b", "internlm2", "nvlm_d")
 qwen2_vl = only("qwen2_vl")
 
 
 def kinds(pair):
     """Conversations of every kind, with questions for half of them."""
     samples = mixed_samples(12)
-    if pair.name in ("internvl_chat", "internlm2", "nvlm_d"):
+    if pair.name in ("internvl_chat", "internvl2_76b", "internlm2", "nvlm_d"):
         samples = [resized(sample, WHOLE_TILE) for sample in samples]
     return samples
 
