@@ -209,7 +209,7 @@ def test_blank_pictures_cost_what_they_cost_with_hf(pair):
     assert theirs.fall == pytest.approx(ours.fall, abs=1e-3) and theirs.samples == 6
 
 
-@only("internvl_chat")
+@only("internvl_chat", "nvlm_d")
 def test_pictures_that_are_resized_differ_by_the_resizing_alone(pair):
     """PIL in vLLM's code for the original layout, torchvision in transformers': the same tokens and almost the same pixels."""
     ours, expected = run(pair.hf, mixed_samples(4))
