@@ -576,6 +576,10 @@ PAPER = {
     "internvl2_5_8b": functools.partial(
         internvl, "llama", vision=INTERN_VIT_300M, hidden_size=48, num_key_value_heads=1, **INTERNLM2
     ),
+    # The same in the original layout, with heads that vLLM takes.
+    "internvl2_76b_wide": functools.partial(
+        internvl, "llama", wide=True, like="llama3", vision=INTERN_VIT_6B, rope_parameters=LLAMA3_ROPE
+    ),
     # InternLM2 in the original layout, with heads that vLLM takes: queries that share a key head, and several of these.
     "internlm2_native_wide": functools.partial(
         internvl, "llama", wide=True, vision=INTERN_VIT_300M, hidden_size=128, num_attention_heads=4,

@@ -83,12 +83,21 @@ class WithPixels:
 
 @pytest.fixture(
     scope="module",
-    params=["qwen2_vl", "qwen2_5_vl", "internvl", "internvl_chat", "internlm2", "nvlm_d", "qwen2_vl_bf16"],
+    params=[
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "internvl",
+        "internvl_chat",
+        "internvl2_76b",
+        "internlm2",
+        "nvlm_d",
+        "qwen2_vl_bf16",
+    ],
 )
 def pair(request, tiny, tmp_path_factory):
     name = request.param
-    if name == "internvl_chat":
-        native = tiny("internvl_wide")
+    if name in ("internvl_chat", "internvl2_76b"):
+        native = tiny("internvl_wide" if name == "internvl_chat" else "internvl2_76b_wide")
         path = tiny_models.make_original(native, tmp_path_factory.mktemp("chat") / "internvl_chat")
         made = Pair(path, native, engine_args=SMALL, trust_remote_code=True)
     elif name == "internlm2":
@@ -120,14 +129,14 @@ def only(*names):
     return pytest.mark.parametrize("pair", names, indirect=True)
 
 
-float32 = only("qwen2_vl", "qwen2_5_vl", "internvl", "internvl_chat", "internlm2", "nvlm_d")
+float32 = only("qwen2_vl", "qwen2_5_vl", "internvl", "internvl_chat", "internvl2_76b", "internlm2", "nvlm_d")
 qwen2_vl = only("qwen2_vl")
 
 
 def kinds(pair):
     """Conversations of every kind, with questions for half of them."""
     samples = mixed_samples(12)
-    if pair.name in ("internvl_chat", "internlm2", "nvlm_d"):
+    if pair.name in ("internvl_chat", "internvl2_76b", "internlm2", "nvlm_d"):
         samples = [resized(sample, WHOLE_TILE) for sample in samples]
     return samples
 
@@ -200,7 +209,7 @@ def test_blank_pictures_cost_what_they_cost_with_hf(pair):
     assert theirs.fall == pytest.approx(ours.fall, abs=1e-3) and theirs.samples == 6
 
 
-@only("internvl_chat")
+@only("internvl_chat", "nvlm_d")
 def test_pictures_that_are_resized_differ_by_the_resizing_alone(pair):
     """PIL in vLLM's code for the original layout, torchvision in transformers': the same tokens and almost the same pixels."""
     ours, expected = run(pair.hf, mixed_samples(4))
