@@ -398,7 +398,7 @@ def test_damage_gives_named_errors_and_nothing_else(tmp_path: Path, kind: str) -
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, data.schema) as writer:
             writer.write_table(data, max_chunksize=2)
     done = subprocess.run(  # in a process of its own: these libraries are in C++
-        [sys.executable, "-c", DAMAGE_SCRIPT, str(path), "150"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", DAMAGE_SCRIPT, str(path), "80"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "DataError" in done.stdout and "Sample" in done.stdout

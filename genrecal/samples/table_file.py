@@ -64,7 +64,8 @@ class TableFile:
         except GenrecalError:
             raise
         except READ_ERRORS as error:
-            raise self._damaged(part, error) from None
+            kind = "row group" if self.batches is None else "record batch"
+            raise self._damaged(f"{kind} {part}", error) from None
 
     def labels(self) -> Iterator[Any]:
         """The columns that name a record, and no other."""
@@ -72,16 +73,15 @@ class TableFile:
         if not columns:
             yield from ({} for _ in range(len(self)))
             return
-        for part in range(len(self.starts) - 1):
-            try:
-                for block in self._blocks(part, columns):
-                    for place in range(block.num_rows):
-                        try:
-                            yield _row(block.slice(place, 1))
-                        except SampleError:
-                            yield None
-            except READ_ERRORS as error:
-                raise self._damaged(part, error) from None
+        try:
+            for block in self._blocks(columns):
+                for place in range(block.num_rows):
+                    try:
+                        yield _row(block.slice(place, 1))
+                    except SampleError:
+                        yield None
+        except READ_ERRORS as error:
+            raise self._damaged(f"column {' or '.join(columns)}", error) from None
 
     def sha256(self) -> str:
         """Of a file up to 4 MiB as it is; of a larger one, of its size, 64 pieces spread over it, and its end."""
@@ -98,16 +98,15 @@ class TableFile:
             digest.update(file.read(WHOLE_DIGEST_BYTES))
         return digest.hexdigest()
 
-    def _blocks(self, part: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    def _blocks(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         if self.batches is not None:
-            yield self.batches[part].select(columns)
+            yield from (batch.select(columns) for batch in self.batches)
             return
         with pq.ParquetFile(self.path) as opened:
-            yield from opened.iter_batches(row_groups=[part], columns=columns, use_threads=False)
+            yield from opened.iter_batches(columns=columns, use_threads=False)
 
-    def _damaged(self, part: int, error: Exception) -> DataError:
-        kind = "row group" if self.batches is None else "record batch"
-        return DataError(f"{self.path}: {kind} {part} cannot be read: {_words(error)}; copy or download the file again")
+    def _damaged(self, what: str, error: Exception) -> DataError:
+        return DataError(f"{self.path}: {what} cannot be read: {_words(error)}; copy or download the file again")
 
 
 def open_table(path: Path, spools: "Spools") -> TableFile:
