@@ -3,7 +3,8 @@
     python benchmarks/store.py [--records 96] [--tokens 150] [--width 8192]
 
 The same records (states, top-64, conversation, a picture) in every store; the states are bfloat16 and made, with outlier
-channels as large models have them. Each measurement is the median of several passes that alternate between the stores.
+channels as large models have them. A measurement is the sum over the records of each one's median over several passes,
+which alternate between the stores: what other processes take now and then goes into no median.
 A pass reads every record whole into memory: "as stored" stops at what the store gives (bfloat16 tensors; ours float32,
 decoded), "float32" goes on to float32 states, which is what a trainer computes with, each record's in new memory, and
 "float32 of a batch" to those of a batch of four in memory that the next batch uses again. "cold" is the first pass after
@@ -20,7 +21,6 @@ import importlib.machinery
 import io
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -314,53 +314,40 @@ class Parquet(Stored):
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
-class Clock:
-    """Times actions, each again and again for up to `patience` seconds until no other process ran meanwhile (Linux)."""
-
-    def __init__(self, patience: float):
-        self.patience, self.timed, self.disturbed = patience, 0, 0
-
-    def __call__(self, action: Any) -> float:
-        deadline = time.monotonic() + self.patience
-        while True:
-            busy, start = self._others(), time.perf_counter()
-            action()
-            seconds = time.perf_counter() - start
-            quiet = self._others() - busy <= 0.02 + 0.05 * seconds  # the system counts in hundredths
-            if quiet or time.monotonic() > deadline:
-                self.timed, self.disturbed = self.timed + 1, self.disturbed + (not quiet)
-                return seconds
-            busy = self._others()
-            while time.sleep(0.2) or self._others() - busy > 0.02 and time.monotonic() < deadline:
-                busy = self._others()
-
-    @staticmethod
-    def _others() -> float:
-        """Seconds of processor time that everything but this process has used."""
-        user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9])
-        used = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
-        return used - sum(os.times()[:2])
+def timed(action: Any) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
 
 
-def read_all(stored: Stored, kind: str, room: StateBuffer) -> int:
-    """A pass; `kind` is stored, float or batch, whose states go to `room`."""
-    count = 0
-    for parts in stored.stream(room if kind == "batch" else empty_states):
+def read_all(stored: Stored, kind: str, room: StateBuffer) -> list[float]:
+    """Seconds of each record in a pass; `kind` is stored, float or batch, whose states go to `room`."""
+    seconds, start = [], time.perf_counter()
+    for number, parts in enumerate(stored.stream(room if kind == "batch" else empty_states)):
         hidden = parts["hidden"]
         if kind == "float":
             hidden = hidden.float()
         elif kind == "batch" and hidden.dtype != torch.float32:
             hidden = torch.from_numpy(room(*hidden.shape)).copy_(hidden)
-        count += len(hidden) > 0
-        if count % BATCH == 0:
+        assert len(hidden) > 0
+        if number % BATCH == BATCH - 1:
             room.clear()
-    return count
+        seconds.append(-start + (start := time.perf_counter()))
+    return seconds
 
 
-def read_some(stored: Stored, numbers: np.ndarray) -> None:
-    for number in numbers:
-        parts = stored.read(int(number))
-        assert parts is not None and len(parts["hidden"].float()) > 0
+def read_some(stored: Stored, numbers: np.ndarray) -> list[float]:
+    return [timed(lambda number=number: len(stored.read(int(number))["hidden"].float())) for number in numbers]
+
+
+def copy_each(states: np.ndarray, targets: np.ndarray | None) -> list[float]:
+    """Each record's states, to the memory of `targets` in turn, or to new memory."""
+
+    def copy(number: int) -> None:
+        target = np.empty_like(states[number]) if targets is None else targets[number % len(targets)]
+        np.copyto(target, states[number])
+
+    return [timed(lambda number=number: copy(number)) for number in range(len(states))]
 
 
 def drop_from_page_cache(folder: Path) -> None:
@@ -386,7 +373,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=150)
     parser.add_argument("--width", type=int, default=8192)
     parser.add_argument("--passes", type=int, default=9)
-    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for each pass that others disturb")
     parser.add_argument("--folder", type=Path, help="where to write; else a temporary folder")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -400,38 +386,34 @@ def main() -> None:
         written = {}
         for stored in list(stores):
             try:
-                written[stored.name] = Clock(0)(lambda stored=stored: stored.write(records))
+                written[stored.name] = timed(lambda stored=stored: stored.write(records))
             except ImportError as error:
                 print(f"{stored.name}: not measured: {error}", file=sys.stderr)
                 stores.remove(stored)
-        measure(stores, written, records, options.passes, Clock(options.patience))
+        measure(stores, written, records, options.passes)
 
 
-def measure(stores: list[Stored], written: dict[str, float], records: list[Made], passes: int, clock: Clock) -> None:
+def measure(stores: list[Stored], written: dict[str, float], records: list[Made], passes: int) -> None:
     sizes, cold, room = {}, {}, StateBuffer()
     for stored in stores:
         sizes[stored.name] = sum(file.stat().st_size for file in stored.folder.rglob("*") if file.is_file())
         stored.open()
         check(stored, records)
         drop_from_page_cache(stored.folder)
-        cold[stored.name] = Clock(0)(lambda stored=stored: read_all(stored, "float", room))
+        cold[stored.name] = timed(lambda stored=stored: read_all(stored, "float", room))
     states = np.ones((len(records), *records[0].states.shape), np.float32)
     target = np.zeros_like(states)
-    rng = np.random.default_rng(1)
-    times: dict[tuple[str, str], list[float]] = {}
+    numbers = np.random.default_rng(1).permutation(len(records))[: len(records) // 2]
+    times: dict[tuple[str, str], list[list[float]]] = {}
     for _ in range(passes):
-        times.setdefault(("copy", ""), []).append(clock(lambda: np.copyto(target, states)))
-        times.setdefault(("copy", "float"), []).append(clock(lambda: copy_each(states, None)))
-        times.setdefault(("copy", "batch"), []).append(clock(lambda: copy_each(states, target[:BATCH])))
-        numbers = rng.permutation(len(records))[: len(records) // 2]
+        for kind, targets in (("all", target), ("batch", target[:BATCH]), ("new", None)):
+            times.setdefault(("copy", kind), []).append(copy_each(states, targets))
         for stored in stores:
             for kind in ("stored", "float", "batch"):
-                seconds = clock(lambda stored=stored, kind=kind: read_all(stored, kind, room))
-                times.setdefault((stored.name, kind), []).append(seconds)
+                times.setdefault((stored.name, kind), []).append(read_all(stored, kind, room))
             if stored.read(0) is not None:
-                seconds = clock(lambda stored=stored, numbers=numbers: read_some(stored, numbers)) / len(numbers)
-                times.setdefault((stored.name, "random"), []).append(seconds)
-    middle = {key: statistics.median(values) for key, values in times.items()}
+                times.setdefault((stored.name, "random"), []).append(read_some(stored, numbers))
+    middle = {key: float(np.median(values, axis=0).sum()) for key, values in times.items()}
     table = []
     for stored in stores:
         name, batch = stored.name, middle[stored.name, "batch"]
@@ -439,28 +421,20 @@ def measure(stores: list[Stored], written: dict[str, float], records: list[Made]
         table.append([
             name, f"{sizes[name] / len(records) / 1e6:.2f}", f"{len(records) / written[name]:.0f}",
             *(f"{len(records) / middle[name, kind]:.0f}" for kind in ("stored", "float", "batch")),
-            f"{states.nbytes / batch / 1e9:.2f}", f"{middle['copy', ''] / batch:.2f}", f"{middle['copy', 'batch'] / batch:.2f}",
-            f"{len(records) / cold[name]:.0f}", f"{random * 1e3:.2f}" if random else "none",
+            f"{states.nbytes / batch / 1e9:.2f}", *(f"{middle['copy', kind] / batch:.2f}" for kind in ("all", "batch")),
+            f"{len(records) / cold[name]:.0f}", f"{random / len(numbers) * 1e3:.2f}" if random else "none",
         ])  # fmt: skip
     header = [
         "store", "MB a record", "written/s", "read/s, as stored", "read/s, float32", "read/s, float32 of a batch", "GB/s",
         "of copying", "of copying to the batch", "cold read/s", "random read, ms",
     ]  # fmt: skip
     rows, width = records[0].states.shape
-    rates = [f"{states.nbytes / middle['copy', kind] / 1e9:.2f}" for kind in ("", "batch", "float")]
+    rates = [f"{states.nbytes / middle['copy', kind] / 1e9:.2f}" for kind in ("all", "batch", "new")]
     print(
         f"{len(records)} records, {rows} rows, D = {width}; copying their float32 states: {rates[0]} GB/s, "
         f"{rates[1]} to the batch's memory, {rates[2]} to new memory"
     )
     print(markdown_table(header, table))
-    print(f"other processes ran during {clock.disturbed} of {clock.timed} passes")
-
-
-def copy_each(states: np.ndarray, batch: np.ndarray | None) -> None:
-    """Each record's states, to the memory of a batch or to new memory."""
-    for number, record in enumerate(states):
-        target = np.empty_like(record) if batch is None else batch[number % BATCH]
-        np.copyto(target, record)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def batch_sizes(message: Any) -> tuple[int, list[tuple[int, int]]]:
     length, places, compressed = _record_batch(memoryview(message.metadata))
     body = memoryview(message.body or b"")
     sizes = []
-    for start, size in zip(places[::2], places[1::2], strict=True):
+    for start, size in places:
         if start < 0 or size < 0 or start + size > len(body):
             raise ValueError(f"a buffer of {size} bytes at {start}, in a body of {len(body)}")
         raw = size
@@ -145,7 +145,7 @@ def batch_sizes(message: Any) -> tuple[int, list[tuple[int, int]]]:
     return length, sizes
 
 
-def _record_batch(message: memoryview) -> tuple[int, tuple[int, ...], bool]:
+def _record_batch(message: memoryview) -> tuple[int, list[tuple[int, int]], bool]:
     """A record batch message's rows, the start and size of each buffer in its body, and whether they are compressed.
 
     Reads the three fields that it needs of the flatbuffer: Message.header -> RecordBatch.length, .buffers, .compression.
@@ -173,5 +173,6 @@ def _record_batch(message: memoryview) -> tuple[int, tuple[int, ...], bool]:
     count = number(UINT32, vector)
     if 16 * count > len(message):  # before a format of that length is made of it
         raise ValueError(f"{count} buffers in a message of {len(message)} bytes")
-    places = struct.unpack_from(f"<{2 * count}q", message, vector + 4)
+    numbers = struct.unpack_from(f"<{2 * count}q", message, vector + 4)
+    places = list(zip(numbers[::2], numbers[1::2], strict=True))
     return number(INT64, length) if length else 0, places, bool(field_at(batch, 3))

@@ -6,6 +6,7 @@ Letters used for shapes: R rows, D hidden size of the teacher, k stored logits a
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -171,17 +172,19 @@ class Layout:
 
     def __init__(self, schema: pa.Schema):
         self.schema, self.names = schema, frozenset(schema.names)
-        self._columns: dict[str, tuple[int, int, np.dtype]] = {}
+        self._columns: dict[str, tuple[int, int, int, np.dtype]] = {}
+        counts = [len(pa.nulls(0, kind).buffers()) for kind in schema.types]
+        self._buffers = [1, *(1 + total for total in accumulate(counts))]  # of a batch as a struct, whose own is first
         self._codec: tuple[Codec, dict[str, Any]] | None = None
 
-    def column(self, name: str, where: str) -> tuple[int, int, np.dtype]:
-        """Its number, its values a row (0 if it is no tensor) and their type.
+    def column(self, name: str, where: str) -> tuple[int, int, int, np.dtype]:
+        """The first and the last of its buffers, its values a row (0 if it is no tensor) and their type.
 
         Raises FormatError for a column that is not there, or not as it should be.
         """
         return self._columns.get(name) or self._columns.setdefault(name, self._look(name, where))
 
-    def _look(self, name: str, where: str) -> tuple[int, int, np.dtype]:
+    def _look(self, name: str, where: str) -> tuple[int, int, int, np.dtype]:
         times = self.schema.names.count(name)
         if times != 1:
             raise FormatError(f"{where}: column {name} is {f'there {times} times' if times else 'missing'}")
@@ -195,7 +198,7 @@ class Layout:
             expected = f"tensors of one dimension of {kind}"
         if got != expected:
             raise FormatError(f"{where}: column {name}: expected {expected}, got {got}")
-        return place, width, np.dtype(kind.to_pandas_dtype())
+        return self._buffers[place], self._buffers[place + 1] - 1, width, np.dtype(kind.to_pandas_dtype())
 
     def codec(self, where: str) -> tuple[Codec, dict[str, Any]]:
         """The codec of the states, and its facts. Raises FormatError for one that is not known, or other facts than its."""
@@ -243,12 +246,14 @@ class _Columns:
     """Stored rows' columns as numpy; `where` is for messages."""
 
     def __init__(self, rows: Stored | pa.Table, where: str):
-        layout, batches = (
-            (rows.layout, rows.batches) if isinstance(rows, Stored) else (Layout(rows.schema), rows.to_batches())
-        )
+        if isinstance(rows, pa.Table):
+            rows = Stored(Layout(rows.schema), [_from_its_start(batch) for batch in rows.to_batches()])
+        batches = rows.batches
         if len(batches) > 1:  # a stranger's file: this writer makes one batch
             batches = pa.Table.from_batches(batches).combine_chunks().to_batches()
-        self.layout, self.where, self._batch = layout, where, batches[0] if batches else None
+        self.layout, self.where, self._rows = rows.layout, where, batches[0].num_rows if batches else 0
+        # All in one call: for a short record, asking for one column after another takes longer than its decoding.
+        self._buffers = batches[0].to_struct_array().buffers() if batches else []
 
     def values(self, name: str) -> np.ndarray:
         """A column without nulls: `[R]`, or `[R, n]` of fixed-shape tensors.
@@ -270,26 +275,34 @@ class _Columns:
 
     def _column(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
         """All its values, and the rows that have none. From its buffers: pyarrow's own ways to numpy take much longer."""
-        place, width, dtype = self.layout.column(name, self.where)
-        rows = self._batch.num_rows if self._batch is not None else 0
+        first, last, width, dtype = self.layout.column(name, self.where)
+        rows = self._rows
         shape, size = ((rows, width), rows * width) if name in TENSORS else (rows, rows)
-        if self._batch is None or not size:
+        if not size:
             return np.empty(shape, dtype), None
-        column = self._batch.column(place)
-        buffers, start = column.buffers(), column.offset * dtype.itemsize * size // rows
-        values = np.frombuffer(buffers[-1], dtype, size, start).reshape(shape)
-        if width and buffers[1] is not None and (count := column.storage.flatten().null_count):
-            raise DamageError(f"{self.where}: column {name}: expected a number in every place, got {count} nulls")
-        if buffers[0] is None or not column.null_count:
-            return values, None
-        nulls = _unset(buffers[0].to_pybytes(), column.offset, rows)
-        return values, nulls if len(nulls) else None
+        values = np.frombuffer(self._buffers[last], dtype, size).reshape(shape)
+        if width and (nulls := self._nulls(first + 1, size)) is not None:
+            raise DamageError(f"{self.where}: column {name}: expected a number in every place, got {len(nulls)} nulls")
+        return values, self._nulls(first, rows)
+
+    def _nulls(self, number: int, count: int) -> np.ndarray | None:
+        """Where a buffer of valid bits, which stands only where there may be nulls, has zeros; None if nowhere."""
+        bits = self._buffers[number]
+        nulls = None if bits is None else _unset(bits.to_pybytes(), count)
+        return None if nulls is None or not len(nulls) else nulls
+
+
+def _from_its_start(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The same rows in buffers that begin with them; those of a slice do not."""
+    if any(column.offset for column in batch.columns):
+        return pa.ipc.read_record_batch(batch.serialize(), batch.schema)
+    return batch
 
 
 @lru_cache(maxsize=4)  # a record's four columns of targets lack the same rows
-def _unset(bits: bytes, start: int, count: int) -> np.ndarray:
-    """Which of `count` bits from `start` on are 0."""
-    return np.flatnonzero(np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[start:][:count] == 0)
+def _unset(bits: bytes, count: int) -> np.ndarray:
+    """Which of the first `count` bits are 0."""
+    return np.flatnonzero(np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[:count] == 0)
 
 
 def _hidden(columns: _Columns, empty: Empty) -> np.ndarray:

@@ -172,6 +172,20 @@ def test_fast_decoding_is_the_slow_one(name, width):
     assert not fast[3].any()
 
 
+@pytest.mark.parametrize("name", LOSSY)
+def test_many_states_are_decoded_as_a_few_are(name):
+    """Many are written past the cache, if they begin where they can be."""
+    rng, facts = np.random.default_rng(0), CODECS[name].facts(8192)
+    stored = rng.integers(-127, 128, (70, 8192)).astype(np.int8)
+    stored = stored if name == "int8" else stored[:, :4096].view(np.uint8)
+    columns = {"hidden_q": stored, "hidden_scale": rng.random((70, 64)).astype(np.float16)}
+    few = [CODECS[name].decode({c: v[i : i + 1] for c, v in columns.items()}, facts) for i in range(70)]
+    assert np.array_equal(CODECS[name].decode(columns, facts), np.concatenate(few))
+    odd = np.empty(70 * 8192 + 1, np.float32)[1:]
+    got = CODECS[name].decode(columns, facts, lambda rows, width: odd.reshape(rows, width))
+    assert np.shares_memory(got, odd) and np.array_equal(got, np.concatenate(few))
+
+
 @pytest.mark.parametrize("width", [1, 7, 130, 256, 1536])
 def test_fast_coding_is_the_slow_one(width):
     """Zeros, subnormals, ties of magnitude and of rounding, and a group that is not full."""

@@ -99,3 +99,26 @@ def test_unknown_codec_missing_column_and_wrong_width_are_refused():
 def test_cut_files_are_damage(cut):
     with pytest.raises(DamageError, match="not a readable Arrow file"):
         read_table(to_arrow(make_answer(), BF16)[:cut], where="a.tar")
+
+
+def test_a_part_of_a_table_and_several_batches_are_read_as_the_rows_they_are():
+    rows = make_answer()
+    table = read_table(to_arrow(rows, BF16), where="x")
+    part = answer_rows(table.slice(1, 3), where="x")
+    assert np.array_equal(part.hidden, rows.hidden[1:4]) and np.array_equal(part.target_id, rows.target_id[1:4])
+    pieces = pa.concat_tables([table.slice(0, 2), table.slice(2)])
+    assert len(pieces.to_batches()) == 2
+    assert_same(answer_rows(pieces, where="x"), rows)
+
+
+def test_nulls_where_numbers_must_be_are_damage():
+    table = read_table(to_arrow(make_answer(), BF16), where="x")
+    turn = pa.array([None, *table["turn"].to_pylist()[1:]], pa.int32())
+    with pytest.raises(DamageError, match="column turn: expected a value in every row, got 1 nulls"):
+        answer_rows(table.set_column(table.column_names.index("turn"), "turn", turn), where="x")
+    ids = table["topk_ids"].combine_chunks()
+    numbers = pa.array([None, *ids.storage.flatten().to_pylist()[1:]], pa.int32())
+    storage = pa.FixedSizeListArray.from_arrays(numbers, ids.type.shape[0])
+    ids = pa.ExtensionArray.from_storage(ids.type, storage)
+    with pytest.raises(DamageError, match="column topk_ids: expected a number in every place, got 1 nulls"):
+        answer_rows(table.set_column(table.column_names.index("topk_ids"), "topk_ids", ids), where="x")
