@@ -80,7 +80,7 @@ def test_each_evaluation_is_a_line_a_file_and_on_the_board(asked):
         assert evaluation["overall"]["accuracy"] == pytest.approx(sum(a["score"] for a in answers) / 7)
         assert set(evaluation["by_category"]) == {"test"} and evaluation["skipped"] == 0
     board = EventAccumulator(str(asked.path / "tensorboard" / "stage3")).Reload()
-    assert [event.step for event in board.Scalars("evaluation/accuracy/test")] == [2, 4, 5]
+    assert [event.step for event in board.Scalars("evaluation/accuracy/test")] == [1, 3, 4]
     assert [event.step for event in board.Scalars("memory_gb")] == [0, 1, 2, 3, 4]
     text = board.Tensors("evaluation/answers/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert "What is shown?" in text and "a red square" in text
@@ -137,6 +137,12 @@ def test_what_cannot_be_is_said_before_anything_is_trained(run_of, setting, reas
     with pytest.raises((UsageError, DataError), match=reason):
         Midway.of(run_of(setting).config)
         train(run_of(setting), stages=[1])
+
+
+def test_data_that_hold_nothing_to_ask(run_of, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"id": 1, "conversations": []}\n')
+    with pytest.raises(DataError, match="evaluate.data: no record can be asked: .*bad.jsonl"):
+        Midway.of(run_of(f'evaluate.data=["{tmp_path}/bad.jsonl"]').config)
 
 
 @pytest.mark.parametrize("every", ["0.0", "1.5"])
