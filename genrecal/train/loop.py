@@ -66,8 +66,9 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
         if device.index is not None:
             torch.cuda.set_device(device)
         cache = ranks.together(lambda: open_for(run, stages))
-        begun = ranks.together(lambda: run.begin(cache, ranks.size), first_alone=True)
+        begun = ranks.gather(ranks.together(lambda: run.begin(cache, ranks.size) if ranks.first else {}))[0]
         ranks.wait_for(run.path / RUN_FILE)
+        ranks.together(lambda: run.check_files(begun, cache))
         for stage in sorted(set(stages)):
             if run.config.objective == "sft" and stage == 1:
                 continue  # there is no Recalibrator to align
@@ -228,7 +229,8 @@ def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> N
             f"genrecal: stage {stage}: {damaged} of {plan.num_samples} samples were skipped since they are damaged; "
             f"metrics.jsonl names them under damaged, and `genrecal verify {job.cache.path}` the shards\n"
         )
-    state = engine.state()
+    state = engine.state(moments=False)
+    engine.close()
     if state is not None:
         run.save_result(stage, state.weights)
 
@@ -251,17 +253,21 @@ def _prepare(job: StageJob, source: RecordSource) -> tuple[StagePlan, Engine, It
     wanted = wanted_by(stage, config)
     plan, distiller = ranks.together(build)
 
+    if ranks.first:
+        remove_unfinished(run.checkpoints)
+    paths = ranks.gather(find_checkpoints(run.checkpoints, stage)[-1:])[0]
+    for path in paths:
+        ranks.wait_for(path)
+
     def newest() -> Checkpoint | None:
         """The newest checkpoint, its weights in place."""
-        if not (paths := find_checkpoints(run.checkpoints, stage)):
+        if not paths:
             return None
         checkpoint = read_checkpoint(paths[-1])
         run.check_checkpoint(checkpoint, stage, cache)
         checkpoint.put_weights(trained_parameters(distiller))
         return checkpoint
 
-    if ranks.first:
-        remove_unfinished(run.checkpoints)
     checkpoint = ranks.together(newest)
     micro_steps = -(-plan.global_batch // (settings.batch_size * ranks.size))
     engine = start_engine(
