@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,6 +113,12 @@ def test_a_run_that_goes_on_asks_nothing_twice_and_nothing_less(run_of, asked, m
     ours = [line for line in read_evaluations(asked.path) if line["stage"] < 3]
     assert read_evaluations(run.path) == ours
     assert steps_of(run) == [line for line in steps_of(asked) if line["stage"] < 3]
+
+
+def test_other_questions_do_not_make_another_run(run_of, asked):
+    before = read_evaluations(asked.path)
+    train(replace(asked, config=run_of("evaluate.every=0.5", "evaluate.limit=2", asked=False).config))
+    assert read_evaluations(asked.path) == before
 
 
 @pytest.mark.parametrize(
