@@ -78,7 +78,7 @@ def main(args: Sequence[str] | None = None) -> None:
         status = 2
         if not other_rank:
             _print_error(f"{error.format_message()} (--help lists the options)", debug=debug)
-    if status == INTERRUPTED:
+    if status == INTERRUPTED and not other_rank:
         sys.stderr.write("genrecal: interrupted; run the same command again to go on from what is finished\n")
     sys.exit(status or 0)
 

@@ -7,6 +7,8 @@ zero, not none: AdamW's moments fade in every step, whatever the step's samples 
 """
 
 import contextlib
+import functools
+import gc
 import logging
 import math
 import os
@@ -43,14 +45,17 @@ class Engine(Protocol):
         Where that is not finite, nothing is updated.
         """
 
-    def state(self) -> TrainedState | None:
-        """On rank 0; None on the others."""
+    def state(self, *, moments: bool = True) -> TrainedState | None:
+        """What was learnt so far, on rank 0; None on the others. `moments` False leaves out AdamW's."""
 
     def load_moments(self, state: TrainedState, *, where: str) -> None:
         """Go on from a state, given on every rank, whose weights the Distiller had when the engine started.
 
         Raises TrainingError, naming `where`, if its moments are of other parameters.
         """
+
+    def close(self) -> None:
+        """Let go of what is kept outside of the engine, so that its memory is free for the next stage's."""
 
 
 def resolve_engine(name: str, processes: int) -> str:
@@ -136,7 +141,10 @@ class TorchEngine:
             check_processes("ddp", ranks)
             # Stage 3 trains the projector, which a micro-batch without pictures does not use.
             self.module = nn.parallel.DistributedDataParallel(
-                distiller, find_unused_parameters=distiller.stage == 3, gradient_as_bucket_view=True
+                distiller,
+                find_unused_parameters=distiller.stage == 3,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,  # rotary tables, the same everywhere
             )
 
     def micro_step(self, batch: MicroBatch, denominators: Denominators, *, last: bool) -> StepOutput:
@@ -168,17 +176,20 @@ class TorchEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def state(self) -> TrainedState | None:
+    def state(self, *, moments: bool = True) -> TrainedState | None:
         if not self.ranks.first:
             return None
-        moments = {
+        found = {
             f"{name}|{key}": self.optimizer.state[parameter][key].detach().cpu()
             for name, parameter in self.parameters.items()
             for key in MOMENTS
-            if self.updates
+            if moments and self.updates
         }
         weights = {name: parameter.detach().cpu() for name, parameter in self.parameters.items()}
-        return TrainedState(weights=weights, moments=moments, updates=self.updates)
+        return TrainedState(weights=weights, moments=found, updates=self.updates)
+
+    def close(self) -> None:
+        pass
 
     def load_moments(self, state: TrainedState, *, where: str) -> None:
         self.updates = state.updates
@@ -292,21 +303,31 @@ class ZeroEngine:
         self.updates += 1
         return float(self.engine.get_global_grad_norm())
 
-    def state(self) -> TrainedState | None:
+    def state(self, *, moments: bool = True) -> TrainedState | None:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         weights: dict[str, torch.Tensor] = {}
-        moments: dict[str, torch.Tensor] = {}
+        found: dict[str, torch.Tensor] = {}
         with peers_may_end():
             for name, parameter in self.parameters.items():
                 whole = {name: safe_get_full_fp32_param(parameter)}
-                for key in MOMENTS if self.updates else ():
+                for key in MOMENTS if moments and self.updates else ():
                     whole[f"{name}|{key}"] = safe_get_full_optimizer_state(parameter, key)
                 if self.ranks.first:
                     whole = {key: value.detach().to("cpu", copy=True) for key, value in whole.items()}
                     weights[name] = whole.pop(name)
-                    moments |= whole
-        return TrainedState(weights=weights, moments=moments, updates=self.updates) if self.ranks.first else None
+                    found |= whole
+        return TrainedState(weights=weights, moments=found, updates=self.updates) if self.ranks.first else None
+
+    def close(self) -> None:
+        from deepspeed.runtime.zero import parameter_offload
+
+        self.engine.destroy()
+        # What would keep the whole Distiller: a list, and a cache of a method's answers.
+        parameter_offload.FWD_MODULE_STACK.clear()
+        for found in gc.get_objects():
+            if isinstance(found, functools._lru_cache_wrapper) and str(found.__module__).startswith("deepspeed."):
+                found.cache_clear()
 
     def load_moments(self, state: TrainedState, *, where: str) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
@@ -351,8 +372,8 @@ def import_deepspeed(device: torch.device) -> Any:
         "ignore", r".*torch\.distributed\.\w+. is deprecated", FutureWarning
     )  # it calls older names
     if device.type == "cpu":
-        # Between processes of one machine; it would be compiled for a minute, and gloo does the same.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # No operators of its own: that for processes of one machine would be compiled for a minute, and gloo does the same.
+        deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 
 

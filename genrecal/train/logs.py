@@ -12,7 +12,7 @@ import torch
 
 from genrecal.errors import UsageError
 from genrecal.files import write_whole
-from genrecal.train.evaluate import Evaluation, Prediction, save_evaluation
+from genrecal.train.evaluate import Evaluation, Prediction, Score, save_evaluation
 from genrecal.train.stages import StepOutput
 from genrecal.vlm.loading import first_line
 
@@ -120,14 +120,15 @@ class RunLog:
         scores = {"": evaluation.overall, **evaluation.by_category}
         content = {
             "done": done,
-            "overall": asdict(evaluation.overall),
-            "by_category": {name: asdict(score) for name, score in evaluation.by_category.items()},
+            "overall": _plain(evaluation.overall),
+            "by_category": {name: _plain(score) for name, score in evaluation.by_category.items()},
             "skipped": len(evaluation.skipped),
         }
         self._append({"stage": self.stage, "step": step, EVALUATION: content})
         save_evaluation(evaluation, self.run / EVALUATIONS / f"stage{self.stage}-step{step:08d}.jsonl")
+        last = max(0, step - 1)  # on the boards with the step it came after: what is done again begins with the next
         self._show(
-            step,
+            last,
             {
                 "/".join(part for part in (EVALUATION, name, category) if part): getattr(score, name)
                 for category, score in scores.items()
@@ -135,9 +136,9 @@ class RunLog:
             },
         )
         answers = evaluation.predictions[:shown]
-        self._board.add_text(f"{EVALUATION}/answers", _as_markdown(answers), step)
+        self._board.add_text(f"{EVALUATION}/answers", _as_markdown(answers), last)
         if self.wandb is not None:
-            self.wandb.show_answers(self.stage, step, answers)
+            self.wandb.show_answers(self.stage, last, answers)
 
     def _append(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
@@ -158,6 +159,11 @@ class RunLog:
         if self.writes:
             self._file.close()
             self._board.close()
+
+
+def _plain(score: Score) -> dict[str, Any]:
+    """For JSON, which has no NaN: the error of a single conversation is null."""
+    return {name: None if value != value else value for name, value in asdict(score).items()}
 
 
 def _as_markdown(predictions: Sequence[Prediction]) -> str:

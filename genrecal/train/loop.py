@@ -69,9 +69,9 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
             torch.cuda.set_device(device)
         cache = ranks.together(lambda: open_for(run, stages))
         midway = ranks.together(lambda: Midway.of(run.config))
-        ranks.together(lambda: check_stages(run, cache, stages, run.check(cache, ranks.size)["global_batch"]))
-        begun = ranks.together(lambda: run.begin(cache, ranks.size), first_alone=True)
+        begun = ranks.gather(ranks.together(lambda: _begin(run, cache, stages, ranks) if ranks.first else {}))[0]
         ranks.wait_for(run.path / RUN_FILE)
+        ranks.together(lambda: run.check_files(begun, cache))
         with ranks.together(lambda: _wandb_of(run) if ranks.first else nullcontext()) as wandb:
             for stage in stages_to_train(run.config, stages):
                 if not ranks.gather(run.stage_result(stage).exists())[0]:
@@ -97,6 +97,11 @@ def stages_to_train(config: TrainConfig, stages: Sequence[int]) -> list[int]:
 
 def _wandb_of(run: Run) -> AbstractContextManager[Wandb | None]:
     return Wandb(run.config.wandb, run.path, asdict(run.config)) if run.config.wandb else nullcontext()
+
+
+def _begin(run: Run, cache: Cache, stages: Sequence[int], ranks: Ranks) -> dict[str, Any]:
+    check_stages(run, cache, stages, run.check(cache, ranks.size)["global_batch"])
+    return run.begin(cache, ranks.size)
 
 
 def check_stages(run: Run, cache: Cache, stages: Sequence[int], global_batches: dict[str, int]) -> None:
@@ -292,7 +297,8 @@ def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> N
             f"genrecal: stage {stage}: {damaged} of {plan.num_samples} samples were skipped since they are damaged; "
             f"metrics.jsonl names them under damaged, and `genrecal verify {job.cache.path}` the shards\n"
         )
-    state = engine.state()
+    state = engine.state(moments=False)
+    engine.close()
     if state is not None:
         run.save_result(stage, state.weights)
 
@@ -328,17 +334,21 @@ def _prepare(job: StageJob, source: RecordSource) -> tuple[StagePlan, Engine, VL
     wanted = wanted_by(stage, config)
     plan, distiller = ranks.together(build)
 
+    if ranks.first:
+        remove_unfinished(run.checkpoints)
+    paths = ranks.gather(find_checkpoints(run.checkpoints, stage)[-1:])[0]
+    for path in paths:
+        ranks.wait_for(path)
+
     def newest() -> Checkpoint | None:
         """The newest checkpoint, its weights in place."""
-        if not (paths := find_checkpoints(run.checkpoints, stage)):
+        if not paths:
             return None
         checkpoint = read_checkpoint(paths[-1])
         run.check_checkpoint(checkpoint, stage, cache)
         checkpoint.put_weights(trained_parameters(distiller))
         return checkpoint
 
-    if ranks.first:
-        remove_unfinished(run.checkpoints)
     checkpoint = ranks.together(newest)
     micro_steps = -(-plan.global_batch // (settings.batch_size * ranks.size))
     engine = start_engine(

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from genrecal.errors import UsageError
-from genrecal.samples import SampleSet, open_samples
+from genrecal.errors import DataError, UsageError
+from genrecal.samples import BadRecord, SampleSet, open_samples
 from genrecal.train.config import EvaluateConfig, TrainConfig
 from genrecal.train.evaluate import Evaluation, Prediction, ask, evaluation_of
 from genrecal.train.ranks import Ranks
@@ -45,6 +45,9 @@ class Midway:
         samples = open_samples(
             list(settings.data), image_root=settings.image_root or None, limit=settings.limit or None
         )
+        first = samples[0]
+        if isinstance(first, BadRecord) and all(isinstance(sample, BadRecord) for sample in samples):
+            raise DataError(f"evaluate.data: no record can be asked: {first.location}: {first.reason}")
         return cls(settings, samples)
 
     def points(self, stage: int, num_steps: int) -> set[int]:

@@ -55,22 +55,15 @@ class Ranks:
             dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def together(self, work: Callable[[], T], *, first_alone: bool = False) -> T:
-        """`work()` on every rank; where it raises a GenrecalError on any, all ranks stop, and one of them says why.
-
-        Args:
-            first_alone: rank 0 works before the others do (it may write what they read).
-        """
+    def together(self, work: Callable[[], T]) -> T:
+        """`work()` on every rank; where it raises a GenrecalError on any, all ranks stop, and one of them says why."""
         result, failure = None, None
-        for first_turn in (True, False) if first_alone else (self.first,):
-            if self.first == first_turn:
-                try:
-                    result = work()
-                except GenrecalError as error:
-                    failure = error
-            failures = [found for found in self.gather(failure) if found is not None]
-            if failures:
-                self.stop(failures[0])
+        try:
+            result = work()
+        except GenrecalError as error:
+            failure = error
+        if failures := [found for found in self.gather(failure) if found is not None]:
+            self.stop(failures[0])
         return result  # type: ignore[return-value]
 
     def wait_for(self, path: Path) -> None:

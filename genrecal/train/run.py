@@ -130,6 +130,16 @@ class Run:
                     f"{settings.batch_size} x {name}.accumulation {settings.accumulation} x {processes} processes is {product}"
                 )
 
+    def check_files(self, begun: dict[str, Any], cache: Cache) -> None:
+        """Raises UsageError if this machine has another student or cache than the one that the run was begun on."""
+        here = self.description(cache)
+        for name, what in (("student_config_sha256", "student"), ("cache_sha256", "cache")):
+            if here[name] != begun[name]:
+                raise UsageError(
+                    f"{platform.node()}: the {what} {here[what]} is not what rank 0 has by that name: {name} is {here[name]}, "
+                    f"expected {begun[name]}"
+                )
+
     def check_checkpoint(self, checkpoint: Checkpoint, stage: int, cache: Cache) -> None:
         """Raises TrainingError, naming what differs, for a checkpoint of another run or stage."""
         different = differences(checkpoint.run, self.description(cache))

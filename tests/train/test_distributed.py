@@ -3,6 +3,7 @@
 The slow tests fork their ranks (tests/train/rank_runner.py); the launchers themselves are started too.
 """
 
+import gc
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ import torch
 from conftest import conversation, mixed_samples, write_llava
 from safetensors.torch import load_file
 
+import genrecal.train.loop
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
@@ -331,7 +334,25 @@ def test_ranks_stop_together_and_one_of_them_says_why():
 
     with pytest.raises(UsageError, match="no such thing"):
         Ranks().together(fail)
-    assert Ranks().together(lambda: 3, first_alone=True) == 3 and Ranks().gather("x") == ["x"]
+    assert Ranks().together(lambda: 3) == 3 and Ranks().gather("x") == ["x"]
+
+
+def test_a_folder_that_is_not_shared_is_noticed(monkeypatch, tmp_path):
+    monkeypatch.setattr("genrecal.train.ranks.SEEN_SECONDS", 0.3)
+    with pytest.raises(
+        TrainingError, match=r"run\.json: rank 0 on .* does not see what rank 0 wrote; --out must be a folder"
+    ):
+        Ranks().wait_for(tmp_path / "out" / "run.json")
+
+
+def test_another_student_on_another_machine_is_refused(tiny, cache, tmp_path):
+    run = one_stage(cache, tiny("internvl_qwen2"), tmp_path / "run")
+    begun = run.begin(open_cache(cache), 2)
+    run.check_files(begun, open_cache(cache))
+    with pytest.raises(
+        UsageError, match=r"the student .* is not what rank 0 has by that name: student_config_sha256 is"
+    ):
+        run.check_files(begun | {"student_config_sha256": "00"}, open_cache(cache))
 
 
 # ------------------------------------------------------------------------------------------------------ forked ranks, slow
@@ -462,6 +483,22 @@ def test_killed_ranks_go_on_bit_for_bit(runner, tiny, cache, tmp_path, engine):
     for stage in (1, 2, 3):
         one, two = (load_file(path / f"stage{stage}" / "trained.safetensors") for path in (whole, cut))
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_a_stage_leaves_nothing_of_itself_behind(tiny, cache, tmp_path, monkeypatch):
+    """DeepSpeed remembers modules in places of its own; a stage's memory must be free for the next one's."""
+    seen, plain = [], genrecal.train.loop.start_engine
+
+    def start(config, settings, distiller, *words, **named):
+        gc.collect()
+        seen.append((weakref.ref(distiller), [ref() is None for ref, _ in seen]))
+        return plain(config, settings, distiller, *words, **named)
+
+    monkeypatch.setattr("genrecal.train.loop.start_engine", start)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    train(one_stage(cache, tiny("internvl_qwen2"), tmp_path / "run", "engine=zero3"))
+    assert [gone for _, gone in seen] == [[], [True], [True, True]]
 
 
 @pytest.mark.slow

@@ -96,7 +96,11 @@ def measured_peak(run, cache, stage, dtype, size):
 
 @pytest.mark.parametrize(
     "stage, checkpointing, dtype",
-    [(1, "true", torch.float32), (2, "false", torch.bfloat16), (3, "true", torch.float32)],
+    [
+        pytest.param(1, "true", torch.float32, marks=pytest.mark.slow),
+        (2, "false", torch.bfloat16),
+        pytest.param(3, "true", torch.float32, marks=pytest.mark.slow),
+    ],
 )
 def test_activations_are_those_of_a_real_step(trained, cache, stage, checkpointing, dtype):
     """Within a fifth: at this size what a step holds of pictures and indices is a tenth of it."""
@@ -139,32 +143,47 @@ def test_zero_shares_out_optimizer_gradients_and_weights_in_turn():
     assert memory_of("zero1", counted, 0, 4, offload=True)["optimizer"] == 0
 
 
-def test_steps_samples_and_bytes_are_those_of_the_run(tiny, cache):
-    student, config = str(tiny("internvl_qwen2")), load_config(None, ["stage1.batch_size=3", "stage1.accumulation=2"])
-    forecast = make_forecast(config, student, cache, ForecastOptions(gpus=2), stages=[1])
-    (stage,) = forecast.stages
-    plan = plan_stage(config.stage1, cache, global_batch=12)
-    assert (stage.steps, stage.samples, stage.global_batch) == (plan.num_steps, plan.num_samples, 12)
-    read = sum(member["size"] for record in cache for member in record.row["members"])
-    assert stage.read_bytes == read // len(cache)
-    renderer = Renderer(load_processor(student))
-    longest = sorted(len(renderer.encode(record.sample)) for record in cache)[-3:]
-    assert forecast.rendered and stage.shape.samples == 3 and stage.shape.student_tokens == longest[-1]
-    assert stage.read_rate * 1e6 == pytest.approx(read / stage.hours / 3600)
-    assert stage.hours * 3600 == pytest.approx(stage.flops * stage.samples / (2 * 989e12 * 0.4))
+def test_steps_bytes_and_flops_are_those_of_the_run(trained, cache, capsys):
+    """FLOPs are compared with torch's count over the four kinds of samples that the cache repeats, each alone. Torch takes
+    causal attention for a full square, and the gradient of the first of two layers' input, which nobody needs, is a tenth
+    of the work here."""
+    settings = ["gradient_checkpointing=false", "lora.rank=0", "stage2.batch_size=3", "stage2.accumulation=2"]
+    run = trained("internvl_qwen2", 2, *settings)
+    words = [
+        "--cache",
+        str(cache.path),
+        "--student",
+        run.student,
+        "--out",
+        str(run.path),
+        "--stages",
+        "2",
+        "--gpus",
+        "2",
+    ]
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *words, "--dry-run", "--json", *(word for setting in settings for word in ("--set", setting))])
+    shown = json.loads(capsys.readouterr().out)
+    (stage,) = shown["stages"]
+    assert stop.value.code == 0 and shown["fits"] and shown["rendered"] and shown["engine"] == "ddp"
 
+    plan = plan_stage(run.config.stage2, cache, global_batch=12)
+    assert (stage["steps"], stage["samples"], stage["global_batch"]) == (plan.num_steps, plan.num_samples, 12)
+    members = [member for record in cache for member in record.row["members"] if member["tier"] == "samples"]
+    read = sum(member["size"] for member in members)
+    assert stage["read_bytes"] == read // len(cache)
+    renderer = Renderer(load_processor(run.student))
+    longest = max(len(renderer.encode(record.sample)) for record in cache)
+    assert (stage["shape"]["samples"], stage["shape"]["student_tokens"]) == (3, longest)
+    assert stage["read_rate"] * 1e6 == pytest.approx(read / stage["hours"] / 3600, rel=1e-4)
+    assert stage["hours"] * 3600 == pytest.approx(stage["flops"] * stage["samples"] / (2 * 989e12 * 0.4))
 
-def test_flops_are_those_that_torch_counts(trained, cache):
-    """Of the four kinds of samples that the cache repeats, each alone. Torch takes causal attention for a full square, and
-    the gradient of the first of two layers' input, which nobody needs, is a tenth of the work here."""
-    run = trained("internvl_qwen2", 2, "gradient_checkpointing=false", "lora.rank=0")
     distiller = build_distiller(run, cache, 2, torch.device("cpu"), torch.float32)
     builder = BatchBuilder(ShardSource(cache), distiller.student.renderer, wanted_by(2, run.config))
     with FlopCounterMode(display=False) as counter:
         for index in range(4):
             distiller(builder[[index]].batch, Denominators(teacher_rows=10, student_rows=10)).loss.backward()
-    forecast = make_forecast(run.config, run.student, cache, ForecastOptions(), stages=[2])
-    assert forecast.stages[0].flops == pytest.approx(counter.get_total_flops() / 4, rel=0.25)
+    assert stage["flops"] == pytest.approx(counter.get_total_flops() / 4, rel=0.25)
 
 
 # ------------------------------------------------------------------------------------------------- recipes, command line
@@ -189,12 +208,7 @@ def test_a_config_and_manifests_are_enough(tmp_path, capsys):
         main([*words, "--gpu-gigabytes", "4", "--stages", "1", "--set", "precision=bf16"])
     text = capsys.readouterr().out
     assert stop.value.code == 1 and "NOT enough room" in text and "has no processor" in text
-    assert not (tmp_path / "r").exists()
-    with pytest.raises(SystemExit) as stop:
-        main([*words, "--gpus", "8", "--stages", "1", "--json"])
-    shown = json.loads(capsys.readouterr().out)
-    assert stop.value.code == 0 and shown["engine"] == "ddp" and shown["fits"]
-    assert shown["student_parameters"] / 1e9 == pytest.approx(STUDENTS[student][1], rel=0.005)
+    assert f"{STUDENTS[student][1]} billion parameters" in text and not (tmp_path / "r").exists()
 
 
 def paper_pairs():

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_each_evaluation_is_a_line_a_file_and_on_the_board(asked):
         assert evaluation["overall"]["accuracy"] == pytest.approx(sum(a["score"] for a in answers) / 7)
         assert set(evaluation["by_category"]) == {"test"} and evaluation["skipped"] == 0
     board = EventAccumulator(str(asked.path / "tensorboard" / "stage3")).Reload()
-    assert [event.step for event in board.Scalars("evaluation/accuracy/test")] == [2, 4, 5]
+    assert [event.step for event in board.Scalars("evaluation/accuracy/test")] == [1, 3, 4]
     assert [event.step for event in board.Scalars("memory_gb")] == [0, 1, 2, 3, 4]
     text = board.Tensors("evaluation/answers/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert "What is shown?" in text and "a red square" in text
@@ -114,6 +115,12 @@ def test_a_run_that_goes_on_asks_nothing_twice_and_nothing_less(run_of, asked, m
     assert steps_of(run) == [line for line in steps_of(asked) if line["stage"] < 3]
 
 
+def test_other_questions_do_not_make_another_run(run_of, asked):
+    before = read_evaluations(asked.path)
+    train(replace(asked, config=run_of("evaluate.every=0.5", "evaluate.limit=2", asked=False).config))
+    assert read_evaluations(asked.path) == before
+
+
 @pytest.mark.parametrize(
     "every, steps, points", [(0.2, 10, {2, 4, 6, 8, 10}), (0.3, 10, {3, 6, 9, 10}), (1.0, 7, {7}), (0.2, 2, {1, 2})]
 )
@@ -137,6 +144,12 @@ def test_what_cannot_be_is_said_before_anything_is_trained(run_of, setting, reas
     with pytest.raises((UsageError, DataError), match=reason):
         Midway.of(run_of(setting).config)
         train(run_of(setting), stages=[1])
+
+
+def test_data_that_hold_nothing_to_ask(run_of, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"id": 1, "conversations": []}\n')
+    with pytest.raises(DataError, match="evaluate.data: no record can be asked: .*bad.jsonl"):
+        Midway.of(run_of(f'evaluate.data=["{tmp_path}/bad.jsonl"]').config)
 
 
 @pytest.mark.parametrize("every", ["0.0", "1.5"])
