@@ -13,8 +13,9 @@ sources take turns, and a figure is the median of `--repeat` processes, each the
 - TFLOPs: of a step's matrix products, counted while it runs without checkpointing; MFU is their rate against
   `--peak-tflops`.
 
-"memory" holds finished micro-batches: what is slower than that is reading, decoding and rendering. "bound" is the live
-step's FLOPs over the other's: what leaving out the teacher can save. `--grow` repeats stage 1 with twice and four times
+"memory" holds finished micro-batches: what is slower than that is reading, decoding and rendering. The last columns are
+against shards: the step's time, the processor's (which other work on the machine changes less), and "bound", the FLOPs:
+what leaving out the teacher can save. `--grow` repeats stage 1 with twice and four times
 the samples, the tokens and the vocabulary.
 """
 
@@ -118,7 +119,20 @@ def main() -> None:
         print("\n" + markdown_table(["stage 1 with", *HEADER[1:]], grow(options)))
 
 
-HEADER = ["stage", "source", "step s", "processor s", "waits", "peak MB", "TFLOPs", "TFLOP/s", "MFU", "step", "bound"]
+HEADER = [
+    "stage",
+    "source",
+    "step s",
+    "processor s",
+    "waits",
+    "peak MB",
+    "TFLOPs",
+    "TFLOP/s",
+    "MFU",
+    "step",
+    "processor",
+    "bound",
+]
 
 
 def compare(options: argparse.Namespace, *, sources: tuple[str, ...] = SOURCES) -> tuple[str, list[list[str]]]:
@@ -145,7 +159,7 @@ def compare(options: argparse.Namespace, *, sources: tuple[str, ...] = SOURCES) 
     rows = []
     for (stage, source), measured in found.items():
         middle = {name: statistics.median(one[name] for one in measured) for name in measured[0]}
-        reference = statistics.median(one["step"] for one in found[stage, "shards"])
+        shards = {name: statistics.median(one[name] for one in found[stage, "shards"]) for name in ("step", "cpu")}
         tflops = flops[stage, source == "live"] / 1e12
         rate = tflops / middle["step"]
         rows.append(
@@ -159,7 +173,8 @@ def compare(options: argparse.Namespace, *, sources: tuple[str, ...] = SOURCES) 
                 f"{tflops:.4g}",
                 f"{rate:.3g}",
                 f"{rate / options.peak_tflops:.1%}" if options.peak_tflops else "",
-                f"{middle['step'] / reference:.3f}x",
+                f"{middle['step'] / shards['step']:.2f}x",
+                f"{middle['cpu'] / shards['cpu']:.2f}x",
                 f"{flops[stage, source == 'live'] / flops[stage, False]:.2f}x",
             ]
         )
