@@ -147,12 +147,9 @@ def test_ranks_share_each_global_batch_out(size, samples):
     assert sorted(taken) == sorted(batch) and all(len(piece) <= 2 for share in shares for piece in share)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("target", ["topk", "exact", "sample"])
+@pytest.mark.parametrize(("stage", "target"), [(1, "topk"), (1, "exact"), (1, "sample"), (2, "topk"), (3, "topk")])
 def test_a_stand_in_changes_no_number(tiny, tmp_path, teacher, stage, target):
     """Beside samples without pictures it adds nothing to the loss or a gradient, and alone it gives every parameter zeros."""
-    if stage == 3 and target != "topk":
-        pytest.skip("stage 3 has no teacher")
     samples = [conversation(("What?", "a red one"), key="00000000"), conversation(("Why?", "so"), key="00000001")]
     data = write_llava(tmp_path / "d", samples)
     run_cache_job(teacher, open_samples([data]), tmp_path / "c", CacheOptions(draws=5))
