@@ -6,10 +6,12 @@ import pytest
 import tiny_models
 import torch
 from conftest import mixed_samples, write_llava
+from transformers.utils import is_flash_attn_2_available
 
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
+from genrecal.errors import ModelError
 from genrecal.samples import open_samples
 from genrecal.shards.reader import open_cache
 from genrecal.train.batches import BatchBuilder, ShardSource, Wanted
@@ -183,6 +185,12 @@ def test_kept_embeddings_do_not_depend_on_the_batch_and_stay_within_their_room(d
     assert losses[0] == losses[1] == step(alone, batch_of(alone, cache))[0]
     assert 0 < len(half.vision_cache) < len(alone.vision_cache)
     assert half.vision_cache.num_bytes <= half.vision_cache.max_bytes
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="needs flash-attn to be missing")
+def test_flash_attention_that_is_not_installed_is_named(tiny):
+    with pytest.raises(ModelError, match="FlashAttention2.*installed"):
+        load_vlm(tiny("internvl_llama"), attention="flash_attention_2")
 
 
 def test_stage_3_keeps_no_embeddings(distiller_of):
