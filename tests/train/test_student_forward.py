@@ -17,8 +17,7 @@ from genrecal.shards.reader import open_cache
 from genrecal.train.batches import BatchBuilder, ShardSource, Wanted
 from genrecal.train.checkpoint import trained_parameters
 from genrecal.train.config import LoraConfig, LossConfig
-from genrecal.train.loop import _checkpoint_activations
-from genrecal.train.recalibrator import Recalibrator
+from genrecal.train.recalibrator import Recalibrator, checkpoint_activations
 from genrecal.train.stages import Denominators, Distiller, add_lora, is_vision_encoder, select_trainable
 from genrecal.vlm.loading import load_vlm
 
@@ -46,7 +45,7 @@ def distiller_of(tiny, cache):
         recalibrator = Recalibrator(student.model.config, cache.hidden_size) if stage < 3 else None
         student.model.train(stage > 1)
         if checkpointing:
-            _checkpoint_activations(student.model if stage > 1 else None, recalibrator)
+            checkpoint_activations(student.model if stage > 1 else None, recalibrator)
         head = cache.head() if stage < 3 else None
         return Distiller(stage, student, recalibrator, head, LossConfig(), vision_cache_bytes=vision_cache_bytes)
 
