@@ -37,8 +37,9 @@ def cache(tiny, teacher, tmp_path_factory):
 @pytest.fixture
 def distiller_of(tiny, cache):
     def make(family, stage, *, checkpointing=False, vision_cache_bytes=0):
+        folder = tiny(family)  # made at its first use, with random numbers
         torch.manual_seed(5)
-        student = load_vlm(tiny(family), dtype=torch.float32)
+        student = load_vlm(folder, dtype=torch.float32)
         if stage == 2:
             add_lora(student, LORA)
         select_trainable(stage, student, LORA)
