@@ -11,9 +11,8 @@ READY = $(VENV)/.ready-dev
 demo: $(READY)
 	$(BIN)/genrecal demo
 
-# Two processes of one thread each: torch's threads would wait for each other on two cores.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not vllm" tests
+	$(BIN)/python -m pytest -n 2 -m "not slow and not vllm" tests
 
 test-all: test slow test-vllm
 
@@ -23,7 +22,7 @@ test-vllm:
 	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/cache/test_vllm.py
 
 slow: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow --durations 20 tests
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow tests
 
 check: $(READY)
 	$(BIN)/ruff check .
