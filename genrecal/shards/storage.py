@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from genrecal.errors import StorageError, UsageError
-from genrecal.files import process_runs, put_in_place, remove_stale_temporaries, temporary_path, write_whole
+from genrecal.files import flush, process_runs, put_in_place, remove_stale_temporaries, temporary_path, write_whole
 
 ATTEMPTS = 4  # of one remote operation, on top of what the file system itself retries
 LONGEST_PAUSE = 8.0  # seconds between two of them
@@ -230,7 +230,7 @@ class LocalStore(Store):
             raise FileExistsError(str(new))
         os.rename(old, new)
         for folder in (new.parent.parent, new.parent, old.parent):
-            _flush_folder(folder)
+            flush(folder)
 
     def present(self, name: str) -> bool:
         return os.path.lexists(self.root / name)
@@ -256,14 +256,6 @@ def _open_file(path: str, inode: int, modified: int) -> BinaryIO:
     A file that was replaced under its name has another inode or time, and is opened anew.
     """
     return open(path, "rb", buffering=0)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ----------------------------------------------------------------------------------------------------------------- remote

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from genrecal.errors import TrainingError
-from genrecal.files import temporary_path
+from genrecal.files import flush, temporary_path
 
 WEIGHTS, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
@@ -85,24 +85,16 @@ def save_checkpoint(
         content = {"stage": stage, "step": step, "updates": state.updates, "run": run}
         (temporary / STATE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
         for file in [*temporary.iterdir(), temporary]:
-            _flush(file)
+            flush(file)
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
-        _flush(folder)
+        flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise TrainingError(f"{path}: the checkpoint cannot be written: {error}") from None
     for old in find_checkpoints(folder, stage)[:-keep]:
         shutil.rmtree(old)
     return path
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def find_checkpoints(folder: Path, stage: int) -> list[Path]:

@@ -114,6 +114,11 @@ class Run:
         found = _read_run_file(path)
         if different := differences(found, now):
             raise UsageError(f"--out {self.path} holds another run: {'; '.join(different)}. Use another --out")
+        if "global_batch" not in found:
+            raise UsageError(
+                f"--out {self.path}: {RUN_FILE} names no global_batch, so it is of an earlier version; go on with that "
+                "version, or use another --out"
+            )
         self._check_global_batches(found, processes)
         return found
 

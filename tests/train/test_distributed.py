@@ -278,6 +278,12 @@ def test_the_global_batch_of_a_run_stays(tiny, cache, tmp_path):
         begin(4, "stage2.batch_size=4")
     with pytest.raises(UsageError, match=r"config\.stage2\.lr was 0\.0001, now 0\.1"):
         begin(4, "stage2.lr=0.1")
+    file = tmp_path / "run/run.json"
+    file.write_text(
+        json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name != "global_batch"})
+    )
+    with pytest.raises(UsageError, match="run.json names no global_batch, so it is of an earlier version"):
+        begin(4)
 
 
 @pytest.fixture
