@@ -55,7 +55,10 @@ def cluster():
         patch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{Path(__file__).parents[2]}")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         head = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": memory}
-        head["_system_config"] = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
+        head["_system_config"] = {
+            "health_check_period_ms": 500,
+            "health_check_failure_threshold": 20,
+        }  # a loaded machine is late
         cluster = Cluster(True, head_node_args=head)
         cluster.second = lambda: cluster.add_node(num_cpus=1, num_gpus=0, object_store_memory=memory)
         yield cluster
@@ -152,9 +155,12 @@ def test_what_fails_says_why(run):
 
 @pytest.mark.parametrize("fault", ["a device-side assert", "killed"])
 def test_a_shard_that_goes_on_failing(run, tmp_path, monkeypatch, fault):
-    """The others are made; then the job fails, with the reason if there is one."""
-    monkeypatch.setattr(ray_job, "ROUNDS", 1)
+    """The others are made; then the job fails, with the reason if there is one.
+
+    Two rounds, since a loaded machine may lose one of its own, whole.
+    """
+    monkeypatch.setattr(ray_job, "ROUNDS", 2)
     kind, words = (StorageError, "lost each time") if fault == "killed" else (ModelError, f"RuntimeError: {fault}")
-    with pytest.raises(kind, match=rf"1 shards \(3\) were not made in 1 rounds: .*{words}.*run the same command again"):
+    with pytest.raises(kind, match=rf"1 shards \(3\) were not made in 2 rounds: .*{words}.*run the same command again"):
         run(actors=1, fault=fault, key="00000006")
     assert len(list((tmp_path / "cache/manifest").glob("*.parquet"))) == SHARDS - 1
