@@ -100,7 +100,7 @@ def measured_peak(run, cache, stage, dtype, size):
     [
         pytest.param(1, "true", torch.float32, [], marks=pytest.mark.slow),
         (2, "false", torch.bfloat16, []),
-        (2, "false", torch.bfloat16, ALIGNED),
+        pytest.param(2, "false", torch.bfloat16, ALIGNED, marks=pytest.mark.slow),
         pytest.param(1, "true", torch.float32, [*ALIGNED, "loss.splice_weight=0"], marks=pytest.mark.slow),
         pytest.param(3, "true", torch.float32, [], marks=pytest.mark.slow),
     ],
@@ -149,7 +149,7 @@ def test_zero_shares_out_optimizer_gradients_and_weights_in_turn():
     assert memory_of("zero1", counted, 0, 4, offload=True)["optimizer"] == 0
 
 
-@pytest.mark.parametrize("objective", ["genrecal", "genrecal-aligned"])
+@pytest.mark.parametrize("objective", ["genrecal", pytest.param("genrecal-aligned", marks=pytest.mark.slow)])
 def test_steps_bytes_and_flops_are_those_of_the_run(trained, cache, capsys, objective):
     """FLOPs are compared with torch's count over the four kinds of samples that the cache repeats, each alone. Torch takes
     causal attention for a full square, and the gradient of the first of two layers' input, which nobody needs, is a tenth
