@@ -18,7 +18,7 @@ from numba import types
 from numba.extending import intrinsic
 
 GROUP = 128  # codes that share a step; the seven lowest bits of a channel's number
-PAST_CACHE = 2**19  # float32: 2 MB, more than a core's own cache holds
+PAST_CACHE = 2**16  # float32: 256 kB, more than is left of them in a core's own cache when they are used
 STRIP, VECTOR = 16, 8  # channels of each group that are taken on together, a cache line of float32; float32 in a vector
 
 # Without reassociation: the same sums in the same order on every machine. Contraction would join no sums here.
