@@ -8,9 +8,9 @@ which alternate between the stores: what other processes take now and then goes 
 A pass reads every record whole into memory: "as stored" stops at what the store gives (bfloat16 tensors; ours float32,
 decoded), "float32" goes on to float32 states, which is what a trainer computes with, each record's in new memory, and
 "float32 of a batch" to those of a batch of four in memory that the next batch uses again; for genrecal this is what the
-trainer itself calls, `ShardSource.fetch`. "cold" is the first pass after the files were dropped from the page cache. The limits are copying the float32 states: all of them from one array to
-another that is there already ("of copying"), and each record's to the batch's memory, which the processor's cache may hold
-("of copying to the batch").
+trainer itself calls, `ShardSource.fetch`. "cold" is the first pass after the files were dropped from the page cache. The
+limits are copying the float32 states: all of them from one array to another that is there already ("of copying"), and each
+record's to the batch's memory, which the processor's cache may hold ("of copying to the batch").
 
 MosaicML streaming is measured if it is installed; it pins another transformers, so beside genrecal it needs
 `pip install --no-deps mosaicml-streaming brotli zstd python-snappy cramjam catalogue`.
