@@ -244,7 +244,7 @@ class Cache(Sequence["CachedRecord"]):
             return int(digits) if digits.isdecimal() and len(digits) < 20 else -1
 
         def begins(shard: int) -> int:
-            keys = self._manifest_of(shard)[0].column("key")
+            keys = self._manifest_of(shard).table.column("key")
             return number(keys[0].as_py()) if len(keys) else -1
 
         after = bisect.bisect_right(self.shards, number(key), key=begins)
