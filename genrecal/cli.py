@@ -313,6 +313,8 @@ def cache(
     )
     work = WorkOptions(workers=workers, worker=worker, threads=threads, status_file=status_file)
     load_teacher: Callable[[], Any]
+    if generate and backend == "vllm":
+        raise UsageError("--generate with --backend vllm: expected --backend hf, which writes answers")
     if backend == "vllm":
         load_teacher = functools.partial(
             _vllm_teacher, teacher, dtype, device, trust_remote_code, tensor_parallel, pipeline_parallel, engine_arg

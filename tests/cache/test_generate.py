@@ -94,7 +94,9 @@ def test_the_states_are_those_of_a_data_file_with_these_answers(teacher, cache, 
 def test_given_answers_are_kept_beside_the_teachers(cache, data):
     given = [sample.answers for sample in open_samples([data])]
     assert [record.sample.given_answers for record in cache] == given
-    assert not {text for record in cache for text in record.sample.answers} & {text for texts in given for text in texts}
+    assert not {text for record in cache for text in record.sample.answers} & {
+        text for texts in given for text in texts
+    }
     assert verify_cache(cache.path, deep=True).whole
 
 
