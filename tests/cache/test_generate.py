@@ -145,7 +145,8 @@ def test_answers_are_those_of_one_conversation_at_a_time(teacher, cache, data):
         assert cache.column("top1_agreement").min() == 1.0
 
 
-@pytest.mark.parametrize("how", [pytest.param(GREEDY, marks=pytest.mark.slow), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_workers_and_other_batches_write_the_same_answers(teacher, data, tmp_path, how):
     samples, options = open_samples([data]), dataclasses.replace(OPTIONS, answers=how)
     run_cache_job(teacher, samples, tmp_path / "one", options)
@@ -191,6 +192,7 @@ def test_only_what_is_missing_is_written_again(teacher, data, tmp_path, lost):
     assert (tree(tmp_path) == before) == (lost != "a manifest")
 
 
+@pytest.mark.slow
 def test_a_job_that_stops_goes_on(teacher, data, tmp_path):
     """Stopped after its first shard of answers, and again when it has cached one."""
     run_cache_job(teacher, open_samples([data]), tmp_path / "whole", OPTIONS)
