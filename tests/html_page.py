@@ -3,7 +3,7 @@
 from html.parser import HTMLParser
 
 HOSTILE = "</title><script>alert(1)</script>\"'><img src=//evil.example/x onerror=alert(1)>\u202e\x00\ud800 {{ 7 * 7 }}"
-VOID = {"meta", "img", "input", "br", "path", "circle", "rect", "use"}
+VOID = {"meta", "img", "input", "br"}
 
 
 class Page(HTMLParser):

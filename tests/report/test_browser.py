@@ -67,7 +67,7 @@ def pages(tiny, teacher, tmp_path_factory):
         runs.append(
             Run(path=folder / name, config=config, student=str(tiny("internvl_llama")), cache=str(folder / "c"))
         )
-        train(runs[-1])
+        train(runs[-1], stages=[1] if more else [1, 2, 3])
     found = {"runs": folder / "runs.html", "cache": folder / "cache.html"}
     commands = [["report", *(str(run.path) for run in runs), "--out"], ["inspect", str(folder / "c"), "--html"]]
     for words, path in zip(commands, found.values(), strict=True):
