@@ -78,7 +78,11 @@ def take_snapshot(
     """
     student, recalibrator = distiller.student, distiller.recalibrator
     assert recalibrator is not None
-    compared = set(spread(indices[cache.column("has_question")[indices].astype(bool)], COMPARED).tolist())
+    compared: set[int] = set()
+    if (
+        recalibrator.rec_proj_pre is not None
+    ):  # else it never takes the teacher's states, and there is nothing to compare
+        compared = set(spread(indices[cache.column("has_question")[indices].astype(bool)], COMPARED).tolist())
     found = _Found()
     device = student.device.type
     with at_rest(distiller), torch.autocast(device, dtype=compute_dtype, enabled=compute_dtype != torch.float32):
@@ -147,11 +151,12 @@ def _compared(
     recalibrator: Recalibrator, states: torch.Tensor, encoded: Encoded, record: Record, sample: Sample
 ) -> dict[str, Any]:
     """A sample's means over tokens of recalibrated states, and some tokens' states before and after the Recalibrator."""
-    assert record.question is not None
+    pre = recalibrator.rec_proj_pre
+    assert record.question is not None and pre is not None
     device = states.device
 
     def projected(hidden: np.ndarray) -> torch.Tensor:
-        return recalibrator.rec_proj_pre(torch.from_numpy(hidden).to(device)).float()
+        return pre(torch.from_numpy(hidden).to(device)).float()
 
     turn = record.answer.turn
     own_rows = np.diff(turn, prepend=-1) == 0  # all but the first row of each turn: the answer's own states
@@ -172,7 +177,9 @@ def _compared(
     for name, pieces in sequences.items():
         before = torch.cat([piece for piece, _ in pieces])  # [L, D_s]
         answers = np.concatenate([np.full(len(piece), is_answer) for piece, is_answer in pieces])
-        body = recalibrator.rec_body(inputs_embeds=before[None], use_cache=False).last_hidden_state
+        body = before[None]
+        if recalibrator.rec_body is not None:
+            body = recalibrator.rec_body(inputs_embeds=body, use_cache=False).last_hidden_state
         after = recalibrator.rec_norm(recalibrator.rec_proj_post(body))[0].float()  # [L, D_t]
         rows = {"question": ~answers, "answer": answers, "all": np.ones(len(answers), bool)}
         result[name] = torch.stack([after[torch.from_numpy(rows[pooling])].mean(0) for pooling in POOLINGS])

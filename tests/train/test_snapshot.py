@@ -52,6 +52,20 @@ def snapshots(run):
     return read_snapshots(run.path)
 
 
+@pytest.mark.parametrize("setting", ["loss.splice_weight=0", "recalibrator.layers=0"])
+def test_other_recalibrators(tiny, cache, tmp_path, setting):
+    """Without the teacher's states nothing is compared; without blocks a state is what it was."""
+    run = new_run(tiny, cache, tmp_path / "r", "objective=genrecal-aligned", setting)
+    train(run, stages=[1])
+    start, end = read_snapshots(run.path)
+    assert start.own["student"] == end.own["student"] and start.own["student"][""] > 0
+    if setting.startswith("loss"):
+        assert start.keys == () and start.similarity == start.tokens == {}
+    else:
+        np.testing.assert_allclose(start.tokens["student before"], start.tokens["student after"], atol=1e-4)
+        assert np.ptp(end.similarity["own.all"]) > 1e-3
+
+
 def test_moments(snapshots, cache):
     assert [(s.stage, s.moment) for s in snapshots] == [(1, "start"), (1, "end"), (2, "end")]
     assert [s.samples for s in snapshots] == [12, 12, 12]
