@@ -16,7 +16,7 @@ from genrecal.samples import ImageRef, Message, Sample
 from genrecal.shards.codecs import StateBuffer
 from genrecal.shards.order import SampleOrder, micro_batches
 from genrecal.shards.reader import Cache
-from genrecal.shards.record import Record
+from genrecal.shards.record import AnswerRows, Record
 from genrecal.train.splice import splice_index
 from genrecal.vlm.rendering import Encoded, Renderer
 
@@ -44,6 +44,10 @@ class MicroBatch:
         target_ids: int64 `[N]`; first: bool `[N]`, the first token of a turn's answer.
         topk_ids, topk_log_probs: `[N, k]`; exact_states: float32 `[N, D_t]`, the teacher's state at each row.
         sample_ids: int64 `[N, K]`; sample_counts: float32 `[N, K]`; entropy: float32 `[N]`, nats.
+        teacher_rows: int64 `[M]`, the teacher's row that each of the student's is compared with, -1 for none; None where they
+            stand one to one.
+        teacher_states: float32 `[N, D_t]`, the teacher's state at each row; token_ids: int64 `[N]`, its token there.
+        sft_turns, turns: int64 `[M]` and `[N]`, a number for each turn of each sample.
         question_states: float32 `[Q, D_t]`, z_q of the samples that have it; None without the regularisation pass.
         reg_splice: the teacher's questions with its own answers; reg_rows: int64, which of the N rows it predicts.
     """
@@ -64,6 +68,11 @@ class MicroBatch:
     sample_ids: torch.Tensor | None = None
     sample_counts: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
+    teacher_rows: torch.Tensor | None = None
+    teacher_states: torch.Tensor | None = None
+    token_ids: torch.Tensor | None = None
+    sft_turns: torch.Tensor | None = None
+    turns: torch.Tensor | None = None
     question_states: torch.Tensor | None = None
     reg_splice: Splice | None = None
     reg_rows: torch.Tensor | None = None
@@ -138,12 +147,17 @@ class LiveSource:
 # --------------------------------------------------------------------------------------------------------------- building
 
 
+SPLICE, SAME, PLACES, TURNS = "splice", "same", "places", "turns"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
     """What a stage reads: teacher states at all, the question tier, and what `exact` or `sampled` targets need.
 
     last_answer: whether the student runs over the last answer too. Stage 1 reads its states of the questions alone, and
     these see nothing of an answer after them.
+    beside: what the teacher's rows are set beside: SPLICE, the Recalibrator's splices; SAME, the student's rows, token for
+    token the same; PLACES, its rows at the same place of a turn; TURNS, all its rows of the turn.
     """
 
     teacher: bool
@@ -151,6 +165,7 @@ class Wanted:
     last_answer: bool = True
     exact: bool = False
     sampled: bool = False
+    beside: str = SPLICE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +248,8 @@ class BatchBuilder(Dataset[Loaded]):
             sample, record = item
             try:
                 rendered = self.renderer.encode(sample, max_tokens=self.max_tokens or None)
+                if self.wanted.beside == SAME and record is not None:
+                    _check_same_tokens(rendered, record)
                 encoded.append(rendered if self.wanted.last_answer else self.renderer.without_last_answer(rendered))
                 records.append(record)
             except SampleError as error:
@@ -263,8 +280,14 @@ def _empty_batch(stand_in: StandIn, renderer: Renderer, wanted: Wanted) -> Micro
         sft_first=none.bool(),
     )
     if wanted.teacher:
-        batch.answer_states = torch.zeros(0, stand_in.teacher_size)
-        batch.splice = Splice(rows=torch.arange(inputs["input_ids"].shape[1])[None], predicts=none)
+        if wanted.beside == SPLICE:
+            batch.answer_states = torch.zeros(0, stand_in.teacher_size)
+            batch.splice = Splice(rows=torch.arange(inputs["input_ids"].shape[1])[None], predicts=none)
+        elif wanted.beside == PLACES:
+            batch.teacher_rows = none
+        elif wanted.beside == TURNS:
+            batch.teacher_states = torch.zeros(0, stand_in.teacher_size)
+            batch.token_ids = batch.sft_turns = batch.turns = none
         batch.target_ids, batch.first = none, none.bool()
         batch.topk_ids, batch.topk_log_probs = none[:, None], torch.zeros(0, 1)
         batch.exact_states = torch.zeros(0, stand_in.teacher_size) if wanted.exact else None
@@ -304,20 +327,8 @@ def _student_part(encoded: Sequence[Encoded], renderer: Renderer, *, beside: Seq
 
 
 def _add_teacher_part(batch: MicroBatch, encoded: Sequence[Encoded], records: Sequence[Record], wanted: Wanted) -> None:
-    length = batch.student_inputs["input_ids"].shape[1]
     answers = [record.answer for record in records]
     lengths = [_turn_lengths(record) for record in records]
-    own = []  # all but each turn's first row, as slices: masks would copy the states once more
-    for answer in answers:
-        turns = np.split(answer.hidden, np.flatnonzero(np.diff(answer.turn)) + 1)
-        own += [turn[1:] for turn in turns]
-    batch.answer_states = torch.from_numpy(np.concatenate(own))
-    questions = [
-        [np.arange(s, e) + number * length for s, e, is_answer in item.segments() if not is_answer]
-        for number, item in enumerate(encoded)
-    ]
-    index = splice_index(questions, lengths, batch.student_inputs["input_ids"].numel())
-    batch.splice = Splice(rows=torch.from_numpy(index.rows), predicts=torch.from_numpy(index.predicts))
     predicts = [a.predicts for a in answers]
 
     def over_rows(name: str) -> torch.Tensor:
@@ -331,8 +342,56 @@ def _add_teacher_part(batch: MicroBatch, encoded: Sequence[Encoded], records: Se
         batch.exact_states = over_rows("hidden")
     if wanted.sampled:
         _add_sampled(batch, records)
+    student_lengths = [n for item in encoded for n in item.answer_lengths]
+    teacher_lengths = [n for turns in lengths for n in turns]
+    if wanted.beside == SPLICE:
+        _add_splice(batch, encoded, answers, lengths)
+    elif wanted.beside == PLACES:
+        batch.teacher_rows = torch.from_numpy(rows_by_place(student_lengths, teacher_lengths))
+    elif wanted.beside == TURNS:
+        batch.teacher_states = batch.exact_states if wanted.exact else over_rows("hidden")
+        batch.token_ids = over_rows("token_id").long()
+        batch.sft_turns, batch.turns = (
+            torch.from_numpy(np.repeat(np.arange(len(counts)), counts)) for counts in (student_lengths, teacher_lengths)
+        )
     if any(record.question is not None for record in records):
         _add_regularisation(batch, records, lengths)
+
+
+def rows_by_place(student_lengths: Sequence[int], teacher_lengths: Sequence[int]) -> np.ndarray:
+    """For each of the student's rows, turn by turn, the teacher's at the same place of the turn; -1 past its last. int64 `[M]`."""
+    rows, start = [np.empty(0, np.int64)], 0
+    for mine, its in zip(student_lengths, teacher_lengths, strict=True):
+        place = np.arange(mine)
+        rows.append(np.where(place < its, place + start, -1))
+        start += its
+    return np.concatenate(rows)
+
+
+def _check_same_tokens(encoded: Encoded, record: Record) -> None:
+    ids = np.concatenate([answer.ids for answer in encoded.answers])
+    teacher_ids = record.answer.target_id[record.answer.predicts]
+    if not np.array_equal(ids, teacher_ids):
+        raise SampleError(
+            f"its answers are {len(teacher_ids)} tokens of the teacher and {len(ids)} of the student that are not the same"
+        )
+
+
+def _add_splice(
+    batch: MicroBatch, encoded: Sequence[Encoded], answers: Sequence[AnswerRows], lengths: Sequence[list[int]]
+) -> None:
+    length = batch.student_inputs["input_ids"].shape[1]
+    own = []  # all but each turn's first row, as slices: masks would copy the states once more
+    for answer in answers:
+        turns = np.split(answer.hidden, np.flatnonzero(np.diff(answer.turn)) + 1)
+        own += [turn[1:] for turn in turns]
+    batch.answer_states = torch.from_numpy(np.concatenate(own))
+    questions = [
+        [np.arange(s, e) + number * length for s, e, is_answer in item.segments() if not is_answer]
+        for number, item in enumerate(encoded)
+    ]
+    index = splice_index(questions, lengths, batch.student_inputs["input_ids"].numel())
+    batch.splice = Splice(rows=torch.from_numpy(index.rows), predicts=torch.from_numpy(index.predicts))
 
 
 def _add_sampled(batch: MicroBatch, records: Sequence[Record]) -> None:

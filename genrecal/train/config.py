@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from genrecal.errors import UsageError
+from genrecal.train.objectives import check_target, objective_named
 
 ENGINES = ("auto", "none", "ddp", "zero1", "zero2", "zero3")
 
@@ -60,11 +61,13 @@ class LossConfig:
     """Weights of the terms, and what the KL is taken from.
 
     Args:
-        ce_weight, kl_weight: of the Recalibrator's cross-entropy and KL, in both passes.
+        ce_weight, kl_weight: of the Recalibrator's cross-entropy and KL, in both passes; with an objective that compares the
+            student itself with the teacher, of its own cross-entropy and of what it is compared by.
         reg_weight: of the regularisation pass (stage 1).
         sft_weight: of the student's own cross-entropy (stage 2).
         target: "topk", the stored logits and one bucket for the rest; "exact", recomputed from the cached state;
             "sample", the stored draws, whose KL is unbiased (a cache made with `--targets sample:K`).
+        skew: of objective skewed-kl: the teacher's share in the mixture that it is compared with.
         chunk_rows: rows of logits that exist at once; 0 for as many as take 256 MiB.
     """
 
@@ -73,11 +76,14 @@ class LossConfig:
     reg_weight: float = 1.0
     sft_weight: float = 1.0
     target: str = "topk"
+    skew: float = 0.1
     chunk_rows: int = 0
 
     def __post_init__(self) -> None:
         if self.target not in ("topk", "exact", "sample"):
             raise UsageError(f"loss.target {self.target!r}: expected topk, exact or sample")
+        if not 0 < self.skew < 1:
+            raise UsageError(f"loss.skew {self.skew}: expected a share between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +146,9 @@ class TrainConfig:
 
     Args:
         seed: of the order, the Recalibrator's first weights and dropout.
-        objective: "genrecal", or "sft": stages 2 and 3 with the student's own cross-entropy alone.
+        objective: one of `genrecal.train.objectives.OBJECTIVES`: "genrecal"; "sft" and "seqkd", stages 2 and 3 with the
+            student's own cross-entropy alone; "kl", "reverse-kl", "skewed-kl", "uld" and "dskd", stages 2 and 3 with the
+            student compared with the teacher besides.
         precision: "bf16" computes in bfloat16 with float32 trained weights; "fp32"; "auto" is bf16 on CUDA, else fp32.
         device: "auto", "cpu", "cuda"; under a launcher, each process takes the CUDA device of its local rank.
         engine: "none", one process; "ddp", torch's DistributedDataParallel; "zero1", "zero2", "zero3", DeepSpeed's; "auto"
@@ -176,7 +184,8 @@ class TrainConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
-        choices = {"objective": ("genrecal", "sft"), "precision": ("auto", "bf16", "fp32"), "engine": ENGINES}
+        check_target(self.objective, self.loss.target)
+        choices = {"precision": ("auto", "bf16", "fp32"), "engine": ENGINES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
