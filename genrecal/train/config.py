@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from genrecal.errors import UsageError
-from genrecal.train.objectives import check_target, objective_named
+from genrecal.train.objectives import check_target
 
 ENGINES = ("auto", "none", "ddp", "zero1", "zero2", "zero3")
 

@@ -19,7 +19,8 @@ from genrecal.shards.head import FrozenHead, LogitTransform, linear_float32
 from genrecal.train.losses import Exact, RowLosses, Sampled, Target, TopK, rows_at_once
 
 NOTHING = -1e4  # log-probability of a cell that neither side has
-# The tail is 1 less the sum of k probabilities, each made from a float32 logsumexp: it knows no less than about this.
+# The tail is 1 less k probabilities that come from a float32 logsumexp, so less than about this is noise. The reverse KL
+# takes its logarithm.
 LEAST_TAIL = 1e-6
 
 Chunk = tuple[torch.Tensor, torch.Tensor]  # cross-entropy and divergence of some rows
@@ -229,13 +230,14 @@ def _cells(
     ids = torch.where(shared, target.ids, 0)
     # A padding id among the k has no part in either distribution.
     log_p = torch.where(shared, stored, NOTHING)
-    log_p = log_p - torch.where(shared, 0.0, stored.exp()).sum(-1, keepdim=True).neg().log1p()
+    of_padding = torch.where(shared, 0.0, stored.exp()).sum(-1, keepdim=True).clamp_max(1 - LEAST_TAIL)
+    log_p = log_p - of_padding.neg().log1p()
     log_q = torch.where(shared, logits.gather(1, ids) - log_sum, NOTHING)
     listed = torch.zeros(len(logits), divergence.shared_ids + 1, dtype=torch.bool, device=logits.device)
     listed.scatter_(1, torch.where(shared, target.ids, divergence.shared_ids), True)  # the last column: padding ids
     log_rest = logits.masked_fill(listed[:, :-1], float("-inf")).logsumexp(-1, keepdim=True) - log_sum
     least = LEAST_TAIL if divergence.name == "reverse-kl" else 1e-38
-    log_tail = (1 - log_p.exp().sum(-1, keepdim=True)).clamp_min(least).log()
+    log_tail = (1 - log_p.double().exp().sum(-1, keepdim=True)).clamp_min(least).log().to(log_p.dtype)
     whole = shared.sum(-1, keepdim=True) == divergence.shared_ids  # nothing is left for the rest
     log_tail, log_rest = (torch.where(whole, NOTHING, value) for value in (log_tail, log_rest))
     return torch.cat([log_p, log_tail], -1), torch.cat([log_q, log_rest], -1)

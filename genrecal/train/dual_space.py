@@ -60,11 +60,11 @@ class DualSpace(nn.Module):
 def _spread(values: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     """Rows `[N, W]` divided by the standard deviation over all values of the rows of their turn, float32."""
     values = values.float()
-    number = int(turns.max()) + 1 if len(turns) else 0
 
     def mean(of: torch.Tensor) -> torch.Tensor:  # over a turn's values, at each of its rows: [N, 1]
-        rows = values.new_zeros(number).index_add(0, turns, torch.ones_like(values[:, 0]))
-        return (values.new_zeros(number).index_add(0, turns, of.mean(-1)) / rows)[turns][:, None]
+        none = values.new_zeros(len(turns))  # there are no more turns than rows
+        rows = none.index_add(0, turns, torch.ones_like(none))
+        return (none.index_add(0, turns, of.mean(-1)) / rows)[turns][:, None]
 
     return values / mean((values - mean(values)).square()).sqrt().clamp_min(1e-12)
 

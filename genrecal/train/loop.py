@@ -38,8 +38,8 @@ from genrecal.train.checkpoint import (
     trained_parameters,
 )
 from genrecal.train.config import StageConfig, TrainConfig
-from genrecal.train.engine import Engine, import_deepspeed, resolve_engine, start_engine
 from genrecal.train.dual_space import DualSpace
+from genrecal.train.engine import Engine, import_deepspeed, resolve_engine, start_engine
 from genrecal.train.logs import RunLog, Wandb, term_means, term_sums
 from genrecal.train.midway import Midway
 from genrecal.train.objectives import OBJECTIVES, TERMS, check_cache, check_pair, shared_with

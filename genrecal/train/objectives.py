@@ -21,7 +21,7 @@ class Objective:
 
     Args:
         what: in a few words. source: who proposed it.
-        stages: those that it has. The first starts from the student as it was, each other from the one before.
+        stages: those that it has.
         recalibrates: whether stages 1 and 2 have a Recalibrator; stage 3 is then the student's own cross-entropy alone.
         targets: what it can take from the teacher (`loss.target`); none where it reads no row of the teacher.
         one_tokenizer: whether teacher and student must give an answer the same tokens.
@@ -118,8 +118,7 @@ def check_target(name: str, target: str) -> None:
 
 def check_cache(name: str, cache: "Cache") -> None:
     """Raises UsageError if the cache's answers are not of the kind that the objective trains on."""
-    answers = str(cache.description.get("answers", "given"))
-    if objective_named(name).own_answers and answers == "given":
+    if objective_named(name).own_answers and cache.answers.kind == "given":
         raise UsageError(
             f"--cache {cache.path}: objective {name} trains on the teacher's own answers, and this cache has the given ones; "
             "make one with `genrecal cache --generate`, or train with objective sft"

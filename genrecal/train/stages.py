@@ -195,7 +195,9 @@ class Distiller(nn.Module):
             chunk_rows=self.loss.chunk_rows,
         )
 
-    def _against_teacher(self, rows: torch.Tensor, batch: MicroBatch, denominators: Denominators, log: Log) -> torch.Tensor:
+    def _against_teacher(
+        self, rows: torch.Tensor, batch: MicroBatch, denominators: Denominators, log: Log
+    ) -> torch.Tensor:
         """The student's own cross-entropy at its rows `[M, D_s]`, and its divergence from the teacher's distribution there."""
         divergence = Divergence(name=self.objective, shared_ids=self.shared_ids, skew=self.loss.skew)
         which: slice | torch.Tensor = slice(None)
@@ -209,7 +211,9 @@ class Distiller(nn.Module):
         log(term, losses.kl[compared], batch.sft_first[compared])
         return losses.weighted.sum() / denominators.student_rows
 
-    def _in_dual_space(self, rows: torch.Tensor, batch: MicroBatch, denominators: Denominators, log: Log) -> torch.Tensor:
+    def _in_dual_space(
+        self, rows: torch.Tensor, batch: MicroBatch, denominators: Denominators, log: Log
+    ) -> torch.Tensor:
         """The student's own cross-entropy, and the three terms of dual-space distillation (arXiv 2406.17328, eq. 6, 7, 11).
 
         Of the projected teacher, its cross-entropy, which trains the projection; the student's KL from it, where it is

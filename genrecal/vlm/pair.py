@@ -171,7 +171,8 @@ def shared_tokens(teacher: Renderer, student: Renderer, *, text: str = TEXT) -> 
     A model may have special tokens of its own behind those: no answer holds one, and heads are padded unlike there.
     """
     tokens_t, tokens_s = (
-        {token_id: token for token, token_id in renderer.tokenizer.get_vocab().items()} for renderer in (teacher, student)
+        {token_id: token for token, token_id in renderer.tokenizer.get_vocab().items()}
+        for renderer in (teacher, student)
     )
     end = min(max(tokens_t), max(tokens_s)) + 1
     ids = next((i for i in range(end) if tokens_t.get(i) != tokens_s.get(i)), end)

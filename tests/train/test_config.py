@@ -116,7 +116,7 @@ def test_a_value_is_read_as_toml_and_takes_the_settings_type(setting: str, name:
         ("data.window=0", "at least 1"),
         ("log_every=0", "at least 1"),
         ("keep_checkpoints=0", "at least 1"),
-        ("objective=kd", r"objective 'kd': expected one of genrecal, sft"),
+        ("objective=kd", r"objective 'kd': expected one of genrecal, sft, seqkd"),
         ("precision=fp16", "precision 'fp16': expected one of auto, bf16, fp32"),
         ("loss.target=bottomk", r"loss\.target 'bottomk': expected topk, exact or sample"),
         ("loss.target=", r"loss\.target '': expected"),
