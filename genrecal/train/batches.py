@@ -359,7 +359,7 @@ def _add_teacher_part(batch: MicroBatch, encoded: Sequence[Encoded], records: Se
 
 
 def rows_by_place(student_lengths: Sequence[int], teacher_lengths: Sequence[int]) -> np.ndarray:
-    """For each of the student's rows, turn by turn, the teacher's at the same place of the turn; -1 past its last. int64 `[M]`."""
+    """Of each of the student's rows `[M]`, the teacher's row at the same place of the turn; -1 past its last."""
     rows, start = [np.empty(0, np.int64)], 0
     for mine, its in zip(student_lengths, teacher_lengths, strict=True):
         place = np.arange(mine)

@@ -105,7 +105,7 @@ def test_kl_is_the_dense_formula_over_the_models_own_logits(run_of, target):
         kl += (p * (p.log() - log_q)).sum().item()
         ids = torch.from_numpy(answers.target_id[answers.predicts]).long()
         ce -= log_q.gather(1, ids[:, None]).sum().item()
-    within = {"topk": 0.1, "exact": 1e-4, "sample": 0.2}[target]  # a bucket is below, 12 draws a row are about it
+    within = {"topk": 0.2, "exact": 1e-4, "sample": 0.2}[target]  # a bucket is below, 12 draws a row are about it
     assert output.sums["kl"].item() == pytest.approx(kl, rel=within)
     assert target != "topk" or output.sums["kl"].item() < kl
     assert output.sums["sft"].item() == pytest.approx(ce, rel=1e-4)
