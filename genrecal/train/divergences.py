@@ -63,8 +63,8 @@ def student_losses(
     with counts on neither side:
 
         kl          sum_v p_v (log p_v - log q_v)                    Hinton et al. 2015; LLaVA-KD, arXiv 2410.16236
-        reverse-kl  sum_v q_v (log q_v - log p_v)                    MiniLLM, arXiv 2306.08543, eq. 1
-        skewed-kl   sum_v p_v (log p_v - log(a p_v + (1 - a) q_v))   DistiLLM, arXiv 2402.03898, eq. 4; a is `skew`
+        reverse-kl  sum_v q_v (log q_v - log p_v)                    MiniLLM, arXiv 2306.08543
+        skewed-kl   sum_v p_v (log p_v - log(a p_v + (1 - a) q_v))   DistiLLM, arXiv 2402.03898; a is `skew`
         uld         sum_i |p_(i) - q_(i)|                            ULD, arXiv 2402.12030; by falling probability, over
                                                                      each model's whole head, the shorter one with zeros
 
@@ -189,7 +189,7 @@ def _chunk(
     teacher = None
     if isinstance(target, Exact):
         assert teacher_head is not None
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
             teacher = teacher_head.logits(target.hidden).to(logits.dtype)  # [r, V_t]
     if divergence.name == "uld":
         kl = _sorted_distance(logits, teacher, target)

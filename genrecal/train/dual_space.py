@@ -1,6 +1,6 @@
 """Dual-space distillation: each side's states in the other side's space, aligned by attention between the two answers.
 
-(DSKD with cross-model attention, Zhang et al., arXiv 2406.17328, sections 3.2 and 3.3; docs/method.md says what is left out.)
+(DSKD with cross-model attention, Zhang et al., arXiv 2406.17328; docs/method.md says what is left out.)
 """
 
 import math

@@ -214,7 +214,7 @@ class Distiller(nn.Module):
     def _in_dual_space(
         self, rows: torch.Tensor, batch: MicroBatch, denominators: Denominators, log: Log
     ) -> torch.Tensor:
-        """The student's own cross-entropy, and the three terms of dual-space distillation (arXiv 2406.17328, eq. 6, 7, 11).
+        """The student's own cross-entropy, and the three terms of dual-space distillation (arXiv 2406.17328).
 
         Of the projected teacher, its cross-entropy, which trains the projection; the student's KL from it, where it is
         right; and the projected student's KL from the teacher. Neither head gets a gradient from a projected state.

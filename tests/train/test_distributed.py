@@ -147,17 +147,25 @@ def test_ranks_share_each_global_batch_out(size, samples):
     assert sorted(taken) == sorted(batch) and all(len(piece) <= 2 for share in shares for piece in share)
 
 
-@pytest.mark.parametrize(("stage", "target"), [(1, "topk"), (1, "exact"), (1, "sample"), (2, "topk"), (3, "topk")])
-def test_a_stand_in_changes_no_number(tiny, tmp_path, teacher, stage, target):
+@pytest.mark.parametrize(
+    ("stage", "target", "objective"),
+    [
+        *((1, target, "genrecal") for target in ("topk", "exact", "sample")),
+        *((stage, "topk", "genrecal") for stage in (2, 3)),
+        (2, "topk", "uld"), (2, "exact", "dskd"), (3, "sample", "dskd"), (3, "sample", "kl"),
+    ],
+)  # fmt: skip
+def test_a_stand_in_changes_no_number(tiny, tmp_path, teacher, stage, target, objective):
     """Beside samples without pictures it adds nothing to the loss or a gradient, and alone it gives every parameter zeros."""
     samples = [conversation(("What?", "a red one"), key="00000000"), conversation(("Why?", "so"), key="00000001")]
     data = write_llava(tmp_path / "d", samples)
     run_cache_job(teacher, open_samples([data]), tmp_path / "c", CacheOptions(draws=5))
     cache = open_cache(tmp_path / "c")
-    config = load_config(None, ["lora.dropout=0", f"loss.target={target}"])
-    run = Run(path=tmp_path / "run", config=config, student=str(tiny("internvl_qwen2")), cache=str(cache.path))
+    config = load_config(None, ["lora.dropout=0", f"loss.target={target}", f"objective={objective}"])
+    student = tiny("qwen2_vl" if objective == "kl" else "internvl_qwen2")
+    run = Run(path=tmp_path / "run", config=config, student=str(student), cache=str(cache.path))
     torch.manual_seed(0)
-    if stage > 1:  # what it starts from
+    if stage > 1 and objective == "genrecal":  # what it starts from
         before = build_distiller(run, cache, 1, torch.device("cpu"), torch.float32)
         run.save_result(1, {name: p.detach() for name, p in trained_parameters(before).items()})
     if stage > 2:
@@ -446,6 +454,17 @@ def test_every_engine_gives_the_losses_of_one_process(runner, tiny, cache, awkwa
     student, out = tiny("internvl_qwen2"), tmp_path / "run"
     lines = runner.finish(2, out, words(cache, student, out, f"engine={engine}", *awkward, steps=0))
     assert_close(alone, lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "objective"), [("ddp", "uld"), ("ddp", "dskd"), ("zero3", "dskd")])
+def test_objectives_without_a_recalibrator(runner, tiny, cache, awkward, tmp_path, engine, objective):
+    """Two ranks, of which one may have no row, are one process; in stage 3 the head is trained, chunk by chunk."""
+    student, alone, out = tiny("internvl_qwen2"), tmp_path / "alone", tmp_path / "run"
+    settings = [*awkward, f"objective={objective}"]
+    lines = runner.finish(1, alone, words(cache, student, alone, *settings, steps=6, accumulation=4))
+    assert [line["stage"] for line in lines] == [2] * 6 + [3] * 6
+    assert_close(lines, runner.finish(2, out, words(cache, student, out, f"engine={engine}", *settings, steps=6)))
 
 
 @pytest.mark.slow

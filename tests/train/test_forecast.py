@@ -31,7 +31,7 @@ from genrecal.train.forecast import (
     make_forecast,
     memory_of,
 )
-from genrecal.train.loop import build_distiller, plan_stage
+from genrecal.train.loop import build_distiller, plan_stage, stages_to_train
 from genrecal.train.run import Run
 from genrecal.train.stages import Denominators, wanted_by
 from genrecal.vlm.loading import load_processor
@@ -56,7 +56,7 @@ def trained(tiny, cache, tmp_path_factory):
     def make(family, stage, *settings):
         config = load_config(None, ["data.workers=0", *settings])
         run = Run(path=tmp_path_factory.mktemp("run"), config=config, student=str(tiny(family)), cache=str(cache.path))
-        for before in range(1, stage):
+        for before in stages_to_train(config, range(1, stage)):
             distiller = build_distiller(run, cache, before, torch.device("cpu"), torch.float32)
             run.save_result(before, {name: p.detach() for name, p in trained_parameters(distiller).items()})
         return run
@@ -87,7 +87,7 @@ def measured_peak(run, cache, stage, dtype, size):
         student_tokens=batch.student_inputs["input_ids"].shape[1],
         splice=batch.splice.rows.shape[1] if batch.splice else 0,
         reg_splice=batch.reg_splice.rows.shape[1] if batch.reg_splice else 0,
-        answers=len(batch.answer_states) if batch.splice else 0,
+        answers=len(batch.target_ids) if batch.target_ids is not None else 0,
         questions=len(batch.question_states) if batch.reg_splice else 0,
         student_answers=len(batch.sft_ids),
     )
@@ -95,23 +95,31 @@ def measured_peak(run, cache, stage, dtype, size):
 
 
 @pytest.mark.parametrize(
-    "stage, checkpointing, dtype",
+    "stage, checkpointing, dtype, objective",
     [
-        pytest.param(1, "true", torch.float32, marks=pytest.mark.slow),
-        (2, "false", torch.bfloat16),
-        pytest.param(3, "true", torch.float32, marks=pytest.mark.slow),
+        pytest.param(1, "true", torch.float32, "genrecal", marks=pytest.mark.slow),
+        (2, "false", torch.bfloat16, "genrecal"),
+        pytest.param(3, "true", torch.float32, "genrecal", marks=pytest.mark.slow),
+        pytest.param(2, "true", torch.float32, "uld", marks=pytest.mark.slow),
+        pytest.param(3, "true", torch.float32, "dskd", marks=pytest.mark.slow),
     ],
 )
-def test_activations_are_those_of_a_real_step(trained, cache, stage, checkpointing, dtype):
+def test_activations_are_those_of_a_real_step(trained, cache, stage, checkpointing, dtype, objective):
     """Within a fifth: at this size what a step holds of pictures and indices is a tenth of it."""
-    run = trained("internvl_qwen2", stage, f"gradient_checkpointing={checkpointing}")
+    run = trained("internvl_qwen2", stage, f"gradient_checkpointing={checkpointing}", f"objective={objective}")
     peak, shape = measured_peak(run, cache, stage, dtype, 8)
     teacher = TeacherSide(hidden_size=cache.hidden_size, head_rows=cache.description["head_rows"], top_k=64)
     forecast = activation_bytes(meta_model(run.student).config, stage, run.config, teacher, shape, dtype)
     assert forecast == pytest.approx(peak, rel=0.2)
 
 
-@pytest.mark.parametrize("stage, settings", [(1, []), (2, []), (2, ["lora.rank=0"]), (3, [])])
+@pytest.mark.parametrize(
+    "stage, settings",
+    [
+        (1, []), (2, []), (2, ["lora.rank=0"]), (3, []),
+        (2, ["objective=uld"]), (2, ["objective=dskd"]), (3, ["objective=uld", "loss.target=exact"]),
+    ],
+)  # fmt: skip
 def test_parameters_and_what_stands_in_memory(trained, cache, stage, settings):
     run = trained("internvl_qwen2", stage, *settings)
     counted = count_parameters(stage, meta_model(run.student), run.config, cache, torch.bfloat16)
