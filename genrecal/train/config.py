@@ -14,6 +14,7 @@ from typing import Any
 from genrecal.errors import UsageError
 from genrecal.train.objectives import check_target
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 ENGINES = ("auto", "none", "ddp", "zero1", "zero2", "zero3")
 
 
@@ -204,12 +205,20 @@ class TrainConfig:
 def load_config(file: Path | None = None, settings: Sequence[str] = ()) -> TrainConfig:
     """A TOML file's tables, then `a.b=v` settings over them.
 
+    Args:
+        file: the TOML file, or the name of one in `genrecal/recipes/`, such as `paper`.
+        settings: `a.b=v` each.
+
     Raises UsageError for a key that does not exist (naming the nearest that does) or a value of the wrong type.
     """
     values: dict[str, Any] = {}
     if file is not None:
+        recipes = {path.stem: path for path in RECIPES.glob("*.toml")}
+        found = file if file.exists() else recipes.get(str(file), file)
         try:
-            values = tomllib.loads(file.read_text())
+            values = tomllib.loads(found.read_text())
+        except FileNotFoundError:
+            raise UsageError(f"--config {file}: No such file, nor a recipe: {', '.join(sorted(recipes))}") from None
         except (OSError, ValueError) as error:
             raise UsageError(f"--config {file}: {error}") from None
     for setting in settings:
