@@ -17,6 +17,7 @@ from genrecal.shards.codecs import StateBuffer
 from genrecal.shards.order import SampleOrder, micro_batches
 from genrecal.shards.reader import Cache
 from genrecal.shards.record import AnswerRows, Record
+from genrecal.train.align import align
 from genrecal.train.splice import splice_index
 from genrecal.vlm.rendering import Encoded, Renderer
 
@@ -50,6 +51,9 @@ class MicroBatch:
         sft_turns, turns: int64 `[M]` and `[N]`, a number for each turn of each sample.
         question_states: float32 `[Q, D_t]`, z_q of the samples that have it; None without the regularisation pass.
         reg_splice: the teacher's questions with its own answers; reg_rows: int64, which of the N rows it predicts.
+        aligned_rows: int64 `[A]`, which of the N rows a position of the student's lines up with (`genrecal.train.align`);
+            aligned_at: int64 `[A]`, flat in B * L_s: that position; aligned_first: bool `[A]`, the first of a turn's answer.
+            None where the aligned path is not wanted.
     """
 
     keys: list[str]
@@ -76,6 +80,9 @@ class MicroBatch:
     question_states: torch.Tensor | None = None
     reg_splice: Splice | None = None
     reg_rows: torch.Tensor | None = None
+    aligned_rows: torch.Tensor | None = None
+    aligned_at: torch.Tensor | None = None
+    aligned_first: torch.Tensor | None = None
 
     def to(self, device: torch.device, student_dtype: torch.dtype) -> "MicroBatch":
         """Move to a device; floating student inputs (pictures) take the student's dtype."""
@@ -147,17 +154,18 @@ class LiveSource:
 # --------------------------------------------------------------------------------------------------------------- building
 
 
-SPLICE, SAME, PLACES, TURNS = "splice", "same", "places", "turns"
+SAME, PLACES, TURNS = "same", "places", "turns"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
     """What a stage reads: teacher states at all, the question tier, and what `exact` or `sampled` targets need.
 
+    splice: the teacher's answer states beside the student's questions. aligned: which rows and positions line up.
     last_answer: whether the student runs over the last answer too. Stage 1 reads its states of the questions alone, and
     these see nothing of an answer after them.
-    beside: what the teacher's rows are set beside: SPLICE, the Recalibrator's splices; SAME, the student's rows, token for
-    token the same; PLACES, its rows at the same place of a turn; TURNS, all its rows of the turn.
+    beside: which of the student's own rows the teacher's are compared with: SAME, token for token the same; PLACES, those
+    at the same place of a turn; TURNS, all of the turn.
     """
 
     teacher: bool
@@ -165,7 +173,9 @@ class Wanted:
     last_answer: bool = True
     exact: bool = False
     sampled: bool = False
-    beside: str = SPLICE
+    splice: bool = True
+    aligned: bool = False
+    beside: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,12 +290,14 @@ def _empty_batch(stand_in: StandIn, renderer: Renderer, wanted: Wanted) -> Micro
         sft_first=none.bool(),
     )
     if wanted.teacher:
-        if wanted.beside == SPLICE:
+        if wanted.splice:
             batch.answer_states = torch.zeros(0, stand_in.teacher_size)
             batch.splice = Splice(rows=torch.arange(inputs["input_ids"].shape[1])[None], predicts=none)
-        elif wanted.beside == PLACES:
+        if wanted.aligned:
+            batch.aligned_rows, batch.aligned_at, batch.aligned_first = none, none, none.bool()
+        if wanted.beside == PLACES:
             batch.teacher_rows = none
-        elif wanted.beside == TURNS:
+        if wanted.beside == TURNS:
             batch.teacher_states = torch.zeros(0, stand_in.teacher_size)
             batch.token_ids = batch.sft_turns = batch.turns = none
         batch.target_ids, batch.first = none, none.bool()
@@ -329,6 +341,10 @@ def _student_part(encoded: Sequence[Encoded], renderer: Renderer, *, beside: Seq
 def _add_teacher_part(batch: MicroBatch, encoded: Sequence[Encoded], records: Sequence[Record], wanted: Wanted) -> None:
     answers = [record.answer for record in records]
     lengths = [_turn_lengths(record) for record in records]
+    if wanted.splice:
+        _add_splice(batch, encoded, answers, lengths)
+    if wanted.aligned:
+        _add_alignment(batch, encoded, answers)
     predicts = [a.predicts for a in answers]
 
     def over_rows(name: str) -> torch.Tensor:
@@ -344,9 +360,7 @@ def _add_teacher_part(batch: MicroBatch, encoded: Sequence[Encoded], records: Se
         _add_sampled(batch, records)
     student_lengths = [n for item in encoded for n in item.answer_lengths]
     teacher_lengths = [n for turns in lengths for n in turns]
-    if wanted.beside == SPLICE:
-        _add_splice(batch, encoded, answers, lengths)
-    elif wanted.beside == PLACES:
+    if wanted.beside == PLACES:
         batch.teacher_rows = torch.from_numpy(rows_by_place(student_lengths, teacher_lengths))
     elif wanted.beside == TURNS:
         batch.teacher_states = batch.exact_states if wanted.exact else over_rows("hidden")
@@ -380,6 +394,7 @@ def _check_same_tokens(encoded: Encoded, record: Record) -> None:
 def _add_splice(
     batch: MicroBatch, encoded: Sequence[Encoded], answers: Sequence[AnswerRows], lengths: Sequence[list[int]]
 ) -> None:
+    """The student's questions with the teacher's answers."""
     length = batch.student_inputs["input_ids"].shape[1]
     own = []  # all but each turn's first row, as slices: masks would copy the states once more
     for answer in answers:
@@ -392,6 +407,22 @@ def _add_splice(
     ]
     index = splice_index(questions, lengths, batch.student_inputs["input_ids"].numel())
     batch.splice = Splice(rows=torch.from_numpy(index.rows), predicts=torch.from_numpy(index.predicts))
+
+
+def _add_alignment(batch: MicroBatch, encoded: Sequence[Encoded], answers: Sequence[AnswerRows]) -> None:
+    """Where the student's own sequence, questions and answers, is read against the teacher's rows."""
+    rows, places, first = [], [], []
+    row_place, place = 0, 0
+    for item, answer in zip(encoded, answers, strict=True):
+        found = align(answer, item.answers)
+        rows.append(found.teacher_rows + row_place)
+        places.append(found.student_rows + place)
+        first.append(found.first)
+        row_place += int(answer.predicts.sum())
+        place += sum(item.answer_lengths)
+    batch.aligned_rows = torch.from_numpy(np.concatenate(rows))
+    batch.aligned_at = batch.sft_rows[torch.from_numpy(np.concatenate(places))]
+    batch.aligned_first = torch.from_numpy(np.concatenate(first))
 
 
 def _add_sampled(batch: MicroBatch, records: Sequence[Record]) -> None:

@@ -458,6 +458,7 @@ class Share:
             rows=Denominators(
                 teacher_rows=sum(len(batch.target_ids) for batch in batches if batch.target_ids is not None),
                 student_rows=sum(len(batch.sft_ids) for batch in batches),
+                aligned_rows=sum(len(batch.aligned_rows) for batch in batches if batch.aligned_rows is not None),
             ),
             samples=sum(len(batch.keys) for batch in batches),
             tokens=sum(int(b.student_inputs["attention_mask"][: len(b.keys)].sum()) for b in batches),
@@ -475,6 +476,7 @@ class Share:
         return Denominators(
             teacher_rows=sum(share.rows.teacher_rows for share in shares),
             student_rows=sum(share.rows.student_rows for share in shares),
+            aligned_rows=sum(share.rows.aligned_rows for share in shares),
         )
 
 
@@ -506,8 +508,7 @@ def build_distiller(run: Run, cache: Cache, stage: int, device: torch.device, co
         parameter.data = parameter.data.float()
     recalibrator, dual_space, shared_ids = None, None, 0
     if needs_recalibrator(stage, config):
-        attention = "sdpa" if config.attention == "auto" else config.attention
-        recalibrator = Recalibrator(student.model.config, cache.hidden_size, attention=attention).to(device)
+        recalibrator = Recalibrator.of(config, student.model.config, cache.hidden_size).to(device)
     if config.objective == "dskd":
         dual_space = DualSpace(student.hidden_size, cache.hidden_size).to(device)
     if objective.one_tokenizer:

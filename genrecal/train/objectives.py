@@ -24,7 +24,7 @@ class Objective:
         stages: those that it has.
         recalibrates: whether stages 1 and 2 have a Recalibrator; stage 3 is then the student's own cross-entropy alone.
         targets: what it can take from the teacher (`loss.target`); none where it reads no row of the teacher.
-        one_tokenizer: whether teacher and student must give an answer the same tokens.
+        beside: which of the student's rows the teacher's are compared with (`genrecal.train.batches.Wanted`).
         own_answers: whether the cache's answers must be the teacher's own.
         terms: of its loss, as they are logged, besides `sft`, the student's own cross-entropy.
     """
@@ -34,9 +34,14 @@ class Objective:
     stages: tuple[int, ...] = (2, 3)
     recalibrates: bool = False
     targets: tuple[str, ...] = ()
-    one_tokenizer: bool = False
+    beside: str = ""
     own_answers: bool = False
     terms: tuple[str, ...] = ()
+
+    @property
+    def one_tokenizer(self) -> bool:
+        """Whether teacher and student must give an answer the same tokens."""
+        return self.beside == "same"
 
     @property
     def direct(self) -> bool:
@@ -53,6 +58,14 @@ OBJECTIVES = {
         targets=("topk", "exact", "sample"),
         terms=("ce", "kl", "reg_ce", "reg_kl"),
     ),
+    "genrecal-aligned": Objective(
+        what="the Recalibrator's states, also over the student's own answer, where both have read the same bytes",
+        source="ours, beside GenRecal's losses",
+        stages=(1, 2, 3),
+        recalibrates=True,
+        targets=("topk", "exact", "sample"),
+        terms=("ce", "kl", "reg_ce", "reg_kl", "aligned_ce", "aligned_kl"),
+    ),
     "sft": Objective(
         what="the student's own cross-entropy, in its own tokens",
         source="supervised fine-tuning, the baseline of arXiv 2506.15681",
@@ -66,33 +79,35 @@ OBJECTIVES = {
         what="KL(teacher || student) of every answer token",
         source="LLaVA-KD, arXiv 2410.16236; Hinton et al., arXiv 1503.02531",
         targets=("topk", "exact", "sample"),
-        one_tokenizer=True,
+        beside="same",
         terms=("kl",),
     ),
     "reverse-kl": Objective(
         what="KL(student || teacher) of every answer token",
         source="MiniLLM, arXiv 2306.08543, off-policy: on the cache's answers, not on the student's",
         targets=("topk", "exact"),
-        one_tokenizer=True,
+        beside="same",
         terms=("reverse_kl",),
     ),
     "skewed-kl": Objective(
         what="KL(teacher || a mixture of teacher and student) of every answer token",
         source="DistiLLM, arXiv 2402.03898, off-policy",
         targets=("topk", "exact"),
-        one_tokenizer=True,
+        beside="same",
         terms=("skewed_kl",),
     ),
     "uld": Objective(
         what="distance of the sorted probabilities, token by token up to the shorter answer",
         source="Universal Logit Distillation, arXiv 2402.12030",
         targets=("topk", "exact"),
+        beside="places",
         terms=("uld",),
     ),
     "dskd": Objective(
         what="each side's states projected for the other side's head, aligned by attention",
         source="Dual-Space Knowledge Distillation, arXiv 2406.17328",
         targets=("topk", "exact", "sample"),
+        beside="turns",
         terms=("t2s_ce", "t2s_kl", "s2t_kl"),
     ),
 }
@@ -163,6 +178,8 @@ def findings(pair: "Pair") -> "list[Finding]":
     for name, objective in OBJECTIVES.items():
         if not objective.one_tokenizer:
             why = f"any pair: {objective.what}"
+            if name == "genrecal-aligned":
+                why += f": {len(pair.aligned)} of the teacher's {len(pair.teacher.ids)} tokens of the text"
         elif differences:
             why = f"needs one tokenizer, and these differ: {differences}"
         else:

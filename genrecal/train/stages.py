@@ -11,7 +11,7 @@ from torch import nn
 
 from genrecal.errors import ModelError
 from genrecal.shards.head import FrozenHead
-from genrecal.train.batches import PLACES, SAME, SPLICE, TURNS, MicroBatch, Splice, Wanted
+from genrecal.train.batches import MicroBatch, Splice, Wanted
 from genrecal.train.config import LoraConfig, LossConfig, TrainConfig
 from genrecal.train.divergences import Divergence, student_losses
 from genrecal.train.dual_space import DualSpace
@@ -31,9 +31,11 @@ class Denominators:
 
     teacher_rows: int
     student_rows: int
+    aligned_rows: int = 0
 
 
 Log = Callable[[str, torch.Tensor, torch.Tensor], None]  # a term's name, its rows, which of them are first tokens
+Weighed = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # the same rows -> their weighted sum
 
 
 class StepOutput(NamedTuple):
@@ -49,18 +51,19 @@ class StepOutput(NamedTuple):
 
 def wanted_by(stage: int, config: TrainConfig) -> Wanted:
     """What a stage reads of the cache."""
-    objective = OBJECTIVES[config.objective]
+    objective, loss = OBJECTIVES[config.objective], config.loss
     if not objective.targets or (objective.recalibrates and stage == 3):
-        return Wanted(teacher=False, questions=False)
-    target = config.loss.target
-    beside = SPLICE if objective.recalibrates else SAME if objective.one_tokenizer else TURNS
+        return Wanted(teacher=False, questions=False, splice=False)
+    splice, aligned = objective.recalibrates and loss.splice_weight > 0, config.objective == "genrecal-aligned"
     return Wanted(
         teacher=True,
-        questions=objective.recalibrates and stage == 1 and config.loss.reg_weight > 0,
-        last_answer=stage > 1,
-        exact=target == "exact",
-        sampled=target == "sample",
-        beside=PLACES if config.objective == "uld" else beside,
+        questions=stage == 1 and splice and loss.reg_weight > 0,
+        last_answer=stage > 1 or aligned,
+        exact=loss.target == "exact",
+        sampled=loss.target == "sample",
+        splice=splice,
+        aligned=aligned,
+        beside=objective.beside,
     )
 
 
@@ -71,7 +74,7 @@ def needs_recalibrator(stage: int, config: TrainConfig) -> bool:
 def needs_teacher_head(stage: int, config: TrainConfig) -> bool:
     """Whether something is read by the teacher's head: what the Recalibrator or the dual space makes, or an exact target."""
     wanted = wanted_by(stage, config)
-    return wanted.teacher and (wanted.exact or wanted.beside in (SPLICE, TURNS))
+    return wanted.teacher and (wanted.exact or needs_recalibrator(stage, config) or config.objective == "dskd")
 
 
 class Distiller(nn.Module):
@@ -117,10 +120,16 @@ class Distiller(nn.Module):
     def forward(self, batch: MicroBatch, denominators: Denominators) -> StepOutput:
         """One micro-step; `loss` sums to the global batch's loss over its micro-steps."""
         with torch.set_grad_enabled(self.stage > 1 and torch.is_grad_enabled()):
-            states = self._student_states(batch).flatten(0, 1)  # [B * L, D_s]
+            sequences = self._student_states(batch)  # [B, L, D_s]
+        states = sequences.flatten(0, 1)
         loss = states.new_zeros((), dtype=torch.float32)
         sums: dict[str, torch.Tensor] = {}
         counts: dict[str, int] = {}
+        config = self.loss
+
+        def weighed(values: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+            """The sum over rows; the first tokens of answers have a weight of their own."""
+            return torch.where(first, config.first_token_weight * values, values).sum()
 
         def log(name: str, values: torch.Tensor, first: torch.Tensor) -> None:
             """The first token of an answer apart from the later ones: only there the student's state is not bypassed."""
@@ -129,26 +138,38 @@ class Distiller(nn.Module):
                 sums[name + suffix] = values[rows].sum()
                 counts[name + suffix] = int(values[rows].numel())
 
-        if self.recalibrator is not None:
-            assert batch.splice is not None and batch.answer_states is not None and batch.first is not None
+        def against_teacher(
+            name: str, recalibrated: torch.Tensor, which: slice | torch.Tensor, first: torch.Tensor, weight: float
+        ) -> torch.Tensor:
+            """A pass's cross-entropy and KL, at the rows `which` of the teacher's; weight has the denominator in it."""
+            losses = self._losses(recalibrated, batch, which)
+            log(f"{name}ce", losses.ce, first)
+            log(f"{name}kl", losses.kl, first)
+            return weight * weighed(losses.weighted, first)
+
+        if self.recalibrator is not None and batch.splice is not None:
+            assert self.recalibrator.rec_proj_pre is not None
+            assert batch.answer_states is not None and batch.first is not None
             answers = self.recalibrator.rec_proj_pre(batch.answer_states)  # [R, D_s]
+            weight = config.splice_weight / denominators.teacher_rows
             rows = self._recalibrated(states, answers, batch.splice)
-            losses = self._losses(rows, batch, slice(None))
-            loss = loss + losses.weighted.sum() / denominators.teacher_rows
-            log("ce", losses.ce, batch.first)
-            log("kl", losses.kl, batch.first)
+            loss = loss + against_teacher("", rows, slice(None), batch.first, weight)
             if self.stage == 1 and batch.reg_splice is not None:
                 assert batch.question_states is not None and batch.reg_rows is not None
                 questions = self.recalibrator.rec_proj_pre(batch.question_states)  # [Q, D_s]
+                weight *= config.reg_weight / self.question_fraction
                 rows = self._recalibrated(questions, answers, batch.reg_splice)
-                losses = self._losses(rows, batch, batch.reg_rows)
-                weight = self.loss.reg_weight / self.question_fraction
-                loss = loss + weight * losses.weighted.sum() / denominators.teacher_rows
-                log("reg_ce", losses.ce, batch.first[batch.reg_rows])
-                log("reg_kl", losses.kl, batch.first[batch.reg_rows])
+                loss = loss + against_teacher("reg_", rows, batch.reg_rows, batch.first[batch.reg_rows], weight)
+        if self.recalibrator is not None and batch.aligned_rows is not None:
+            assert batch.aligned_at is not None and batch.aligned_first is not None and batch.target_ids is not None
+            weight = config.aligned_weight / denominators.aligned_rows
+            rows = self.recalibrator(sequences, batch.aligned_at)  # [A, D_t]
+            loss = loss + against_teacher("aligned_", rows, batch.aligned_rows, batch.aligned_first, weight)
+            sums["aligned_share"] = loss.new_tensor(len(batch.aligned_rows))
+            counts["aligned_share"] = len(batch.target_ids)
         if OBJECTIVES[self.objective].direct:
             compare = self._against_teacher if self.dual_space is None else self._in_dual_space
-            loss = loss + compare(states[batch.sft_rows], batch, denominators, log)
+            loss = loss + compare(states[batch.sft_rows], batch, denominators, weighed, log)
         elif self.stage > 1:
             ce = chunked_cross_entropy(
                 states[batch.sft_rows],
@@ -157,8 +178,8 @@ class Distiller(nn.Module):
                 batch.sft_ids,
                 chunk_rows=self.loss.chunk_rows,
             )
-            weight = self.loss.sft_weight if self.recalibrator is not None else 1.0
-            loss = loss + weight * ce.sum() / denominators.student_rows
+            weight = config.sft_weight if self.recalibrator is not None else 1.0
+            loss = loss + weight * weighed(ce, batch.sft_first) / denominators.student_rows
             log("sft", ce, batch.sft_first)
         return StepOutput(loss=loss, sums=sums, counts=counts)
 
@@ -196,7 +217,7 @@ class Distiller(nn.Module):
         )
 
     def _against_teacher(
-        self, rows: torch.Tensor, batch: MicroBatch, denominators: Denominators, log: Log
+        self, rows: torch.Tensor, batch: MicroBatch, denominators: Denominators, weighed: Weighed, log: Log
     ) -> torch.Tensor:
         """The student's own cross-entropy at its rows `[M, D_s]`, and its divergence from the teacher's distribution there."""
         divergence = Divergence(name=self.objective, shared_ids=self.shared_ids, skew=self.loss.skew)
@@ -209,10 +230,10 @@ class Distiller(nn.Module):
         (term,) = OBJECTIVES[self.objective].terms
         compared = slice(None) if counts is None else counts.bool()
         log(term, losses.kl[compared], batch.sft_first[compared])
-        return losses.weighted.sum() / denominators.student_rows
+        return weighed(losses.weighted, batch.sft_first) / denominators.student_rows
 
     def _in_dual_space(
-        self, rows: torch.Tensor, batch: MicroBatch, denominators: Denominators, log: Log
+        self, rows: torch.Tensor, batch: MicroBatch, denominators: Denominators, weighed: Weighed, log: Log
     ) -> torch.Tensor:
         """The student's own cross-entropy, and the three terms of dual-space distillation (arXiv 2406.17328).
 
@@ -254,8 +275,8 @@ class Distiller(nn.Module):
         log("t2s_ce", projected.ce, batch.sft_first)
         log("t2s_kl", losses.kl, batch.sft_first)
         log("s2t_kl", back.kl, batch.first)
-        in_student = (losses.weighted.sum() + projected.weighted.sum()) / denominators.student_rows
-        return in_student + back.weighted.sum() / denominators.teacher_rows
+        in_student = weighed(losses.weighted + projected.weighted, batch.sft_first) / denominators.student_rows
+        return in_student + weighed(back.weighted, batch.first) / denominators.teacher_rows
 
     def _student_losses(
         self,

@@ -253,7 +253,11 @@ def test_stage_3_goes_on_with_the_projections_of_stage_2(run_of):
     [
         ("reverse-kl", "sample", r"loss.target 'sample': objective reverse-kl needs .*; expected topk or exact"),
         ("uld", "sample", "objective uld needs"),
-        ("kd", "topk", r"objective 'kd': expected one of genrecal, sft, seqkd, kl, reverse-kl, skewed-kl, uld, dskd"),
+        (
+            "kd",
+            "topk",
+            r"objective 'kd': expected one of genrecal, genrecal-aligned, sft, seqkd, kl, reverse-kl, skewed-kl, uld, dskd",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(objective, target, message):
@@ -268,7 +272,9 @@ def test_another_tokenizer_is_refused_before_a_model_loads(run_of, monkeypatch):
         train(run)
     message = str(refused.value)
     assert message.startswith("objective kl needs one tokenizer, and those of the teacher (qwen2_vl_padded_head) and")
-    assert "differ: id " in message and message.endswith("Any pair can take genrecal, sft, seqkd, uld, dskd")
+    assert "differ: id " in message and message.endswith(
+        "Any pair can take genrecal, genrecal-aligned, sft, seqkd, uld, dskd"
+    )
     assert not run.path.exists()
     open_for(run_of("uld", student=OTHER), (2,))
 
