@@ -489,12 +489,13 @@ class _Bridge:
     def of(cls, config: TrainConfig, student_config: Any, teacher_size: int) -> "_Bridge":
         with torch.device("meta"):
             recalibrator = Recalibrator.of(config, student_config, teacher_size)
-        text = recalibrator.rec_body.config
+        text = student_config.get_text_config()
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        body = recalibrator.rec_body
         return cls(
-            blocks=sum(parameter.numel() for parameter in recalibrator.rec_body.parameters()),
+            blocks=sum(parameter.numel() for parameter in body.parameters()) if body is not None else 0,
             projection=recalibrator.rec_proj_post.weight.numel(),
-            attention=text.num_hidden_layers * text.num_attention_heads * width,
+            attention=config.recalibrator.layers * text.num_attention_heads * width,
         )
 
     def flops(self, tokens: np.ndarray, projected: np.ndarray, again: int) -> np.ndarray:

@@ -58,6 +58,7 @@ from genrecal.train.stages import (
     select_trainable,
     wanted_by,
 )
+from genrecal.train.warm_start import warm_start
 from genrecal.vlm.loading import VLM, first_line, resolve_device
 
 
@@ -513,8 +514,13 @@ def build_distiller(run: Run, cache: Cache, stage: int, device: torch.device, co
         parameter = student.model.get_parameter(name)
         parameter.data = parameter.data.float()
     recalibrator, dual_space, shared_ids = None, None, 0
+    head = cache.head(str(device)) if needs_teacher_head(stage, config) else None
     if needs_recalibrator(stage, config):
         recalibrator = Recalibrator.of(config, student.model.config, cache.hidden_size).to(device)
+        if stage == 1 and config.recalibrator.init == "pseudo-inverse":
+            assert head is not None
+            with torch.autocast(device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32):
+                warm_start(recalibrator, student, head, cache)
     if config.objective == "dskd":
         dual_space = DualSpace(student.hidden_size, cache.hidden_size).to(device)
     if objective.one_tokenizer:
@@ -527,7 +533,7 @@ def build_distiller(run: Run, cache: Cache, stage: int, device: torch.device, co
         stage,
         student,
         recalibrator,
-        cache.head(str(device)) if needs_teacher_head(stage, config) else None,
+        head,
         config.loss,
         question_fraction=float(cache.description["question_fraction"]) or 1.0,
         vision_cache_bytes=int(config.data.vision_cache_gb * 1e9),

@@ -117,7 +117,8 @@ def test_activations_are_those_of_a_real_step(trained, cache, stage, checkpointi
 @pytest.mark.parametrize(
     "stage, settings",
     [
-        (1, []), (1, [*ALIGNED, "loss.splice_weight=0"]), (2, []), (2, ["lora.rank=0"]), (3, []),
+        (1, []), (1, [*ALIGNED, "loss.splice_weight=0"]), (1, [*ALIGNED, "recalibrator.layers=0"]),
+        (2, []), (2, ["lora.rank=0"]), (3, []),
         (2, ["objective=uld"]), (2, ["objective=dskd"]), (3, ["objective=uld", "loss.target=exact"]),
     ],
 )  # fmt: skip

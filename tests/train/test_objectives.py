@@ -62,7 +62,9 @@ def distiller_of(run, stage=2):
     return build_distiller(run, open_cache(run.cache), stage, torch.device("cpu"), torch.float32)
 
 
-@pytest.mark.parametrize("objective", DIRECT)
+@pytest.mark.parametrize(
+    "objective", [name if name in ("kl", "dskd") else pytest.param(name, marks=pytest.mark.slow) for name in DIRECT]
+)
 def test_both_stages_train_on_every_term(run_of, objective, capsys):
     run = run_of(objective)
     train(run)
@@ -207,8 +209,14 @@ def test_dskd_is_its_three_terms_written_out(run_of):
     assert not any("lm_head" in name or "embed" in name for name in gradients)
 
 
-@pytest.mark.parametrize("objective", ["reverse-kl", "uld", "dskd"])
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(
+    ("objective", "stage"),
+    [
+        ("uld", 2),
+        ("dskd", 3),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("reverse-kl", 3), ("dskd", 2))),
+    ],
+)
 def test_cutting_a_batch_differently_changes_nothing(run_of, objective, stage):
     run = run_of(objective, "loss.chunk_rows=5")
     distiller = distiller_of(run, stage)
