@@ -13,6 +13,7 @@ from typing import Any
 
 from genrecal.errors import UsageError
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 ENGINES = ("auto", "none", "ddp", "zero1", "zero2", "zero3")
 
 
@@ -195,6 +196,10 @@ class TrainConfig:
 def load_config(file: Path | None = None, settings: Sequence[str] = ()) -> TrainConfig:
     """A TOML file's tables, then `a.b=v` settings over them.
 
+    Args:
+        file: the TOML file, or the name of one in `genrecal/recipes/`, such as `paper`.
+        settings: `a.b=v` each.
+
     Raises UsageError for a key that does not exist (naming the nearest that does) or a value of the wrong type.
     """
     return config_from(read_settings(file, settings))
@@ -204,8 +209,12 @@ def read_settings(file: Path | None = None, settings: Sequence[str] = (), *, opt
     """The same as nested tables, their keys not looked at yet. `option` is where the settings come from, for errors."""
     values: dict[str, Any] = {}
     if file is not None:
+        recipes = {path.stem: path for path in RECIPES.glob("*.toml")}
+        found = file if file.exists() else recipes.get(str(file), file)
         try:
-            values = tomllib.loads(file.read_text())
+            values = tomllib.loads(found.read_text())
+        except FileNotFoundError:
+            raise UsageError(f"--config {file}: No such file, nor a recipe: {', '.join(sorted(recipes))}") from None
         except (OSError, ValueError) as error:
             raise UsageError(f"--config {file}: {error}") from None
     for setting in settings:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genrecal.errors import UsageError
-from genrecal.train.config import LoraConfig, TrainConfig, config_from, load_config
+from genrecal.train.config import RECIPES, LoraConfig, TrainConfig, config_from, load_config
 
 
 def flat(config: object, prefix: str = "") -> dict[str, object]:
@@ -173,5 +173,15 @@ def test_a_configuration_comes_back_from_a_runs_json(
 
 
 def test_the_papers_recipe_is_the_defaults_written_out() -> None:
-    recipe = Path(__file__).parents[2] / "recipes" / "paper.toml"
-    assert load_config(recipe) == TrainConfig()
+    assert load_config(Path("paper")) == load_config(RECIPES / "paper.toml") == TrainConfig()
+
+
+def test_a_recipe_has_a_name_but_a_file_of_that_name_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config(Path("single-24gb")) == load_config(RECIPES / "single-24gb.toml") != TrainConfig()
+    (tmp_path / "single-24gb").write_text("seed = 5")
+    assert load_config(Path("single-24gb")) == TrainConfig(seed=5)
+    with pytest.raises(UsageError, match="--config papre: No such file, nor a recipe: internvl2-76b-to.*, paper, q"):
+        load_config(Path("papre"))

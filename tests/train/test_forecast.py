@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from genrecal.shards.reader import open_cache
 from genrecal.train.activations import StepShape, TeacherSide, activation_bytes
 from genrecal.train.batches import BatchBuilder, ShardSource
 from genrecal.train.checkpoint import trained_parameters
-from genrecal.train.config import TrainConfig, load_config
+from genrecal.train.config import RECIPES, TrainConfig, load_config
 from genrecal.train.forecast import (
     SHOWN_ENGINES,
     ForecastOptions,
@@ -37,8 +36,6 @@ from genrecal.train.stages import Denominators, wanted_by
 from genrecal.vlm.loading import load_processor
 from genrecal.vlm.rendering import Renderer
 from genrecal.vlm.shape import meta_model
-
-RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture(scope="module")
