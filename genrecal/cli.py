@@ -588,7 +588,9 @@ def train(
     student: Annotated[str, typer.Option(help="Student model: a folder or a hub name.")],
     out: Annotated[Path, typer.Option(help="Run directory; an unfinished run of the same settings goes on.")],
     stages: Annotated[str, typer.Option(help="Stages to train, such as 1,2,3 or 2.")] = "1,2,3",
-    objective: Annotated[str | None, typer.Option(help="genrecal or sft; the same as --set objective=...")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="genrecal, genrecal-aligned or sft; the same as --set objective=...")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings, or the name of a recipe.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="One setting, such as stage1.lr=2e-4.")] = None,
     on_damage: Annotated[

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from genrecal.train.config import TrainConfig
+
 
 class Recalibrator(nn.Module):
-    """Maps a splice of student and teacher states to states that the teacher's head reads.
+    """Maps a splice of student and teacher states, or the student's states alone, to states that the teacher's head reads.
 
         rec_norm(rec_proj_post(rec_body(splice)))
 
@@ -20,20 +22,39 @@ class Recalibrator(nn.Module):
         student_config: the student's config, whose text part shapes the blocks.
         teacher_size: D_t.
         num_blocks: decoder blocks of rec_body.
+        takes_teacher: whether it is ever given the teacher's states; else there is no rec_proj_pre.
     """
 
-    def __init__(self, student_config: Any, teacher_size: int, *, num_blocks: int = 2, attention: str = "sdpa"):
+    def __init__(
+        self,
+        student_config: Any,
+        teacher_size: int,
+        *,
+        num_blocks: int = 2,
+        attention: str = "sdpa",
+        takes_teacher: bool = True,
+    ):
         super().__init__()
         from transformers import AutoModel
 
         config = recalibrator_config(student_config, num_blocks)
         student_size = config.hidden_size
-        self.rec_proj_pre = nn.Linear(teacher_size, student_size)
+        self.rec_proj_pre = nn.Linear(teacher_size, student_size) if takes_teacher else None
         self.rec_body = AutoModel.from_config(config, attn_implementation=attention, dtype=torch.float32)
         self.rec_body.embed_tokens = None  # it is given states, never ids
         self.rec_body.norm = nn.Identity()  # the paper's blocks end without one; rec_norm comes after the projection
         self.rec_proj_post = nn.Linear(student_size, teacher_size)
         self.rec_norm = nn.LayerNorm(teacher_size)
+
+    @classmethod
+    def of(cls, config: TrainConfig, student_config: Any, teacher_size: int) -> "Recalibrator":
+        """The one that a run trains."""
+        return cls(
+            student_config,
+            teacher_size,
+            attention="sdpa" if config.attention == "auto" else config.attention,
+            takes_teacher=config.loss.splice_weight > 0,
+        )
 
     def forward(self, splice: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Splices `[B, L, D_s]`, padded on the right -> states `[B, L, D_t]`, or `[N, D_t]` of `rows` alone.
