@@ -21,7 +21,7 @@ class Recalibrator(nn.Module):
     Args:
         student_config: the student's config, whose text part shapes the blocks.
         teacher_size: D_t.
-        num_blocks: decoder blocks of rec_body.
+        num_blocks: decoder blocks of rec_body; with 0 there is none, and every state is mapped by itself.
         takes_teacher: whether it is ever given the teacher's states; else there is no rec_proj_pre.
     """
 
@@ -40,9 +40,13 @@ class Recalibrator(nn.Module):
         config = recalibrator_config(student_config, num_blocks)
         student_size = config.hidden_size
         self.rec_proj_pre = nn.Linear(teacher_size, student_size) if takes_teacher else None
-        self.rec_body = AutoModel.from_config(config, attn_implementation=attention, dtype=torch.float32)
-        self.rec_body.embed_tokens = None  # it is given states, never ids
-        self.rec_body.norm = nn.Identity()  # the paper's blocks end without one; rec_norm comes after the projection
+        self.rec_body: Any = None
+        if num_blocks:
+            self.rec_body = AutoModel.from_config(config, attn_implementation=attention, dtype=torch.float32)
+            self.rec_body.embed_tokens = None  # it is given states, never ids
+            self.rec_body.norm = (
+                nn.Identity()
+            )  # the paper's blocks end without one; rec_norm comes after the projection
         self.rec_proj_post = nn.Linear(student_size, teacher_size)
         self.rec_norm = nn.LayerNorm(teacher_size)
 
@@ -52,6 +56,7 @@ class Recalibrator(nn.Module):
         return cls(
             student_config,
             teacher_size,
+            num_blocks=config.recalibrator.layers,
             attention="sdpa" if config.attention == "auto" else config.attention,
             takes_teacher=config.loss.splice_weight > 0,
         )
@@ -65,10 +70,16 @@ class Recalibrator(nn.Module):
         Args:
             rows: int64 `[N]`, flat in B * L; the others are not projected to D_t.
         """
-        hidden = self.rec_body(inputs_embeds=splice, use_cache=False).last_hidden_state
+        return self.rec_norm(self.projected(splice, rows))
+
+    def projected(self, splice: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """What comes out of rec_proj_post; arguments and shapes as of `forward`."""
+        hidden = splice
+        if self.rec_body is not None:
+            hidden = self.rec_body(inputs_embeds=splice, use_cache=False).last_hidden_state
         if rows is not None:
             hidden = hidden.flatten(0, 1)[rows]
-        return self.rec_norm(self.rec_proj_post(hidden))
+        return self.rec_proj_post(hidden)
 
 
 def recalibrator_config(student_config: Any, num_blocks: int) -> Any:
@@ -89,8 +100,9 @@ def checkpoint_activations(model: Any, recalibrator: Recalibrator | None) -> Non
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns that a body without embeddings has none to make differentiable
+    blocks: Any = None if recalibrator is None else recalibrator.rec_body
     try:
-        for module in (model, recalibrator.rec_body if recalibrator is not None else None):
+        for module in (model, blocks):
             if module is not None:
                 # transformers 5.19, which vLLM's pin allows, knows it by its older name.
                 (getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable)()
