@@ -14,19 +14,20 @@ from genrecal.train.export import export
 from genrecal.train.loop import train
 from genrecal.train.run import Run
 
-# One step of a size that leaves sensible answers.
-ONE_STEP = "stage2.max_steps=1 stage2.batch_size=2 stage2.accumulation=1 stage2.lr=1e-5 data.workers=0 precision=fp32"
+# One step each of stages 1 and 2, of a size that leaves sensible answers.
+STEP = "max_steps=1 batch_size=2 accumulation=1 lr=1e-5 lr_end=1e-6".split()
+SETTINGS = ["data.workers=0", "precision=fp32", *(f"stage{n}.{setting}" for n in (1, 2) for setting in STEP)]
 
 
 def exported_student(name: str, folder: Path) -> Path:
-    """`student` (an InternVL) or `teacher` (a Qwen2-VL) of the demo, trained for one step from a cache and exported."""
-    data = write_llava(folder / "data", mixed_samples(8))
+    """`student` (an InternVL) or `teacher` (a Qwen2-VL) of the demo, trained for two steps from a cache and exported."""
+    data = write_llava(folder / "data", mixed_samples(4))
     cache = run_cache_job(
         HFTeacher.load(ASSETS / "teacher"), open_samples([data]), folder / "cache", CacheOptions(top_k=8)
     )
-    assert cache.cached == 8
-    config = load_config(settings=ONE_STEP.split())
+    assert cache.cached == 4
+    config = load_config(settings=SETTINGS)
     run = Run(path=folder / "run", config=config, student=str(ASSETS / name), cache=str(folder / "cache"))
-    train(run, stages=[2])
+    train(run, stages=[1, 2])
     export(run, folder / "student")
     return folder / "student"

@@ -18,9 +18,9 @@ from typing import Any
 from genrecal.errors import GenrecalError, UsageError
 from genrecal.vlm.loading import SPLIT, model_folder
 
-# lmms-eval's name for the class of a family, by `model_type` of config.json; any other family has its general class.
+# lmms-eval's name for the class of a family, by `model_type` of config.json. Its general class, `huggingface`, hands processors
+# an argument that transformers 5 refuses.
 CLASSES = {
-    "gemma3": "gemma3",
     "internvl": "internvl_hf",
     "llava": "llava_hf",
     "llava_next": "llava_hf",
@@ -29,7 +29,6 @@ CLASSES = {
     "qwen2_vl": "qwen2_vl",
     "qwen3_vl": "qwen3_vl",
 }
-GENERAL = "huggingface"
 # What some of its classes log when a question fails; they go on with an empty answer, which is scored as a wrong one.
 FAILED = re.compile(r"Error (.*) in generating")
 
@@ -72,7 +71,12 @@ def lmms_eval_command(
     folder = model_folder(model)
     if harness_model is None:
         kind = json.loads((folder / "config.json").read_text()).get("model_type")
-        harness_model = CLASSES.get(kind, GENERAL)
+        if kind not in CLASSES:
+            raise UsageError(
+                f"--model {model}: no class of lmms-eval is known here for model_type {kind}, only for {', '.join(CLASSES)}; "
+                "name one with --harness-model, such as vllm"
+            )
+        harness_model = CLASSES[kind]
     given = [
         f"pretrained={folder}",
         f"device={'cuda' if device == SPLIT else device}",

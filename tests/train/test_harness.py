@@ -22,9 +22,7 @@ def folder(tmp_path):
     return make
 
 
-@pytest.mark.parametrize(
-    "family, name", [("internvl", "internvl_hf"), ("qwen2_vl", "qwen2_vl"), ("new", "huggingface")]
-)
+@pytest.mark.parametrize("family, name", [("internvl", "internvl_hf"), ("qwen2_vl", "qwen2_vl")])
 def test_the_class_is_that_of_the_family(folder, tmp_path, family, name):
     path = folder(family)
     words = lmms_eval_command(path, ["ai2d", "mmstar"], out=tmp_path / "out", device="cuda:1", limit=5)
@@ -45,6 +43,8 @@ def test_what_is_given_comes_last_and_split_is_auto(folder, tmp_path):
 def test_what_its_arguments_cannot_say_is_refused(folder, tmp_path):
     with pytest.raises(UsageError, match="a,b: lmms-eval takes no folder with a comma"):
         lmms_eval_command(folder("internvl", "a,b"), ["ai2d"], out=tmp_path)
+    with pytest.raises(UsageError, match="model_type new, only for internvl.*name one with --harness-model"):
+        lmms_eval_command(folder("new", "new"), ["ai2d"], out=tmp_path)
     with pytest.raises(UsageError, match="--harness-arg 'tp': expected name=value"):
         lmms_eval_command(folder("internvl"), ["ai2d"], out=tmp_path, harness_args=["tp"])
 
