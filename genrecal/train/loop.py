@@ -1,5 +1,6 @@
 """The training loop, from top to bottom: for each stage, set up, step through the samples, keep the result."""
 
+import json
 import math
 import resource
 import sys
@@ -15,7 +16,9 @@ import pyarrow.compute as pc
 import torch
 
 from genrecal.errors import GenrecalError, StoppedError, TrainingError, UsageError
+from genrecal.files import write_whole
 from genrecal.progress import Progress
+from genrecal.run_folder import CACHE_FACTS, RUN_FILE
 from genrecal.shards.order import SampleOrder
 from genrecal.shards.reader import Cache
 from genrecal.train.batches import (
@@ -39,12 +42,13 @@ from genrecal.train.checkpoint import (
 )
 from genrecal.train.config import StageConfig, TrainConfig
 from genrecal.train.engine import Engine, import_deepspeed, resolve_engine, start_engine
-from genrecal.train.logs import RunLog, Wandb, term_means, term_sums
+from genrecal.train.logs import RunLog, Wandb, cache_facts, term_means, term_sums
 from genrecal.train.midway import Midway
 from genrecal.train.ranks import Ranks, StopSignals, joined, own_device, world_size
 from genrecal.train.recalibrator import Recalibrator, checkpoint_activations
-from genrecal.train.run import RUN_FILE, Run
+from genrecal.train.run import Run
 from genrecal.train.stages import Denominators, Distiller, add_lora, select_trainable, wanted_by
+from genrecal.train.warm_start import warm_start
 from genrecal.vlm.loading import VLM, first_line, resolve_device
 
 
@@ -101,7 +105,10 @@ def _wandb_of(run: Run) -> AbstractContextManager[Wandb | None]:
 
 def _begin(run: Run, cache: Cache, stages: Sequence[int], ranks: Ranks) -> dict[str, Any]:
     check_stages(run, cache, stages, run.check(cache, ranks.size)["global_batch"])
-    return run.begin(cache, ranks.size)
+    begun = run.begin(cache, ranks.size)
+    if not (run.path / CACHE_FACTS).exists():
+        write_whole(run.path / CACHE_FACTS, (json.dumps(cache_facts(cache), indent=2) + "\n").encode())
+    return begun
 
 
 def check_stages(run: Run, cache: Cache, stages: Sequence[int], global_batches: dict[str, int]) -> None:
@@ -303,9 +310,12 @@ def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> N
         run.save_result(stage, state.weights)
 
 
+SHOWN_TERMS = ("loss", "ce", "kl", "reg_ce", "reg_kl", "aligned_ce", "aligned_kl", "sft")
+
+
 def _in_words(values: dict[str, Any]) -> str:
     """A step's values, for the line of progress."""
-    terms = [f"{name} {values[name]:.3f}" for name in ("loss", "ce", "kl", "reg_ce", "reg_kl", "sft") if name in values]
+    terms = [f"{name} {values[name]:.3f}" for name in SHOWN_TERMS if name in values]
     return (
         f"{', '.join(terms)}, {values['tokens_per_second']:.0f} tokens/s, {values['data_wait']:.0%} waiting for data, "
         f"{values['memory_gb']:.1f} GB"
@@ -441,6 +451,7 @@ class Share:
             rows=Denominators(
                 teacher_rows=sum(len(batch.target_ids) for batch in batches if batch.target_ids is not None),
                 student_rows=sum(len(batch.sft_ids) for batch in batches),
+                aligned_rows=sum(len(batch.aligned_rows) for batch in batches if batch.aligned_rows is not None),
             ),
             samples=sum(len(batch.keys) for batch in batches),
             tokens=sum(int(b.student_inputs["attention_mask"][: len(b.keys)].sum()) for b in batches),
@@ -458,6 +469,7 @@ class Share:
         return Denominators(
             teacher_rows=sum(share.rows.teacher_rows for share in shares),
             student_rows=sum(share.rows.student_rows for share in shares),
+            aligned_rows=sum(share.rows.aligned_rows for share in shares),
         )
 
 
@@ -480,7 +492,7 @@ def build_distiller(run: Run, cache: Cache, stage: int, device: torch.device, co
     trains_base = stage == 3 or (stage == 2 and not config.lora.rank)
     dtype = torch.float32 if trains_base else compute_dtype
     has_teacher = wanted_by(stage, config).teacher
-    before = 2 if stage == 3 and (config.objective == "genrecal" or run.stage_result(2).exists()) else 0
+    before = 2 if stage == 3 and (config.objective != "sft" or run.stage_result(2).exists()) else 0
     student = run.student_after(before, dtype, device)
     if stage == 2 and config.lora.rank:
         add_lora(student, config.lora)
@@ -489,9 +501,11 @@ def build_distiller(run: Run, cache: Cache, stage: int, device: torch.device, co
         parameter.data = parameter.data.float()
     recalibrator, head = None, None
     if has_teacher:
-        attention = "sdpa" if config.attention == "auto" else config.attention
-        recalibrator = Recalibrator(student.model.config, cache.hidden_size, attention=attention).to(device)
+        recalibrator = Recalibrator.of(config, student.model.config, cache.hidden_size).to(device)
         head = cache.head(str(device))
+        if stage == 1 and config.recalibrator.init == "pseudo-inverse":
+            with torch.autocast(device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32):
+                warm_start(recalibrator, student, head, cache)
     student.model.train(stage > 1)
     if config.gradient_checkpointing:
         checkpoint_activations(student.model if stage > 1 else None, recalibrator)

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from genrecal.train.config import TrainConfig
+
 
 class Recalibrator(nn.Module):
-    """Maps a splice of student and teacher states to states that the teacher's head reads.
+    """Maps a splice of student and teacher states, or the student's states alone, to states that the teacher's head reads.
 
         rec_norm(rec_proj_post(rec_body(splice)))
 
@@ -19,21 +21,45 @@ class Recalibrator(nn.Module):
     Args:
         student_config: the student's config, whose text part shapes the blocks.
         teacher_size: D_t.
-        num_blocks: decoder blocks of rec_body.
+        num_blocks: decoder blocks of rec_body; with 0 there is none, and every state is mapped by itself.
+        takes_teacher: whether it is ever given the teacher's states; else there is no rec_proj_pre.
     """
 
-    def __init__(self, student_config: Any, teacher_size: int, *, num_blocks: int = 2, attention: str = "sdpa"):
+    def __init__(
+        self,
+        student_config: Any,
+        teacher_size: int,
+        *,
+        num_blocks: int = 2,
+        attention: str = "sdpa",
+        takes_teacher: bool = True,
+    ):
         super().__init__()
         from transformers import AutoModel
 
         config = recalibrator_config(student_config, num_blocks)
         student_size = config.hidden_size
-        self.rec_proj_pre = nn.Linear(teacher_size, student_size)
-        self.rec_body = AutoModel.from_config(config, attn_implementation=attention, dtype=torch.float32)
-        self.rec_body.embed_tokens = None  # it is given states, never ids
-        self.rec_body.norm = nn.Identity()  # the paper's blocks end without one; rec_norm comes after the projection
+        self.rec_proj_pre = nn.Linear(teacher_size, student_size) if takes_teacher else None
+        self.rec_body: Any = None
+        if num_blocks:
+            self.rec_body = AutoModel.from_config(config, attn_implementation=attention, dtype=torch.float32)
+            self.rec_body.embed_tokens = None  # it is given states, never ids
+            self.rec_body.norm = (
+                nn.Identity()
+            )  # the paper's blocks end without one; rec_norm comes after the projection
         self.rec_proj_post = nn.Linear(student_size, teacher_size)
         self.rec_norm = nn.LayerNorm(teacher_size)
+
+    @classmethod
+    def of(cls, config: TrainConfig, student_config: Any, teacher_size: int) -> "Recalibrator":
+        """The one that a run trains."""
+        return cls(
+            student_config,
+            teacher_size,
+            num_blocks=config.recalibrator.layers,
+            attention="sdpa" if config.attention == "auto" else config.attention,
+            takes_teacher=config.loss.splice_weight > 0,
+        )
 
     def forward(self, splice: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Splices `[B, L, D_s]`, padded on the right -> states `[B, L, D_t]`, or `[N, D_t]` of `rows` alone.
@@ -44,10 +70,16 @@ class Recalibrator(nn.Module):
         Args:
             rows: int64 `[N]`, flat in B * L; the others are not projected to D_t.
         """
-        hidden = self.rec_body(inputs_embeds=splice, use_cache=False).last_hidden_state
+        return self.rec_norm(self.projected(splice, rows))
+
+    def projected(self, splice: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """What comes out of rec_proj_post; arguments and shapes as of `forward`."""
+        hidden = splice
+        if self.rec_body is not None:
+            hidden = self.rec_body(inputs_embeds=splice, use_cache=False).last_hidden_state
         if rows is not None:
             hidden = hidden.flatten(0, 1)[rows]
-        return self.rec_norm(self.rec_proj_post(hidden))
+        return self.rec_proj_post(hidden)
 
 
 def recalibrator_config(student_config: Any, num_blocks: int) -> Any:
@@ -68,8 +100,9 @@ def checkpoint_activations(model: Any, recalibrator: Recalibrator | None) -> Non
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns that a body without embeddings has none to make differentiable
+    blocks: Any = None if recalibrator is None else recalibrator.rec_body
     try:
-        for module in (model, recalibrator.rec_body if recalibrator is not None else None):
+        for module in (model, blocks):
             if module is not None:
                 # transformers 5.19, which vLLM's pin allows, knows it by its older name.
                 (getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable)()

@@ -116,7 +116,9 @@ def test_a_value_is_read_as_toml_and_takes_the_settings_type(setting: str, name:
         ("data.window=0", "at least 1"),
         ("log_every=0", "at least 1"),
         ("keep_checkpoints=0", "at least 1"),
-        ("objective=kd", r"objective 'kd': expected one of genrecal, sft"),
+        ("objective=kd", r"objective 'kd': expected one of genrecal, genrecal-aligned, sft"),
+        ("recalibrator.init=zeros", r"recalibrator\.init 'zeros': expected default or pseudo-inverse"),
+        ("loss.splice_weight=0", r"loss\.splice_weight 0 leaves objective genrecal nothing .* genrecal-aligned or sft"),
         ("precision=fp16", "precision 'fp16': expected one of auto, bf16, fp32"),
         ("loss.target=bottomk", r"loss\.target 'bottomk': expected topk, exact or sample"),
         ("loss.target=", r"loss\.target '': expected"),
@@ -125,6 +127,13 @@ def test_a_value_is_read_as_toml_and_takes_the_settings_type(setting: str, name:
 def test_a_wrong_setting_is_a_usage_error_that_names_it(setting: str, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         load_config(settings=[setting])
+
+
+def test_the_aligned_objective_may_leave_out_the_splice_but_not_its_own_pass() -> None:
+    aligned = ["objective=genrecal-aligned"]
+    assert load_config(settings=[*aligned, "loss.splice_weight=0"]).loss.splice_weight == 0
+    with pytest.raises(UsageError, match=r"with loss\.aligned_weight 0 is objective genrecal; set that"):
+        load_config(settings=[*aligned, "loss.aligned_weight=0"])
 
 
 @pytest.mark.parametrize(

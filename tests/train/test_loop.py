@@ -22,6 +22,7 @@ from genrecal.cache.teacher import HFTeacher
 from genrecal.errors import DamageError, TrainingError, UsageError
 from genrecal.samples import open_samples
 from genrecal.shards.reader import open_cache
+from genrecal.train.checkpoint import read_checkpoint
 from genrecal.train.config import load_config
 from genrecal.train.logs import MACHINE, read_metrics
 from genrecal.train.loop import plan_stage, train
@@ -168,6 +169,47 @@ def test_sft_needs_no_recalibrator_and_takes_the_same_samples(run_of):
     train(full, stages=(1, 2))
     tokens = [line["student_tokens"] for line in untimed(run) if line["stage"] == 2]
     assert tokens == [line["student_tokens"] for line in untimed(full) if line["stage"] == 2]
+
+
+@pytest.mark.parametrize("splice_weight", [1.0, 0.0])
+def test_the_aligned_objective_logs_its_terms_apart(run_of, splice_weight):
+    """Beside the paper's or alone, where neither question tier nor Rec-proj-pre is used."""
+    run = run_of("run", "objective=genrecal-aligned", f"loss.splice_weight={splice_weight}", "loss.aligned_weight=0.5")
+    train(run)
+    lines = untimed(run)
+    assert [line["stage"] for line in lines] == [1] * 6 + [2] * 6 + [3] * 6
+    for line in lines:
+        paper = {1: {"ce", "kl", "reg_ce", "reg_kl"}, 2: {"ce", "kl"}, 3: set()}[line["stage"]]
+        names = {name for name in line if name.split("_")[-1] in ("ce", "kl") or name == "sft"}
+        aligned = {"aligned_ce", "aligned_kl"} if line["stage"] < 3 else set()
+        assert names == (paper if splice_weight else set()) | aligned | ({"sft"} if line["stage"] > 1 else set())
+        weights = {name: 0.5 if name in aligned else 1.0 for name in names}
+        assert line["loss"] == pytest.approx(sum(line[name] * weight for name, weight in weights.items()), rel=1e-4)
+        if aligned:
+            assert {"aligned_ce_first", "aligned_kl_later"} <= line.keys() and 0 < line["aligned_share"] <= 1
+    for stage in (1, 2):
+        of_stage = [line["loss"] for line in lines if line["stage"] == stage]
+        assert of_stage[-1] < of_stage[0]
+    names = set(load_file(run.stage_result(1)))
+    assert any("rec_proj_pre" in name for name in names) == bool(splice_weight)
+
+
+def test_a_run_keeps_its_recalibrator(run_of):
+    """Projections alone, started by the pseudo-inverse; with other layers or another start the run is another."""
+    run = run_of("run", "recalibrator.layers=0", "recalibrator.init=pseudo-inverse", "objective=genrecal-aligned")
+    train(run, stages=(1,))
+    weights = load_file(run.stage_result(1))
+    assert {name.split(".")[1] for name in weights} == {"rec_proj_pre", "rec_proj_post", "rec_norm"}
+    lines = [line["aligned_kl"] for line in untimed(run)]
+    assert lines[-1] < lines[0]
+    with pytest.raises(UsageError, match=r"holds another run: config\.recalibrator\.layers was 0, now 2"):
+        train(run_of("run", "recalibrator.init=pseudo-inverse", "objective=genrecal-aligned"))
+    with pytest.raises(UsageError, match=r"config\.recalibrator\.init was 'pseudo-inverse', now 'default'"):
+        train(run_of("run", "recalibrator.layers=0", "objective=genrecal-aligned"))
+    (checkpoint,) = [path for path in run.checkpoints.iterdir() if path.name.endswith("2")]
+    other = run_of("run", "recalibrator.init=pseudo-inverse", "objective=genrecal-aligned")
+    with pytest.raises(TrainingError, match=r"a checkpoint of another run: config\.recalibrator\.layers was 0, now 2"):
+        other.check_checkpoint(read_checkpoint(checkpoint), 1, open_cache(other.cache))
 
 
 @pytest.mark.parametrize(
