@@ -546,6 +546,7 @@ def pair(
     """Put two models' token types side by side: which distillation is possible between them."""
     from genrecal.errors import SampleError
     from genrecal.samples import ImageSource, decode_image
+    from genrecal.train.objectives import findings
     from genrecal.vlm.pair import TEXT, compare_pair, pair_report
 
     pictures = {}
@@ -562,7 +563,12 @@ def pair(
         pictures=pictures or None,
         trust_remote_code=trust_remote_code,
     )
-    _show(dataclasses.asdict(found) | {"traditional": found.traditional} if json_ else pair_report(found), json_)
+    objectives = findings(found)
+    if json_:
+        facts = dataclasses.asdict(found) | {"traditional": found.traditional}
+        _show(facts | {"objectives": [dataclasses.asdict(finding) for finding in objectives]}, json_)
+    else:
+        _show(pair_report(found, objectives), json_)
 
 
 # ----------------------------------------------------------------------------------------------------------------- verify
@@ -619,7 +625,11 @@ def train(
     out: Annotated[Path, typer.Option(help="Run directory; an unfinished run of the same settings goes on.")],
     stages: Annotated[str, typer.Option(help="Stages to train, such as 1,2,3 or 2.")] = "1,2,3",
     objective: Annotated[
-        str | None, typer.Option(help="genrecal, genrecal-aligned or sft; the same as --set objective=...")
+        str | None,
+        typer.Option(
+            help="genrecal, genrecal-aligned, sft, seqkd, kl, reverse-kl, skewed-kl, uld or dskd; the same as --set "
+            "objective=..."
+        ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings, or the name of a recipe.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="One setting, such as stage1.lr=2e-4.")] = None,
@@ -691,7 +701,9 @@ def train(
         f"`genrecal export {out} --out DIR` writes the student" if done > 1 else "the student is trained in stage 2"
     )
     console.print(
-        f"{out}: stage {done} finished; {following}" if done else f"{out}: nothing to train in stage 1 of sft"
+        f"{out}: stage {done} finished; {following}"
+        if done
+        else f"{out}: nothing to train in stage 1 of {settings.objective}"
     )
 
 
@@ -891,6 +903,68 @@ def _check_evaluate(harness: str | None, tasks: str | None, data: list[Path] | N
 
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- compare
+
+
+@app.command()
+def compare(
+    cache: Annotated[str, typer.Option(help="Cache directory or URL, of every variant that names no other.")],
+    student: Annotated[str, typer.Option(help="Student model: a folder or a hub name.")],
+    data: Annotated[list[Path], typer.Option(help="Held-out data files, as for cache.")],
+    out: Annotated[Path, typer.Option(help="Folder of the runs and the table; finished runs there are found again.")],
+    try_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--try",
+            help="A variant: an objective, or NAME=SETTINGS such as 'kl 3=loss.kl_weight=3 cache=caches/other'; may be "
+            "repeated. The first is what the others are compared with.",
+        ),
+    ] = None,
+    tries: Annotated[Path | None, typer.Option(help="TOML file with a table of settings for each variant.")] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of every variant.")] = "0,1,2",
+    stages: Annotated[str, typer.Option(help="Stages to train, such as 1,2,3 or 1,2.")] = "1,2,3",
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings of all variants.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="One setting of all variants.")] = None,
+    jobs: Annotated[int, typer.Option(help="Runs side by side; GPUs are dealt out to them in turn.", min=1)] = 1,
+    image_root: Annotated[Path | None, typer.Option(help="Where relative image paths start.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Ask the first N records only.", min=1)] = None,
+    metric: Annotated[str, typer.Option(help="auto, exact, relaxed, anls or choice.")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Samples that are asked at a time.", min=1)] = 8,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer; else the generation config's.", min=1)
+    ] = None,
+    dtype: Dtype = "auto",
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Train several variants at equal steps with several seeds, ask each student the same questions, print one table."""
+    from genrecal.compare import Asking, compare, comparison_text, variants_of
+    from genrecal.samples import open_samples
+
+    variants = variants_of(try_ or [], tries, cache=cache, config=config, settings=set_ or [])
+    _dtype(dtype)  # a wrong name is refused here
+    try:
+        numbers = [int(part) for part in seeds.split(",")]
+    except ValueError:
+        raise UsageError(f"--seeds {seeds!r}: expected numbers with commas, such as 0,1,2") from None
+    found = compare(
+        variants,
+        student,
+        functools.partial(open_samples, data, image_root=image_root, limit=limit),
+        out,
+        seeds=numbers,
+        stages=_stages(stages),
+        asking=Asking(metric=metric, batch_size=batch_size, max_new_tokens=max_new_tokens, dtype=dtype),
+        jobs=jobs,
+        trust_remote_code=trust_remote_code,
+        say=lambda line: sys.stderr.write(f"{line}\n"),
+    )
+    if json_:
+        _show(dataclasses.asdict(found), True)
+    else:
+        typer.echo(comparison_text(found))
 
 
 # ----------------------------------------------------------------------------------------------------------------- report
