@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from genrecal.shards.head import FrozenHead, LogitTransform
 from genrecal.train.config import TrainConfig
+from genrecal.train.last_layer import Reads
 from genrecal.train.losses import Exact, Sampled, Target, TopK, chunked_cross_entropy, head_losses
 from genrecal.train.recalibrator import Recalibrator, checkpoint_activations
 from genrecal.train.stages import add_lora, select_trainable, wanted_by
@@ -31,7 +32,8 @@ class StepShape:
     Args:
         samples: B. student_tokens: L_s, of the longest rendering.
         splice: L, the longest splice; reg_splice: of the regularisation pass, 0 without one.
-        answers: the teacher's answer tokens in all; questions: its question tokens in all, 0 without the pass.
+        answers: the teacher's answer tokens in all; most_answers: of one sample; questions: its question tokens in all,
+            0 without the pass.
         student_answers: the student's answer tokens in all.
     """
 
@@ -40,6 +42,7 @@ class StepShape:
     splice: int
     reg_splice: int
     answers: int
+    most_answers: int
     questions: int
     student_answers: int
 
@@ -212,7 +215,8 @@ class _Step:
             source = torch.cat([questions.to(answers.dtype), answers])
             rows = torch.zeros(shape.samples, length, dtype=torch.int64)
             ids = torch.zeros(shape.answers, dtype=torch.int64)
-            recalibrated = recalibrator(source[rows]).flatten(0, 1)[ids]
+            positions = torch.zeros(shape.samples, min(shape.most_answers, length), dtype=torch.int64)
+            recalibrated = recalibrator(source[rows], Reads(positions=positions, chosen=ids))
             losses = head_losses(
                 recalibrated,
                 self.teacher_head,

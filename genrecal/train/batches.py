@@ -17,16 +17,30 @@ from genrecal.shards.codecs import StateBuffer
 from genrecal.shards.order import SampleOrder, micro_batches
 from genrecal.shards.reader import Cache
 from genrecal.shards.record import Record
+from genrecal.train.last_layer import Reads
 from genrecal.train.splice import splice_index
 from genrecal.vlm.rendering import Encoded, Renderer
 
 
 @dataclass(kw_only=True)
 class Splice:
-    """One splice of a batch on the device; see `genrecal.train.splice`."""
+    """One splice of a batch on the device; see `genrecal.train.splice`.
 
-    rows: torch.Tensor  # int64 [B, L]
-    predicts: torch.Tensor  # int64 [N], flat in B * L
+    Args:
+        rows: int64 `[B, L]`; predicts: int64 `[N]`, flat in B * L.
+        reads: `predicts` once more, as the Recalibrator wants it; worked out where the lengths are known.
+    """
+
+    rows: torch.Tensor
+    predicts: torch.Tensor
+    reads: Reads = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.reads is None:
+            self.reads = Reads.of(self.predicts, *self.rows.shape)
+
+    def to(self, device: torch.device) -> "Splice":
+        return Splice(rows=self.rows.to(device), predicts=self.predicts.to(device), reads=self.reads.to(device))
 
 
 @dataclass(kw_only=True)
@@ -76,7 +90,7 @@ class MicroBatch:
             if isinstance(value, torch.Tensor):
                 value = value.to(device, non_blocking=True)
             elif isinstance(value, Splice):
-                value = Splice(rows=value.rows.to(device), predicts=value.predicts.to(device))
+                value = value.to(device)
             moved[item.name] = value
         moved["student_inputs"] = {
             name: value.to(device, student_dtype if value.is_floating_point() else None)

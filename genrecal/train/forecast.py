@@ -381,7 +381,7 @@ class _Lengths:
     def longest(self, indices: np.ndarray, batch_size: int, teacher: bool, questions: bool) -> StepShape:
         """The micro-step of a stage's longest samples together, as batches by length have it."""
         own = self.student_question + self.student_answer
-        splice, regular = self.student_question + self.answer, self.question + self.answer
+        splice, regular = self.student_question + self.answer - 1, self.question + self.answer - 1
         taken = indices[own[indices] <= self.max_tokens] if self.max_tokens else indices
         if not len(taken):
             raise UsageError(f"max_tokens {self.max_tokens}: every sample has more of the student's tokens")
@@ -394,6 +394,7 @@ class _Lengths:
             splice=int(splice[chosen].max()) if teacher else 0,
             reg_splice=int(regular[asked].max()) if len(asked) else 0,
             answers=int(self.answer[chosen].sum()) if teacher else 0,
+            most_answers=int(self.answer[chosen].max()) if teacher else 0,
             questions=int(self.question[asked].sum()),
             student_answers=int(self.student_answer[chosen].sum()),
         )
@@ -441,38 +442,62 @@ def _flops(
             3 if wanted.exact else 2
         )  # of the frozen head: logits, their gradient's way back, the teacher's logits
         head_pass = products * 2.0 * int(cache.description["head_rows"]) * cache.hidden_size
-        splice = lengths.student_question[indices] + answer
-        total += np.mean(bridge.flops(splice, answer, again) + head_pass * answer)
+        splice = lengths.student_question[indices] + answer - 1
+        total += np.mean(bridge.flops(splice, answer, answer, again) + head_pass * answer)
         if wanted.questions:
             asked = lengths.has_question[indices]
-            total += np.mean(asked * (bridge.flops(question + answer, question, again) + head_pass * answer))
+            total += np.mean(
+                asked * (bridge.flops(question + answer - 1, answer, question, again) + head_pass * answer)
+            )
     return float(total)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Bridge:
-    """The Recalibrator's sizes: weights of its blocks, D_t x D_s of a projection, layers x heads' width."""
+    """The Recalibrator's sizes.
 
-    blocks: int
+    Args:
+        everywhere: weights that all places of a splice run through; where_read: those of the last block that only the
+            places read do.
+        projection: D_t x D_s. attention: a layer's heads' width; layers: blocks that attend from all places.
+    """
+
+    everywhere: int
+    where_read: int
     projection: int
     attention: int
+    layers: int
 
     @classmethod
     def of(cls, student_config: Any, teacher_size: int) -> "_Bridge":
         with torch.device("meta"):
             recalibrator = Recalibrator(student_config, teacher_size)
-        config = recalibrator.rec_body.config
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        body = recalibrator.rec_body
+        last = body.layers[-1]
+        where_read = 0
+        if recalibrator.trims_last_block:
+            kept = (last.self_attn.k_proj, last.self_attn.v_proj)
+            where_read = _numel(last) - sum(map(_numel, kept))
+        width = getattr(body.config, "head_dim", None) or body.config.hidden_size // body.config.num_attention_heads
         return cls(
-            blocks=sum(parameter.numel() for parameter in recalibrator.rec_body.parameters()),
+            everywhere=_numel(body) - where_read,
+            where_read=where_read,
             projection=recalibrator.rec_proj_pre.weight.numel(),
-            attention=config.num_hidden_layers * config.num_attention_heads * width,
+            attention=body.config.num_attention_heads * width,
+            layers=len(body.layers) - bool(where_read),
         )
 
-    def flops(self, tokens: np.ndarray, projected: np.ndarray, again: int) -> np.ndarray:
-        """Forward and backward over splices of so many tokens, of which so many came through rec_proj_pre."""
-        blocks = 2.0 * self.blocks * tokens + 2.0 * self.attention * tokens.astype(float) ** 2
-        return blocks * (3 + again) + 3 * 2.0 * self.projection * (tokens + projected)
+    def flops(self, tokens: np.ndarray, read: np.ndarray, projected: np.ndarray, again: int) -> np.ndarray:
+        """Forward and backward over splices of so many tokens, of which so many are read and so many came through
+        rec_proj_pre. Causal attention is half a square."""
+        weights = 2.0 * (self.everywhere * tokens + self.where_read * read)
+        looks = self.layers * tokens.astype(float) ** 2 + 2.0 * tokens * read * bool(self.where_read)
+        blocks = weights + 2.0 * self.attention * looks
+        return blocks * (3 + again) + 3 * 2.0 * self.projection * (read + projected)
+
+
+def _numel(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _read_bytes(cache: Cache, indices: np.ndarray, *, teacher: bool, questions: bool) -> int:

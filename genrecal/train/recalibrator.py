@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from genrecal.train.last_layer import Reads, at_places, states_at
+
+logger = logging.getLogger(__name__)
+
 
 class Recalibrator(nn.Module):
     """Maps a splice of student and teacher states to states that the teacher's head reads.
@@ -34,19 +38,24 @@ class Recalibrator(nn.Module):
         self.rec_body.norm = nn.Identity()  # the paper's blocks end without one; rec_norm comes after the projection
         self.rec_proj_post = nn.Linear(student_size, teacher_size)
         self.rec_norm = nn.LayerNorm(teacher_size)
+        self.trims_last_block = at_places(self.rec_body)
+        if not self.trims_last_block:
+            block = type(self.rec_body.layers[-1]).__name__
+            logger.info("the Recalibrator's last block (%s, %s) runs on all rows", block, attention)
 
-    def forward(self, splice: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """Splices `[B, L, D_s]`, padded on the right -> states `[B, L, D_t]`, or `[N, D_t]` of `rows` alone.
+    def forward(self, splice: torch.Tensor, reads: Reads | None = None) -> torch.Tensor:
+        """Splices `[B, L, D_s]`, padded on the right -> states `[B, L, D_t]`, or `[N, D_t]` of the places read alone.
 
         No mask is passed: a causal body cannot look at padding on its right, and without a mask the attention kernels
         take their causal path. Position ids are the default 0, 1, 2, ...
 
         Args:
-            rows: int64 `[N]`, flat in B * L; the others are not projected to D_t.
+            reads: the places that are read. Of the others the last block computes no more than keys and values.
         """
-        hidden = self.rec_body(inputs_embeds=splice, use_cache=False).last_hidden_state
-        if rows is not None:
-            hidden = hidden.flatten(0, 1)[rows]
+        asked = {"read_positions": reads.positions} if reads is not None and self.trims_last_block else {}
+        hidden = self.rec_body(inputs_embeds=splice, use_cache=False, **asked).last_hidden_state
+        if reads is not None:
+            hidden = (hidden if asked else states_at(hidden, reads.positions)).flatten(0, 1)[reads.chosen]
         return self.rec_norm(self.rec_proj_post(hidden))
 
 

@@ -152,7 +152,7 @@ class Distiller(nn.Module):
         """Recalibrator(splice) at the prediction positions, `[N, D_t]`."""
         assert self.recalibrator is not None
         source = torch.cat([questions.to(answers.dtype), answers])
-        recalibrated: torch.Tensor = self.recalibrator(source[splice.rows], splice.predicts)
+        recalibrated: torch.Tensor = self.recalibrator(source[splice.rows], splice.reads)
         return recalibrated
 
     def _losses(self, rows: torch.Tensor, batch: MicroBatch, which: slice | torch.Tensor) -> RowLosses:

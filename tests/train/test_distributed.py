@@ -449,6 +449,14 @@ def test_every_engine_gives_the_losses_of_one_process(runner, tiny, cache, awkwa
 
 
 @pytest.mark.slow
+def test_the_losses_are_those_of_whole_blocks(runner, tiny, cache, awkward, alone, tmp_path):
+    """Under eager attention the Recalibrator's last block runs on all rows; the runs above compute the rows read."""
+    student, out = tiny("internvl_qwen2"), tmp_path / "run"
+    settings = ["attention=eager", *awkward]
+    assert_close(alone, runner.finish(1, out, words(cache, student, out, *settings, steps=0, accumulation=4)))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "family", "ranks"),
     [("zero1", "llava_onevision", 2), ("zero2", "qwen2_vl", 1), ("zero3", "qwen3_vl", 2)],
