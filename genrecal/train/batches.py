@@ -17,6 +17,7 @@ from genrecal.shards.codecs import StateBuffer
 from genrecal.shards.order import SampleOrder, micro_batches
 from genrecal.shards.reader import Cache
 from genrecal.shards.record import Record
+from genrecal.train.handover import pack, unpack
 from genrecal.train.last_layer import Reads
 from genrecal.train.splice import splice_index
 from genrecal.vlm.rendering import Encoded, Renderer
@@ -457,13 +458,15 @@ def micro_batch_stream(
                 num_workers=workers,
                 prefetch_factor=2 if workers else None,
                 multiprocessing_context="fork" if workers else None,  # processors and readers are shared, not pickled
+                collate_fn=pack if workers else None,
                 worker_init_fn=_ignore_stop_signals,
                 generator=torch.Generator(),  # its own: a draw from the global one would change dropout after a resume
             )
         )
     for step in steps:
         samples = min((step + 1) * global_batch, last_sample) - step * global_batch
-        loaded = [next(loader) for _ in range(-(-samples // (batch_size * world_size)))]
+        handed = [next(loader) for _ in range(-(-samples // (batch_size * world_size)))]
+        loaded: list[Loaded] = [unpack(item) if workers else item for item in handed]
         yield Step(
             batches=[item.batch for item in loaded],
             skipped=[text for item in loaded for text in item.skipped],
