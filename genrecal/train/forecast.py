@@ -22,7 +22,7 @@ from genrecal.train.config import TrainConfig
 from genrecal.train.engine import resolve_engine
 from genrecal.train.loop import plan_stage
 from genrecal.train.recalibrator import Recalibrator
-from genrecal.train.stages import add_lora, select_trainable, wanted_by
+from genrecal.train.stages import add_lora, keeps_pictures, select_trainable, wanted_by
 from genrecal.vlm.loading import load_processor, model_folder, processor_files
 from genrecal.vlm.rendering import Renderer
 from genrecal.vlm.shape import ModelShape, meta_model, patches_of, shape_of_model
@@ -90,6 +90,8 @@ class StageForecast:
     Args:
         shape: the micro-step that the activations are of, the longest samples of the stage together.
         other_activations: what they would be with gradient checkpointing switched the other way.
+        host: bytes of the CPU's memory that a process fills at most, by what: pictures' embeddings
+            (`data.vision_cache_gb`) and what ZeRO offloads.
         hours: of computing at the assumed rate; read_rate: MB/s of all processes together at that rate.
         disk_bytes: checkpoints that are kept and the one being written, and the stage's result.
     """
@@ -102,6 +104,7 @@ class StageForecast:
     parameters: Parameters
     memory: dict[str, dict[str, int]]
     other_activations: int
+    host: dict[str, int]
     flops: float
     hours: float
     read_bytes: int
@@ -230,6 +233,7 @@ def _stage(
             for engine in SHOWN_ENGINES
         },
         other_activations=activations[not config.gradient_checkpointing],
+        host=host_memory(stage, model, config, parameters, options.gpus),
         flops=flops,
         hours=plan.num_samples / per_second / 3600,
         read_bytes=read,
@@ -290,8 +294,8 @@ def memory_of(
 ) -> dict[str, int]:
     """Bytes of one process by part, under an engine (ZeRO: Rajbhandari et al. 2020, stages 1 to 3).
 
-    AdamW keeps two float32 moments, and where it updates many tensors at once makes one more array of that size for a
-    moment, which stands under activations where it is larger than those. ZeRO shares out the optimizer's state over the
+    AdamW keeps two float32 moments. Under ZeRO it makes one more array of that size for a moment, which stands under
+    activations where it is larger than those; else its update is one kernel. ZeRO shares out the optimizer's state over the
     processes (1), the gradients too (2) and the student's and Recalibrator's weights too (3); DeepSpeed adds a copy of its
     share of the trained weights and a bucket for gradients on their way. Under ZeRO-3 both heads are whole, and so are other
     weights that were used lately, up to a thousand million. Offloading keeps the optimizer's state, and under ZeRO-3 the
@@ -310,9 +314,25 @@ def memory_of(
         "weights": whole + (0 if zero == 3 and offload else weights),
         "gradients": share(trained, 2),
         "optimizer": 0 if zero and offload else share((3 if zero else 2) * trained, 1),
-        "activations": max(activations, share(trained, 1)),
+        "activations": max(activations, share(trained, 1)) if zero else activations,
         "buffers": (zero > 0) * FLOAT32 * min(parameters.num_trained, ZERO_BUCKET) + max(0, live),
     }
+
+
+def host_memory(stage: int, model: Any, config: TrainConfig, parameters: Parameters, gpus: int) -> dict[str, int]:
+    """Bytes of the CPU's memory that a process fills at most, by what; nothing where all stays on the GPU.
+
+    Args:
+        model: the student, on the meta device.
+    """
+    host = {}
+    if config.data.vision_cache_gb and keeps_pictures(stage, model.base_model):
+        host["pictures' embeddings"] = int(config.data.vision_cache_gb * 1e9)
+    engine = resolve_engine(config.engine, gpus)
+    if config.offload:
+        kept, left = (memory_of(engine, parameters, 0, gpus, offload=offload) for offload in (False, True))
+        host["offloaded"] = sum(kept[part] - left[part] for part in ("weights", "optimizer"))
+    return host
 
 
 # --------------------------------------------------------------------------------------------------------- the samples
@@ -565,6 +585,14 @@ def _stage_lines(stage: StageForecast, forecast: Forecast) -> list[str]:
     return [
         *lines,
         f"  activations {other} gradient checkpointing: {human_bytes(stage.other_activations)}",
+        *(
+            [
+                f"  host        {human_bytes(sum(stage.host.values()))} of the CPU's memory a process: "
+                + ", ".join(f"{what} {human_bytes(size)}" for what, size in stage.host.items())
+            ]
+            if stage.host
+            else []
+        ),
         f"  compute     {stage.flops:.3g} FLOPs a sample, {stage.hours:.3g} hours",
         f"  reading     {human_bytes(stage.read_bytes)} a sample, {stage.read_rate:.3g} MB/s",
         f"  disk        {human_bytes(stage.disk_bytes)}",

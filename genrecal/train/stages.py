@@ -55,6 +55,11 @@ def wanted_by(stage: int, config: TrainConfig) -> Wanted:
     )
 
 
+def keeps_pictures(stage: int, body: Any) -> bool:
+    """Whether pictures' embeddings may be kept: nothing that makes them is trained, and the body has pictures."""
+    return stage < 3 and hasattr(body, "get_image_features")
+
+
 class Distiller(nn.Module):
     """Everything a stage computes with, in one module whose forward is a whole micro-step.
 
@@ -86,7 +91,7 @@ class Distiller(nn.Module):
         for name, module in self.model.named_modules():
             if name.split(".")[-1] in VISION_PARTS:
                 module.eval()  # frozen in every stage: no dropout
-        keeps = vision_cache_bytes and stage < 3 and hasattr(student.body, "get_image_features")
+        keeps = vision_cache_bytes and keeps_pictures(stage, student.body)
         self.vision_cache = VisionCache(student.body, vision_cache_bytes) if keeps else None
 
     def forward(self, batch: MicroBatch, denominators: Denominators) -> StepOutput:

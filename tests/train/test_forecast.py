@@ -144,6 +144,17 @@ def test_zero_shares_out_optimizer_gradients_and_weights_in_turn():
     assert memory_of("zero1", counted, 0, 4, offload=True)["optimizer"] == 0
 
 
+def test_the_cpus_memory_is_counted_too(tiny):
+    model, language_model = (meta_model(tiny(family)) for family in ("internvl_qwen2", "llama3"))
+    counted = Parameters(trained={"student": 8}, frozen={"student": 80}, frozen_bytes=320, head_bytes=32)
+    keeps = load_config(None, ["data.vision_cache_gb=2"])
+    for stage, student, expected in ((1, model, 2e9), (2, model, 2e9), (3, model, 0), (1, language_model, 0)):
+        assert sum(host_memory(stage, student, keeps, counted, 4).values()) == expected
+    assert host_memory(1, model, load_config(None, ["engine=zero2"]), counted, 4) == {}
+    offloads = [load_config(None, [f"engine=zero{stage}", "offload=true"]) for stage in (2, 3)]
+    assert [host_memory(1, model, config, counted, 4) for config in offloads] == [{"offloaded": 24}, {"offloaded": 104}]
+
+
 def test_steps_bytes_and_flops_are_those_of_the_run(trained, cache, capsys):
     """FLOPs are compared with torch's count over the four kinds of samples that the cache repeats, each alone. Torch takes
     causal attention for a full square, and the gradient of the first of two layers' input, which nobody needs, is a tenth
@@ -206,8 +217,21 @@ def test_a_config_and_manifests_are_enough(tmp_path, capsys):
         "--dry-run",
     ]
     with pytest.raises(SystemExit) as stop:
-        main([*words, "--gpu-gigabytes", "4", "--stages", "1", "--set", "precision=bf16"])
+        main(
+            [
+                *words,
+                "--gpu-gigabytes",
+                "4",
+                "--stages",
+                "1",
+                "--set",
+                "precision=bf16",
+                "--set",
+                "data.vision_cache_gb=2",
+            ]
+        )
     text = capsys.readouterr().out
+    assert "host        2.0 GB of the CPU's memory a process: pictures' embeddings 2.0 GB\n" in text
     assert stop.value.code == 1 and "NOT enough room" in text and "has no processor" in text
     assert f"{STUDENTS[student][1]} billion parameters" in text and not (tmp_path / "r").exists()
 
