@@ -28,6 +28,7 @@ from genrecal.train.forecast import (
     ForecastOptions,
     Parameters,
     count_parameters,
+    host_memory,
     make_forecast,
     memory_of,
 )
