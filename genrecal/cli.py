@@ -60,7 +60,9 @@ def main(args: Sequence[str] | None = None) -> None:
     debug = "--debug" in words
     other_rank = os.environ.get("RANK", "0") != "0"  # each rank finds the same fault in its command; the first says so
     try:
-        status = app(args=[word for word in words if word != "--debug"] or ["--help"], standalone_mode=False)
+        given = [word for word in words if word != "--debug"] or ["--help"]
+        # The name as a shell knows it, for completion too; else `python -m genrecal` would be completed.
+        status = app(args=given, prog_name="genrecal", standalone_mode=False)
     except OtherRankError as error:
         status = error.exit_status
     except StoppedError as error:
@@ -586,8 +588,10 @@ def train(
     student: Annotated[str, typer.Option(help="Student model: a folder or a hub name.")],
     out: Annotated[Path, typer.Option(help="Run directory; an unfinished run of the same settings goes on.")],
     stages: Annotated[str, typer.Option(help="Stages to train, such as 1,2,3 or 2.")] = "1,2,3",
-    objective: Annotated[str | None, typer.Option(help="genrecal or sft; the same as --set objective=...")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file of settings.")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="genrecal, genrecal-aligned or sft; the same as --set objective=...")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings, or the name of a recipe.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="One setting, such as stage1.lr=2e-4.")] = None,
     on_damage: Annotated[
         str | None, typer.Option(help="At a damaged sample: fail or skip; the same as --set data.on_damage=...")

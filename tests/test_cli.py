@@ -133,7 +133,7 @@ CACHE = ["cache", "--teacher", "gone", "--data", "gone.json", "--out", "out"]
         ([*TRAIN, "--set", "stage1.lrr=1"], 2, ["unknown setting stage1.lrr", "nearest one is stage1.lr"]),
         ([*TRAIN, "--set", "seed=x"], 2, ["setting seed: expected int, got 'x'"]),
         ([*TRAIN, "--set", "objective=\n\n"], 2, ["objective"]),
-        ([*TRAIN, "--objective", "kd"], 2, ["objective 'kd'", "genrecal, sft"]),
+        ([*TRAIN, "--objective", "kd"], 2, ["objective 'kd'", "genrecal, genrecal-aligned, sft"]),
         ([*TRAIN, "--config", "gone.toml"], 2, ["--config gone.toml", "No such file"]),
         ([*TRAIN, "--teacher", "gone"], 2, ["--teacher 'gone'", "expected live:MODEL"]),
         (TRAIN, 1, ["gone: not a cache", "genrecal cache"]),

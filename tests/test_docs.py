@@ -230,7 +230,6 @@ def test_imports_of_python_examples_exist(page):
 def test_commands_parse(page, tmp_path, monkeypatch):
     """Every whole command of a shell block or a job script is one that the parser takes, and its settings exist."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     for block in blocks(page, "toml"):
         (tmp_path / block.split()[1]).write_text(block)
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)

@@ -238,6 +238,7 @@ def _description(
         "vocab_size": teacher.head.vocab_size,
         "top_k": min(options.top_k, num_rows),
         "sampled_targets": options.draws,
+        "answers": options.answers.to_json(),
         "answer_codec": options.answer_codec,
         "question_codec": options.question_codec,
         "question_fraction": options.question_fraction,

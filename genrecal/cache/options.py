@@ -2,13 +2,14 @@
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
 
 from genrecal.cache.draws import MOST_DRAWS
 from genrecal.errors import UsageError
+from genrecal.shards.answer_source import AnswerSource
 from genrecal.shards.codecs import check_codec_option
 
 MOST_THREADS = 16  # that are taken without being asked for
@@ -21,6 +22,7 @@ class CacheOptions:
     Args:
         top_k: logits kept for each answer row.
         draws: draws kept for each answer row as sampled targets (`--targets sample:K`); 0 for none.
+        answers: whose answers are cached: the data's, or the teacher's own.
         answer_codec, question_codec: names in `genrecal.shards.codecs`; `question_codec` may be "none".
         question_fraction: share of samples whose question states are kept, chosen by key and seed.
         question_seed: see `keeps_question`.
@@ -33,6 +35,7 @@ class CacheOptions:
 
     top_k: int = 64
     draws: int = 0
+    answers: AnswerSource = field(default_factory=AnswerSource)
     answer_codec: str = "int8"
     question_codec: str = "int4"
     question_fraction: float = 1.0

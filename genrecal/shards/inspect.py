@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from genrecal.errors import DamageError, UsageError
+from genrecal.shards.answer_source import AnswerSource
 from genrecal.shards.arrow_file import READ_ERRORS, batch_sizes, schema_and_batches
 from genrecal.shards.inspect_record import MEASURED, RecordDescription, describe_record, find_record, save_images
 from genrecal.shards.layout import TIERS, shard_name
@@ -93,6 +94,7 @@ class Summary:
         fidelity: what the codecs cost, by tier; a tier whose codec is lossless is not there.
         shards: finished, planned.
         sampled_targets: draws a row, 0 for none.
+        answers: whose they are, and how the teacher wrote them if they are its own.
         skip_reasons: samples by reason; numbers, paths and quoted names in a reason stand as "…", so like ones count
             together. skip_examples: the first of each as the manifest has it, `FILE:LINE: why`.
         columns: bytes by Arrow column, under "answer" and "question", measured on records evenly spread over the cache.
@@ -109,6 +111,7 @@ class Summary:
     head_rows: int
     top_k: int
     sampled_targets: int
+    answers: AnswerSource
     codecs: dict[str, str]
     fidelity: dict[str, TierFidelity]
     shards: tuple[int, int]
@@ -188,6 +191,7 @@ def summarize(cache: Cache, *, column_records: int = COLUMN_RECORDS) -> Summary:
         head_rows=description["head_rows"],
         top_k=description["top_k"],
         sampled_targets=cache.draws,
+        answers=cache.answers,
         codecs={"answer": description["answer_codec"], "question": description["question_codec"]},
         fidelity=_fidelity(cache),
         shards=(len(cache.shards), cache.num_shards),

@@ -89,6 +89,7 @@ def _summary_lines(summary: Summary) -> list[Line]:
         ("turns, images", f"{summary.turns}, {summary.images}"),
         ("tokens", f"{summary.question_tokens} question, {summary.answer_tokens} answer"),
         *_quantile_lines(summary.token_quantiles),
+        ("answers", str(summary.answers)),
         ("states", f"answers {summary.codecs['answer']}, questions {summary.codecs['question']} "
                    f"({summary.with_question} of {summary.cached} samples), top-{summary.top_k} logits"
                    + (f", {summary.sampled_targets} draws a row" if summary.sampled_targets else "")),
@@ -96,7 +97,8 @@ def _summary_lines(summary: Summary) -> list[Line]:
                                      f"{cost.top1_agreement:.1%} ({cost.rows} rows)")
           for tier, cost in summary.fidelity.items()),
         *((f"  {name}", size(count)) for name, count in summary.bytes.items()),
-        ("teacher on the given answers", f"log-probability {summary.log_prob:.3f} nats a token, entropy "
+        (f"teacher on {'its own' if summary.answers.written_by_teacher else 'the given'} answers",
+                                         f"log-probability {summary.log_prob:.3f} nats a token, entropy "
                                          f"{summary.entropy:.3f}, top-1 agreement {summary.top1_agreement:.1%}"),
     ]  # fmt: skip
 

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from genrecal.errors import FormatError
+from genrecal.shards.answer_source import AnswerSource
 from genrecal.shards.arrow_file import MOST_WIDTH
 from genrecal.shards.codecs import codec_named
 from genrecal.shards.storage import Store
@@ -40,7 +41,8 @@ def write_cache_json(store: Store, content: dict[str, Any]) -> None:
 def read_cache_json(store: Store) -> dict[str, Any]:
     """What a cache says of itself. Raises FormatError for no cache, an unknown version or an unknown codec.
 
-    A cache from before there were sampled targets says nothing of them, so it has none.
+    A cache from before there were sampled targets says nothing of them, so it has none; one from before the teacher could
+    write answers has given ones.
     """
     path = store.where(CACHE_FILE)
     try:
@@ -55,7 +57,7 @@ def read_cache_json(store: Store) -> dict[str, Any]:
     for name in ("answer_codec", "question_codec"):
         if content.get(name) != "none":
             codec_named(str(content.get(name, "")), where=f"{path}: {name}")
-    return {"sampled_targets": 0} | content
+    return {"sampled_targets": 0, "answers": AnswerSource().to_json()} | content
 
 
 def wrong_settings(description: dict[str, Any]) -> dict[str, str]:
@@ -91,6 +93,10 @@ def wrong_settings(description: dict[str, Any]) -> dict[str, str]:
     teacher = description.get("teacher")
     if not isinstance(teacher, dict) or not all(isinstance(teacher.get(name), str) for name in ("name", "dtype")):
         wrong["teacher"] = "an object with a name and a dtype"
+    try:
+        AnswerSource.from_json(description.get("answers"))
+    except ValueError:
+        wrong["answers"] = "an object with a kind of given, greedy or sampled, and that kind's settings"
     totals = description.get("totals", {})
     if not isinstance(totals, dict):
         wrong["totals"] = "an object"

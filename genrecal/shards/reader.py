@@ -14,6 +14,7 @@ import xxhash
 
 from genrecal.errors import DamageError, FormatError
 from genrecal.samples import ImageSource, Sample
+from genrecal.shards.answer_source import AnswerSource
 from genrecal.shards.codecs import Empty, empty_states
 from genrecal.shards.head import HEAD_FILE, MOST_HEADER_BYTES, FrozenHead
 from genrecal.shards.index import INDEX_FILE, Index, index_of, read_index, read_shard_manifest, scan
@@ -133,6 +134,11 @@ class Cache(Sequence["CachedRecord"]):
     def draws(self) -> int:
         """Draws a row of the sampled targets; 0 if there are none."""
         return int(self.description["sampled_targets"])
+
+    @property
+    def answers(self) -> AnswerSource:
+        """Whose answers these are: the data's, or the teacher's own."""
+        return AnswerSource.from_json(self.description["answers"])
 
     def manifest(self) -> pa.Table:
         """One row per input sample, skipped ones too; see `genrecal.shards.manifest.SCHEMA`. Reads every manifest."""

@@ -149,7 +149,7 @@ class _Step:
         self.head.weight.data = self.head.weight.data.float()  # as the teacher's: no copy of it on the fake CPU
         self.recalibrator: Recalibrator | None = None
         if wanted_by(stage, config).teacher:
-            self.recalibrator = Recalibrator(student_config, teacher.hidden_size)
+            self.recalibrator = Recalibrator.of(config, student_config, teacher.hidden_size)
         if config.gradient_checkpointing:
             checkpoint_activations(student.model if stage > 1 else None, self.recalibrator)
         self._modules = [module for module in (self.decoder, self.head, self.recalibrator) if module is not None]
@@ -204,27 +204,33 @@ class _Step:
 
     def _teacher_terms(self, recalibrator: Recalibrator, states: torch.Tensor, shape: StepShape) -> torch.Tensor:
         teacher = self.teacher
-        answers = recalibrator.rec_proj_pre(torch.empty(shape.answers, teacher.hidden_size))
-        passes = [(states, shape.splice)]
-        if shape.reg_splice:
-            passes.append(
-                (recalibrator.rec_proj_pre(torch.empty(shape.questions, teacher.hidden_size)), shape.reg_splice)
-            )
         total = torch.zeros(())
-        for questions, length in passes:
-            source = torch.cat([questions.to(answers.dtype), answers])
-            rows = torch.zeros(shape.samples, length, dtype=torch.int64)
-            ids = torch.zeros(shape.answers, dtype=torch.int64)
+        ids = torch.zeros(shape.answers, dtype=torch.int64)
+
+        def add(splice: torch.Tensor) -> None:
+            nonlocal total
+            length = splice.shape[1]
             positions = torch.zeros(shape.samples, min(shape.most_answers, length), dtype=torch.int64)
-            recalibrated = recalibrator(source[rows], Reads(positions=positions, chosen=ids))
-            losses = head_losses(
-                recalibrated,
-                self.teacher_head,
-                ids,
-                self._target(shape.answers),
-                chunk_rows=self.config.loss.chunk_rows,
+            recalibrated = recalibrator(splice, Reads(positions=positions, chosen=ids))
+            chunk_rows = self.config.loss.chunk_rows
+            target = self._target(shape.answers)
+            total = (
+                total + head_losses(recalibrated, self.teacher_head, ids, target, chunk_rows=chunk_rows).weighted.sum()
             )
-            total = total + losses.weighted.sum()
+
+        if shape.splice:
+            assert recalibrator.rec_proj_pre is not None
+            answers = recalibrator.rec_proj_pre(torch.empty(shape.answers, teacher.hidden_size))
+            passes = [(states, shape.splice)]
+            if shape.reg_splice:
+                asked = torch.empty(shape.questions, teacher.hidden_size)
+                passes.append((recalibrator.rec_proj_pre(asked), shape.reg_splice))
+            for questions, length in passes:
+                source = torch.cat([questions.to(answers.dtype), answers])
+                rows = torch.zeros(shape.samples, length, dtype=torch.int64)
+                add(source[rows])
+        if wanted_by(self.stage, self.config).aligned:
+            add(states.unflatten(0, (shape.samples, shape.student_tokens)))
         return total
 
     def _target(self, rows: int) -> Target:

@@ -16,7 +16,8 @@ from genrecal.samples import ImageRef, Message, Sample
 from genrecal.shards.codecs import StateBuffer
 from genrecal.shards.order import SampleOrder, micro_batches
 from genrecal.shards.reader import Cache
-from genrecal.shards.record import Record
+from genrecal.shards.record import AnswerRows, Record
+from genrecal.train.align import align
 from genrecal.train.handover import pack, unpack
 from genrecal.train.last_layer import Reads
 from genrecal.train.splice import splice_index
@@ -61,6 +62,9 @@ class MicroBatch:
         sample_ids: int64 `[N, K]`; sample_counts: float32 `[N, K]`; entropy: float32 `[N]`, nats.
         question_states: float32 `[Q, D_t]`, z_q of the samples that have it; None without the regularisation pass.
         reg_splice: the teacher's questions with its own answers; reg_rows: int64, which of the N rows it predicts.
+        aligned_rows: int64 `[A]`, which of the N rows a position of the student's lines up with (`genrecal.train.align`);
+            aligned_at: those positions in `[B, L_s]`; aligned_first: bool `[A]`, the first of a turn's answer.
+            None where the aligned path is not wanted.
     """
 
     keys: list[str]
@@ -82,6 +86,9 @@ class MicroBatch:
     question_states: torch.Tensor | None = None
     reg_splice: Splice | None = None
     reg_rows: torch.Tensor | None = None
+    aligned_rows: torch.Tensor | None = None
+    aligned_at: Reads | None = None
+    aligned_first: torch.Tensor | None = None
 
     def to(self, device: torch.device, student_dtype: torch.dtype) -> "MicroBatch":
         """Move to a device; floating student inputs (pictures) take the student's dtype."""
@@ -90,7 +97,7 @@ class MicroBatch:
             value = getattr(self, item.name)
             if isinstance(value, torch.Tensor):
                 value = value.to(device, non_blocking=True)
-            elif isinstance(value, Splice):
+            elif isinstance(value, Splice | Reads):
                 value = value.to(device)
             moved[item.name] = value
         moved["student_inputs"] = {
@@ -157,6 +164,7 @@ class LiveSource:
 class Wanted:
     """What a stage reads: teacher states at all, the question tier, and what `exact` or `sampled` targets need.
 
+    splice: the teacher's answer states beside the student's questions. aligned: which rows and positions line up.
     last_answer: whether the student runs over the last answer too. Stage 1 reads its states of the questions alone, and
     these see nothing of an answer after them.
     """
@@ -166,6 +174,8 @@ class Wanted:
     last_answer: bool = True
     exact: bool = False
     sampled: bool = False
+    splice: bool = True
+    aligned: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,8 +288,12 @@ def _empty_batch(stand_in: StandIn, renderer: Renderer, wanted: Wanted) -> Micro
         sft_first=none.bool(),
     )
     if wanted.teacher:
-        batch.answer_states = torch.zeros(0, stand_in.teacher_size)
-        batch.splice = Splice(rows=torch.arange(inputs["input_ids"].shape[1])[None], predicts=none)
+        if wanted.splice:
+            batch.answer_states = torch.zeros(0, stand_in.teacher_size)
+            batch.splice = Splice(rows=torch.arange(inputs["input_ids"].shape[1])[None], predicts=none)
+        if wanted.aligned:
+            batch.aligned_rows, batch.aligned_first = none, none.bool()
+            batch.aligned_at = Reads.of(none, *inputs["input_ids"].shape)
         batch.target_ids, batch.first = none, none.bool()
         batch.topk_ids, batch.topk_log_probs = none[:, None], torch.zeros(0, 1)
         batch.exact_states = torch.zeros(0, stand_in.teacher_size) if wanted.exact else None
@@ -319,20 +333,12 @@ def _student_part(encoded: Sequence[Encoded], renderer: Renderer, *, beside: Seq
 
 
 def _add_teacher_part(batch: MicroBatch, encoded: Sequence[Encoded], records: Sequence[Record], wanted: Wanted) -> None:
-    length = batch.student_inputs["input_ids"].shape[1]
     answers = [record.answer for record in records]
     lengths = [_turn_lengths(record) for record in records]
-    own = []  # all but each turn's first row, as slices: masks would copy the states once more
-    for answer in answers:
-        turns = np.split(answer.hidden, np.flatnonzero(np.diff(answer.turn)) + 1)
-        own += [turn[1:] for turn in turns]
-    batch.answer_states = torch.from_numpy(np.concatenate(own))
-    questions = [
-        [np.arange(s, e) + number * length for s, e, is_answer in item.segments() if not is_answer]
-        for number, item in enumerate(encoded)
-    ]
-    index = splice_index(questions, lengths, batch.student_inputs["input_ids"].numel())
-    batch.splice = Splice(rows=torch.from_numpy(index.rows), predicts=torch.from_numpy(index.predicts))
+    if wanted.splice:
+        _add_splice(batch, encoded, answers, lengths)
+    if wanted.aligned:
+        _add_alignment(batch, encoded, answers)
     predicts = [a.predicts for a in answers]
 
     def over_rows(name: str) -> torch.Tensor:
@@ -348,6 +354,41 @@ def _add_teacher_part(batch: MicroBatch, encoded: Sequence[Encoded], records: Se
         _add_sampled(batch, records)
     if any(record.question is not None for record in records):
         _add_regularisation(batch, records, lengths)
+
+
+def _add_splice(
+    batch: MicroBatch, encoded: Sequence[Encoded], answers: Sequence[AnswerRows], lengths: Sequence[list[int]]
+) -> None:
+    """The student's questions with the teacher's answers."""
+    length = batch.student_inputs["input_ids"].shape[1]
+    own = []  # all but each turn's first row, as slices: masks would copy the states once more
+    for answer in answers:
+        turns = np.split(answer.hidden, np.flatnonzero(np.diff(answer.turn)) + 1)
+        own += [turn[1:] for turn in turns]
+    batch.answer_states = torch.from_numpy(np.concatenate(own))
+    questions = [
+        [np.arange(s, e) + number * length for s, e, is_answer in item.segments() if not is_answer]
+        for number, item in enumerate(encoded)
+    ]
+    index = splice_index(questions, lengths, batch.student_inputs["input_ids"].numel())
+    batch.splice = Splice(rows=torch.from_numpy(index.rows), predicts=torch.from_numpy(index.predicts))
+
+
+def _add_alignment(batch: MicroBatch, encoded: Sequence[Encoded], answers: Sequence[AnswerRows]) -> None:
+    """Where the student's own sequence, questions and answers, is read against the teacher's rows."""
+    rows, places, first = [], [], []
+    row_place, place = 0, 0
+    for item, answer in zip(encoded, answers, strict=True):
+        found = align(answer, item.answers)
+        rows.append(found.teacher_rows + row_place)
+        places.append(found.student_rows + place)
+        first.append(found.first)
+        row_place += int(answer.predicts.sum())
+        place += sum(item.answer_lengths)
+    batch.aligned_rows = torch.from_numpy(np.concatenate(rows))
+    read = batch.sft_rows[torch.from_numpy(np.concatenate(places))]
+    batch.aligned_at = Reads.of(read, *batch.student_inputs["input_ids"].shape)
+    batch.aligned_first = torch.from_numpy(np.concatenate(first))
 
 
 def _add_sampled(batch: MicroBatch, records: Sequence[Record]) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 from genrecal.errors import UsageError
 
+OBJECTIVES = ("genrecal", "genrecal-aligned", "sft")
+RECIPES = Path(__file__).parents[1] / "recipes"
 ENGINES = ("auto", "none", "ddp", "zero1", "zero2", "zero3")
 
 
@@ -60,9 +62,13 @@ class LossConfig:
     """Weights of the terms, and what the KL is taken from.
 
     Args:
-        ce_weight, kl_weight: of the Recalibrator's cross-entropy and KL, in both passes.
+        ce_weight, kl_weight: of the Recalibrator's cross-entropy and KL, in every pass.
+        splice_weight: of the passes that are given the teacher's answer states, the regularisation's included; 0 leaves
+            them out (objective genrecal-aligned).
         reg_weight: of the regularisation pass (stage 1).
+        aligned_weight: of the pass over the student's states alone (objective genrecal-aligned).
         sft_weight: of the student's own cross-entropy (stage 2).
+        first_token_weight: of the first token of each answer, in every term of every stage; the others' is 1.
         target: "topk", the stored logits and one bucket for the rest; "exact", recomputed from the cached state;
             "sample", the stored draws, whose KL is unbiased (a cache made with `--targets sample:K`).
         chunk_rows: rows of logits that exist at once; 0 for as many as take 256 MiB.
@@ -70,8 +76,11 @@ class LossConfig:
 
     ce_weight: float = 1.0
     kl_weight: float = 1.0
+    splice_weight: float = 1.0
     reg_weight: float = 1.0
+    aligned_weight: float = 1.0
     sft_weight: float = 1.0
+    first_token_weight: float = 1.0
     target: str = "topk"
     chunk_rows: int = 0
 
@@ -140,7 +149,8 @@ class TrainConfig:
 
     Args:
         seed: of the order, the Recalibrator's first weights and dropout.
-        objective: "genrecal", or "sft": stages 2 and 3 with the student's own cross-entropy alone.
+        objective: "genrecal"; "genrecal-aligned", with a second pass over the student's states alone; or "sft": stages 2
+            and 3 with the student's own cross-entropy alone.
         precision: "bf16" computes in bfloat16 with float32 trained weights; "fp32"; "auto" is bf16 on CUDA, else fp32.
         device: "auto", "cpu", "cuda"; under a launcher, each process takes the CUDA device of its local rank.
         engine: "none", one process; "ddp", torch's DistributedDataParallel; "zero1", "zero2", "zero3", DeepSpeed's; "auto"
@@ -176,10 +186,17 @@ class TrainConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
-        choices = {"objective": ("genrecal", "sft"), "precision": ("auto", "bf16", "fp32"), "engine": ENGINES}
+        choices = {"objective": OBJECTIVES, "precision": ("auto", "bf16", "fp32"), "engine": ENGINES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        if self.objective == "genrecal" and not self.loss.splice_weight:
+            raise UsageError(
+                "loss.splice_weight 0 leaves objective genrecal nothing of the teacher's; set objective to genrecal-aligned "
+                "or sft"
+            )
+        if self.objective == "genrecal-aligned" and not self.loss.aligned_weight:
+            raise UsageError("objective genrecal-aligned with loss.aligned_weight 0 is objective genrecal; set that")
         if self.offload and not self.engine.startswith("zero"):
             raise UsageError(f"offload is for engine zero1, zero2 and zero3; engine is {self.engine}")
         if self.data.vision_cache_gb and self.engine == "zero3":
@@ -195,12 +212,20 @@ class TrainConfig:
 def load_config(file: Path | None = None, settings: Sequence[str] = ()) -> TrainConfig:
     """A TOML file's tables, then `a.b=v` settings over them.
 
+    Args:
+        file: the TOML file, or the name of one in `genrecal/recipes/`, such as `paper`.
+        settings: `a.b=v` each.
+
     Raises UsageError for a key that does not exist (naming the nearest that does) or a value of the wrong type.
     """
     values: dict[str, Any] = {}
     if file is not None:
+        recipes = {path.stem: path for path in RECIPES.glob("*.toml")}
+        found = file if file.exists() else recipes.get(str(file), file)
         try:
-            values = tomllib.loads(file.read_text())
+            values = tomllib.loads(found.read_text())
+        except FileNotFoundError:
+            raise UsageError(f"--config {file}: No such file, nor a recipe: {', '.join(sorted(recipes))}") from None
         except (OSError, ValueError) as error:
             raise UsageError(f"--config {file}: {error}") from None
     for setting in settings:

@@ -18,6 +18,7 @@ from genrecal.errors import ModelError, SampleError, UsageError
 from genrecal.progress import human_bytes
 from genrecal.shards.reader import Cache
 from genrecal.train.activations import StepShape, TeacherSide, activation_bytes
+from genrecal.train.batches import Wanted
 from genrecal.train.config import TrainConfig
 from genrecal.train.engine import resolve_engine
 from genrecal.train.loop import plan_stage
@@ -200,7 +201,7 @@ def _stage(
     dtype = _dtype(config)
     model = meta_model(student, trust_remote_code=trust_remote_code)
     parameters = count_parameters(stage, model, config, cache, dtype)
-    shape = lengths.longest(plan.indices, settings.batch_size, wanted.teacher, wanted.questions)
+    shape = lengths.longest(plan.indices, settings.batch_size, wanted)
     teacher = TeacherSide(
         hidden_size=cache.hidden_size,
         head_rows=int(cache.description["head_rows"]),
@@ -272,7 +273,8 @@ def count_parameters(
         if uses_lora:
             add_lora(student, config.lora)
         names = set(select_trainable(stage, student, config.lora))
-        recalibrator = Recalibrator(model.config, cache.hidden_size) if wanted_by(stage, config).teacher else None
+        needs_teacher = wanted_by(stage, config).teacher
+        recalibrator = Recalibrator.of(config, model.config, cache.hidden_size) if needs_teacher else None
     base = FLOAT32 if names and not uses_lora else dtype.itemsize
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     trained = {"LoRA" if uses_lora else "student": sum(sizes[name] for name in names)} if names else {}
@@ -398,23 +400,23 @@ class _Lengths:
             max_tokens=config.max_tokens,
         )
 
-    def longest(self, indices: np.ndarray, batch_size: int, teacher: bool, questions: bool) -> StepShape:
+    def longest(self, indices: np.ndarray, batch_size: int, wanted: Wanted) -> StepShape:
         """The micro-step of a stage's longest samples together, as batches by length have it."""
         own = self.student_question + self.student_answer
         splice, regular = self.student_question + self.answer - 1, self.question + self.answer - 1
         taken = indices[own[indices] <= self.max_tokens] if self.max_tokens else indices
         if not len(taken):
             raise UsageError(f"max_tokens {self.max_tokens}: every sample has more of the student's tokens")
-        size = np.maximum(own, np.maximum(splice, regular * self.has_question) if teacher else 0)
+        size = np.maximum(own, np.maximum(splice, regular * self.has_question) if wanted.splice else 0)
         chosen = taken[np.argsort(size[taken])[::-1][:batch_size]]
-        asked = chosen[self.has_question[chosen]] if questions else chosen[:0]
+        asked = chosen[self.has_question[chosen]] if wanted.questions else chosen[:0]
         return StepShape(
             samples=len(chosen),
             student_tokens=int(own[chosen].max()),
-            splice=int(splice[chosen].max()) if teacher else 0,
+            splice=int(splice[chosen].max()) if wanted.splice else 0,
             reg_splice=int(regular[asked].max()) if len(asked) else 0,
-            answers=int(self.answer[chosen].sum()) if teacher else 0,
-            most_answers=int(self.answer[chosen].max()) if teacher else 0,
+            answers=int(self.answer[chosen].sum()) if wanted.teacher else 0,
+            most_answers=int(self.answer[chosen].max()) if wanted.teacher else 0,
             questions=int(self.question[asked].sum()),
             student_answers=int(self.student_answer[chosen].sum()),
         )
@@ -457,13 +459,16 @@ def _flops(
         total = vision + text * (2 + trains_base + again) + head * (4 if stage == 3 else 2)
     if wanted.teacher:
         answer, question = lengths.answer[indices], lengths.question[indices] * lengths.has_question[indices]
-        bridge = _Bridge.of(student_config, cache.hidden_size)
+        bridge = _Bridge.of(config, student_config, cache.hidden_size)
         products = (
             3 if wanted.exact else 2
         )  # of the frozen head: logits, their gradient's way back, the teacher's logits
         head_pass = products * 2.0 * int(cache.description["head_rows"]) * cache.hidden_size
-        splice = lengths.student_question[indices] + answer - 1
-        total += np.mean(bridge.flops(splice, answer, answer, again) + head_pass * answer)
+        if wanted.splice:
+            splice = lengths.student_question[indices] + answer - 1
+            total += np.mean(bridge.flops(splice, answer, answer, again) + head_pass * answer)
+        if wanted.aligned:  # every row of the teacher's at most
+            total += np.mean(bridge.flops(own, answer, 0 * own, again) + head_pass * answer)
         if wanted.questions:
             asked = lengths.has_question[indices]
             total += np.mean(
@@ -489,9 +494,9 @@ class _Bridge:
     layers: int
 
     @classmethod
-    def of(cls, student_config: Any, teacher_size: int) -> "_Bridge":
+    def of(cls, config: TrainConfig, student_config: Any, teacher_size: int) -> "_Bridge":
         with torch.device("meta"):
-            recalibrator = Recalibrator(student_config, teacher_size)
+            recalibrator = Recalibrator.of(config, student_config, teacher_size)
         body = recalibrator.rec_body
         last = body.layers[-1]
         where_read = 0
@@ -502,7 +507,7 @@ class _Bridge:
         return cls(
             everywhere=_numel(body) - where_read,
             where_read=where_read,
-            projection=recalibrator.rec_proj_pre.weight.numel(),
+            projection=recalibrator.rec_proj_post.weight.numel(),
             attention=body.config.num_attention_heads * width,
             layers=len(body.layers) - bool(where_read),
         )

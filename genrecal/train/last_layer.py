@@ -40,6 +40,10 @@ class Reads:
         positions[sample, place] = position
         return cls(positions=positions, chosen=sample * most + place)
 
+    def take(self, states: torch.Tensor) -> torch.Tensor:
+        """`[B, L, D]` -> `[N, D]`."""
+        return states_at(states, self.positions).flatten(0, 1)[self.chosen]
+
     def to(self, device: torch.device) -> "Reads":
         return Reads(positions=self.positions.to(device), chosen=self.chosen.to(device))
 

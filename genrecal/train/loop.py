@@ -303,9 +303,12 @@ def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> N
         run.save_result(stage, state.weights)
 
 
+SHOWN_TERMS = ("loss", "ce", "kl", "reg_ce", "reg_kl", "aligned_ce", "aligned_kl", "sft")
+
+
 def _in_words(values: dict[str, Any]) -> str:
     """A step's values, for the line of progress."""
-    terms = [f"{name} {values[name]:.3f}" for name in ("loss", "ce", "kl", "reg_ce", "reg_kl", "sft") if name in values]
+    terms = [f"{name} {values[name]:.3f}" for name in SHOWN_TERMS if name in values]
     return (
         f"{', '.join(terms)}, {values['tokens_per_second']:.0f} tokens/s, {values['data_wait']:.0%} waiting for data, "
         f"{values['memory_gb']:.1f} GB"
@@ -441,6 +444,7 @@ class Share:
             rows=Denominators(
                 teacher_rows=sum(len(batch.target_ids) for batch in batches if batch.target_ids is not None),
                 student_rows=sum(len(batch.sft_ids) for batch in batches),
+                aligned_rows=sum(len(batch.aligned_rows) for batch in batches if batch.aligned_rows is not None),
             ),
             samples=sum(len(batch.keys) for batch in batches),
             tokens=sum(int(b.student_inputs["attention_mask"][: len(b.keys)].sum()) for b in batches),
@@ -458,6 +462,7 @@ class Share:
         return Denominators(
             teacher_rows=sum(share.rows.teacher_rows for share in shares),
             student_rows=sum(share.rows.student_rows for share in shares),
+            aligned_rows=sum(share.rows.aligned_rows for share in shares),
         )
 
 
@@ -480,7 +485,7 @@ def build_distiller(run: Run, cache: Cache, stage: int, device: torch.device, co
     trains_base = stage == 3 or (stage == 2 and not config.lora.rank)
     dtype = torch.float32 if trains_base else compute_dtype
     has_teacher = wanted_by(stage, config).teacher
-    before = 2 if stage == 3 and (config.objective == "genrecal" or run.stage_result(2).exists()) else 0
+    before = 2 if stage == 3 and (config.objective != "sft" or run.stage_result(2).exists()) else 0
     student = run.student_after(before, dtype, device)
     if stage == 2 and config.lora.rank:
         add_lora(student, config.lora)
@@ -489,8 +494,7 @@ def build_distiller(run: Run, cache: Cache, stage: int, device: torch.device, co
         parameter.data = parameter.data.float()
     recalibrator, head = None, None
     if has_teacher:
-        attention = "sdpa" if config.attention == "auto" else config.attention
-        recalibrator = Recalibrator(student.model.config, cache.hidden_size, attention=attention).to(device)
+        recalibrator = Recalibrator.of(config, student.model.config, cache.hidden_size).to(device)
         head = cache.head(str(device))
     student.model.train(stage > 1)
     if config.gradient_checkpointing:

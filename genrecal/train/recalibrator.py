@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from genrecal.train.last_layer import Reads, at_places, states_at
+from genrecal.train.config import TrainConfig
+from genrecal.train.last_layer import Reads, at_places
 
 logger = logging.getLogger(__name__)
 
 
 class Recalibrator(nn.Module):
-    """Maps a splice of student and teacher states to states that the teacher's head reads.
+    """Maps a splice of student and teacher states, or the student's states alone, to states that the teacher's head reads.
 
         rec_norm(rec_proj_post(rec_body(splice)))
 
@@ -24,15 +25,24 @@ class Recalibrator(nn.Module):
         student_config: the student's config, whose text part shapes the blocks.
         teacher_size: D_t.
         num_blocks: decoder blocks of rec_body.
+        takes_teacher: whether it is ever given the teacher's states; else there is no rec_proj_pre.
     """
 
-    def __init__(self, student_config: Any, teacher_size: int, *, num_blocks: int = 2, attention: str = "sdpa"):
+    def __init__(
+        self,
+        student_config: Any,
+        teacher_size: int,
+        *,
+        num_blocks: int = 2,
+        attention: str = "sdpa",
+        takes_teacher: bool = True,
+    ):
         super().__init__()
         from transformers import AutoModel
 
         config = recalibrator_config(student_config, num_blocks)
         student_size = config.hidden_size
-        self.rec_proj_pre = nn.Linear(teacher_size, student_size)
+        self.rec_proj_pre = nn.Linear(teacher_size, student_size) if takes_teacher else None
         self.rec_body = AutoModel.from_config(config, attn_implementation=attention, dtype=torch.float32)
         self.rec_body.embed_tokens = None  # it is given states, never ids
         self.rec_body.norm = nn.Identity()  # the paper's blocks end without one; rec_norm comes after the projection
@@ -42,6 +52,16 @@ class Recalibrator(nn.Module):
         if not self.trims_last_block:
             block = type(self.rec_body.layers[-1]).__name__
             logger.info("the Recalibrator's last block (%s, %s) runs on all rows", block, attention)
+
+    @classmethod
+    def of(cls, config: TrainConfig, student_config: Any, teacher_size: int) -> "Recalibrator":
+        """The one that a run trains."""
+        return cls(
+            student_config,
+            teacher_size,
+            attention="sdpa" if config.attention == "auto" else config.attention,
+            takes_teacher=config.loss.splice_weight > 0,
+        )
 
     def forward(self, splice: torch.Tensor, reads: Reads | None = None) -> torch.Tensor:
         """Splices `[B, L, D_s]`, padded on the right -> states `[B, L, D_t]`, or `[N, D_t]` of the places read alone.
@@ -55,7 +75,7 @@ class Recalibrator(nn.Module):
         asked = {"read_positions": reads.positions} if reads is not None and self.trims_last_block else {}
         hidden = self.rec_body(inputs_embeds=splice, use_cache=False, **asked).last_hidden_state
         if reads is not None:
-            hidden = (hidden if asked else states_at(hidden, reads.positions)).flatten(0, 1)[reads.chosen]
+            hidden = hidden.flatten(0, 1)[reads.chosen] if asked else reads.take(hidden)
         return self.rec_norm(self.rec_proj_post(hidden))
 
 

@@ -27,6 +27,7 @@ class Denominators:
 
     teacher_rows: int
     student_rows: int
+    aligned_rows: int = 0
 
 
 class StepOutput(NamedTuple):
@@ -43,15 +44,16 @@ class StepOutput(NamedTuple):
 def wanted_by(stage: int, config: TrainConfig) -> Wanted:
     """What a stage reads of the cache."""
     if config.objective == "sft" or stage == 3:
-        return Wanted(teacher=False, questions=False)
-    questions = stage == 1 and config.loss.reg_weight > 0
-    target = config.loss.target
+        return Wanted(teacher=False, questions=False, splice=False)
+    loss, aligned = config.loss, config.objective == "genrecal-aligned"
     return Wanted(
         teacher=True,
-        questions=questions,
-        last_answer=stage > 1,
-        exact=target == "exact",
-        sampled=target == "sample",
+        questions=stage == 1 and loss.splice_weight > 0 and loss.reg_weight > 0,
+        last_answer=stage > 1 or aligned,
+        exact=loss.target == "exact",
+        sampled=loss.target == "sample",
+        splice=loss.splice_weight > 0,
+        aligned=aligned,
     )
 
 
@@ -97,10 +99,16 @@ class Distiller(nn.Module):
     def forward(self, batch: MicroBatch, denominators: Denominators) -> StepOutput:
         """One micro-step; `loss` sums to the global batch's loss over its micro-steps."""
         with torch.set_grad_enabled(self.stage > 1 and torch.is_grad_enabled()):
-            states = self._student_states(batch).flatten(0, 1)  # [B * L, D_s]
+            sequences = self._student_states(batch)  # [B, L, D_s]
+        states = sequences.flatten(0, 1)
         loss = states.new_zeros((), dtype=torch.float32)
         sums: dict[str, torch.Tensor] = {}
         counts: dict[str, int] = {}
+        config = self.loss
+
+        def weighed(values: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+            """The sum over rows; the first tokens of answers have a weight of their own."""
+            return torch.where(first, config.first_token_weight * values, values).sum()
 
         def log(name: str, values: torch.Tensor, first: torch.Tensor) -> None:
             """The first token of an answer apart from the later ones: only there the student's state is not bypassed."""
@@ -109,23 +117,35 @@ class Distiller(nn.Module):
                 sums[name + suffix] = values[rows].sum()
                 counts[name + suffix] = int(values[rows].numel())
 
-        if self.recalibrator is not None:
-            assert batch.splice is not None and batch.answer_states is not None and batch.first is not None
+        def against_teacher(
+            name: str, recalibrated: torch.Tensor, which: slice | torch.Tensor, first: torch.Tensor, weight: float
+        ) -> torch.Tensor:
+            """A pass's cross-entropy and KL, at the rows `which` of the teacher's; weight has the denominator in it."""
+            losses = self._losses(recalibrated, batch, which)
+            log(f"{name}ce", losses.ce, first)
+            log(f"{name}kl", losses.kl, first)
+            return weight * weighed(losses.weighted, first)
+
+        if self.recalibrator is not None and batch.splice is not None:
+            assert self.recalibrator.rec_proj_pre is not None
+            assert batch.answer_states is not None and batch.first is not None
             answers = self.recalibrator.rec_proj_pre(batch.answer_states)  # [R, D_s]
+            weight = config.splice_weight / denominators.teacher_rows
             rows = self._recalibrated(states, answers, batch.splice)
-            losses = self._losses(rows, batch, slice(None))
-            loss = loss + losses.weighted.sum() / denominators.teacher_rows
-            log("ce", losses.ce, batch.first)
-            log("kl", losses.kl, batch.first)
+            loss = loss + against_teacher("", rows, slice(None), batch.first, weight)
             if self.stage == 1 and batch.reg_splice is not None:
                 assert batch.question_states is not None and batch.reg_rows is not None
                 questions = self.recalibrator.rec_proj_pre(batch.question_states)  # [Q, D_s]
+                weight *= config.reg_weight / self.question_fraction
                 rows = self._recalibrated(questions, answers, batch.reg_splice)
-                losses = self._losses(rows, batch, batch.reg_rows)
-                weight = self.loss.reg_weight / self.question_fraction
-                loss = loss + weight * losses.weighted.sum() / denominators.teacher_rows
-                log("reg_ce", losses.ce, batch.first[batch.reg_rows])
-                log("reg_kl", losses.kl, batch.first[batch.reg_rows])
+                loss = loss + against_teacher("reg_", rows, batch.reg_rows, batch.first[batch.reg_rows], weight)
+        if self.recalibrator is not None and batch.aligned_rows is not None:
+            assert batch.aligned_at is not None and batch.aligned_first is not None and batch.target_ids is not None
+            weight = config.aligned_weight / denominators.aligned_rows
+            rows = self.recalibrator(sequences, batch.aligned_at)  # [A, D_t]
+            loss = loss + against_teacher("aligned_", rows, batch.aligned_rows, batch.aligned_first, weight)
+            sums["aligned_share"] = loss.new_tensor(len(batch.aligned_rows))
+            counts["aligned_share"] = len(batch.target_ids)
         if self.stage > 1:
             ce = chunked_cross_entropy(
                 states[batch.sft_rows],
@@ -134,8 +154,8 @@ class Distiller(nn.Module):
                 batch.sft_ids,
                 chunk_rows=self.loss.chunk_rows,
             )
-            weight = self.loss.sft_weight if self.recalibrator is not None else 1.0
-            loss = loss + weight * ce.sum() / denominators.student_rows
+            weight = config.sft_weight if self.recalibrator is not None else 1.0
+            loss = loss + weight * weighed(ce, batch.sft_first) / denominators.student_rows
             log("sft", ce, batch.sft_first)
         return StepOutput(loss=loss, sums=sums, counts=counts)
 

@@ -143,13 +143,14 @@ def compare_pair(
         "common_ids": sum(entries_t[entry] == entries_s[entry] for entry in common),
     }
     conditions = _conditions(**figures)
+    aligned = sorted(set(of_teacher.ends) & set(of_student.ends))
     return Pair(
         **figures,
         text=text,
         num_bytes=len(text.encode()),
-        aligned=sorted(set(of_teacher.ends) & set(of_student.ends)),
+        aligned=aligned,
         conditions=conditions,
-        objectives=_objectives(conditions, of_teacher, of_student),
+        objectives=_objectives(conditions, of_teacher, of_student, len(aligned)),
     )
 
 
@@ -199,12 +200,19 @@ def _same_pictures(teacher: TokenTypes) -> str:
     return "as many for every picture tried"
 
 
-def _objectives(conditions: Sequence[Finding], teacher: TokenTypes, student: TokenTypes) -> list[Finding]:
+def _objectives(
+    conditions: Sequence[Finding], teacher: TokenTypes, student: TokenTypes, num_aligned: int
+) -> list[Finding]:
     lacking = [condition.name for condition in conditions[:3] if not condition.holds]
     rows = teacher.head_rows, student.head_rows
     heads = f"; of the heads' {rows[0]} and {rows[1]} rows the tokenizer's {teacher.vocabulary} are comparable"
     return [
         Finding(name="genrecal", holds=True, why="any pair: the Recalibrator's states run through the teacher's head"),
+        Finding(
+            name="genrecal-aligned",
+            holds=True,
+            why=f"any pair: {num_aligned} of the teacher's {len(teacher.ids)} tokens of the text end where the student's do",
+        ),
         Finding(name="sft", holds=True, why="any pair: the student's own cross-entropy, in its own tokens"),
         Finding(
             name="KL between the heads",

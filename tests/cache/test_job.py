@@ -20,6 +20,7 @@ from genrecal.cache.shard import batches_by_length
 from genrecal.cache.teacher import HFTeacher, LiveTeacher
 from genrecal.errors import DataError, ModelError, UsageError
 from genrecal.samples import open_samples
+from genrecal.shards.answer_source import AnswerSource
 from genrecal.shards.inspect import summarize
 from genrecal.shards.reader import open_cache
 
@@ -133,6 +134,46 @@ def test_a_cache_from_before_there_were_sampled_targets_goes_on(teacher, data, t
     assert run_cache_job(teacher, open_samples([data]), tmp_path, options).shards_done == 0
     with pytest.raises(UsageError, match="sampled_targets was 0, now 5"):
         run_cache_job(teacher, open_samples([data]), tmp_path, CacheOptions(samples_per_shard=8, draws=5))
+
+
+def test_a_cache_says_whose_answers_it_holds_and_an_old_one_holds_given_ones(teacher, data, tmp_path):
+    options = CacheOptions(samples_per_shard=8)
+    run_cache_job(teacher, open_samples([data], limit=8), tmp_path, options)
+    description = json.loads((tmp_path / "cache.json").read_text())
+    assert description.pop("answers") == {"kind": "given"}
+    (tmp_path / "cache.json").write_text(json.dumps(description))
+    cache = open_cache(tmp_path)
+    assert cache.answers == AnswerSource() and not cache.answers.written_by_teacher
+    assert run_cache_job(teacher, open_samples([data], limit=8), tmp_path, options).shards_done == 0
+    greedy = dataclasses.replace(options, answers=AnswerSource(kind="greedy", max_tokens=9))
+    with pytest.raises(UsageError, match=r"answers was {'kind': 'given'}, now {'kind': 'greedy', 'max_tokens': 9}"):
+        run_cache_job(teacher, open_samples([data], limit=8), tmp_path, greedy)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"kind": "guessed"}, "kind 'guessed': expected one of given, greedy, sampled"),
+        ({"kind": "greedy", "max_tokens": 1}, "--max-answer-tokens 1: expected at least 2"),
+        ({"kind": "sampled", "max_tokens": 9}, "--generate-temperature 0.0: expected a number above 0"),
+        ({"kind": "sampled", "max_tokens": 9, "temperature": 1.0, "top_p": 1.5}, "--generate-top-p 1.5: expected"),
+    ],
+)
+def test_answers_that_cannot_be_written_so_are_refused(settings, words):
+    with pytest.raises(UsageError, match=words):
+        AnswerSource(**settings)
+    with pytest.raises(ValueError, match="kind|expected"):
+        AnswerSource.from_json(settings)
+
+
+def test_answer_sources_say_what_they_are():
+    sampled = AnswerSource(kind="sampled", max_tokens=9, temperature=0.7, top_p=0.9, seed=3)
+    for source in (AnswerSource(), AnswerSource(kind="greedy", max_tokens=9), sampled):
+        assert AnswerSource.from_json(json.loads(json.dumps(source.to_json()))) == source
+    assert str(sampled) == "the teacher's own, sampled, temperature 0.7, top-p 0.9, seed 3, up to 9 tokens"
+    for wrong in (None, {}, {"kind": "greedy"}, {"kind": "given", "max_tokens": 9}, sampled.to_json() | {"seed": 0.5}):
+        with pytest.raises(ValueError, match="expected|not a number"):
+            AnswerSource.from_json(wrong)
 
 
 @pytest.mark.parametrize("draws", [-1, 2**16])

@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import mixed_samples, write_llava
+from conftest import conversation, mixed_samples, write_llava
 from torch import nn
 
 from genrecal.cache.job import run_cache_job
@@ -36,8 +36,8 @@ class Unchanged(nn.Module):
         super().__init__()
         self.rec_proj_pre = nn.Identity()
 
-    def forward(self, splice, rows):
-        return splice.flatten(0, 1)[rows]
+    def forward(self, splice, reads):
+        return reads.take(splice)
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +64,14 @@ def same_model(tiny, tmp_path_factory):
 
 def terms(model, cache, *, change=None, target="topk"):
     """Means of the Recalibrator's terms over the whole cache, as stage 1 computes them; `change` spoils the batch."""
-    wanted = Wanted(teacher=True, questions=True, exact=target == "exact", sampled=target == "sample")
+    wanted = Wanted(teacher=True, questions=True, exact=target == "exact", sampled=target == "sample", aligned=True)
     batch = BatchBuilder(ShardSource(cache), model.renderer, wanted)[range(len(cache))].batch
     if change is not None:
         batch = change(batch)
     distiller = Distiller(1, model, Unchanged(), cache.head(), LossConfig(target=target))
     rows = len(batch.target_ids)
     with torch.no_grad():
-        output = distiller(batch, Denominators(teacher_rows=rows, student_rows=len(batch.sft_ids)))
+        output = distiller(batch, Denominators(teacher_rows=rows, student_rows=len(batch.sft_ids), aligned_rows=rows))
     return {name: (value / output.counts[name]).item() for name, value in output.sums.items()}
 
 
@@ -82,8 +82,12 @@ def test_teacher_equal_student_gives_no_kl(same_model, family, target):
     means = terms(model, cache, target=target)
     # What is left is the rounding of the stored answer states to bfloat16; a first token comes from the student's own.
     assert means["kl"] < 2e-3 and means["reg_kl"] < 2e-3, means
+    assert means["aligned_share"] == 1  # one tokenizer
     if target == "topk":
         assert abs(means["kl_first"]) < 1e-5, means
+        assert abs(means["aligned_kl"]) < 1e-5, means  # all of its states are the student's own
+    else:
+        assert means["aligned_kl"] < 2e-3, means
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,6 +107,7 @@ def test_teacher_equal_student_gives_no_kl_but_chance_from_draws(same_model, fam
         model, cache, target="sample", change=lambda b: dataclasses.replace(b, sample_ids=b.sample_ids.roll(1, 0))
     )
     assert shifted_draws["kl"] > 0.3
+    assert means["aligned_kl"] == pytest.approx(means["kl"], abs=2e-3)  # the same draws
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -121,6 +126,7 @@ def test_cross_entropy_through_the_shards_is_the_models_own(same_model, family):
                     ids = torch.from_numpy(encoded.input_ids[start:end])
                     losses.append(nn.functional.cross_entropy(logits[start - 1 : end - 1], ids, reduction="none"))
     assert means["ce"] == pytest.approx(torch.cat(losses).mean().item(), abs=5e-3)
+    assert means["aligned_ce"] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-4)
 
 
 def shifted(splice, by):
@@ -148,6 +154,29 @@ def test_any_misalignment_by_one_position_shows(same_model, family, name):
     assert terms(model, cache, change=MISALIGNMENTS[name])["kl"] > 0.3
 
 
+def moved(reads, by):
+    return dataclasses.replace(reads, positions=(reads.positions + by).clamp_min(0))
+
+
+ALIGNED_MISALIGNMENTS = {
+    "read one position late": lambda b: dataclasses.replace(b, aligned_at=moved(b.aligned_at, 1)),
+    "read one position early": lambda b: dataclasses.replace(b, aligned_at=moved(b.aligned_at, -1)),
+    "rows one late": lambda b: dataclasses.replace(b, aligned_rows=b.aligned_rows.roll(1)),
+    "targets one late": lambda b: dataclasses.replace(
+        b, topk_ids=b.topk_ids.roll(1, 0), topk_log_probs=b.topk_log_probs.roll(1, 0)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALIGNED_MISALIGNMENTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_misalignment_by_one_position_shows_in_the_aligned_pass(same_model, family, name):
+    model, cache = same_model(family)
+    means = terms(model, cache, change=ALIGNED_MISALIGNMENTS[name])
+    assert means["aligned_kl"] > 0.3
+    assert name == "targets one late" or means["kl"] < 2e-3
+
+
 def test_question_states_one_late_show_in_the_regularisation(same_model):
     model, cache = same_model("qwen2_vl")
     means = terms(model, cache, change=lambda b: dataclasses.replace(b, question_states=b.question_states.roll(1, 0)))
@@ -156,7 +185,8 @@ def test_question_states_one_late_show_in_the_regularisation(same_model):
 
 def test_shards_and_live_teacher_give_the_same_losses(tiny, tmp_path):
     """Another family as student; 20 steps of stage 1 and of stage 2, fp32, LoRA dropout on (same seed)."""
-    data = write_llava(tmp_path / "data", mixed_samples(24))
+    samples = [*mixed_samples(23), conversation(("Who is shown?", "system users"), key="00000023")]
+    data = write_llava(tmp_path / "data", samples)
     teacher = HFTeacher.load(tiny("qwen2_vl"), dtype=torch.float32)
     run_cache_job(
         teacher,
@@ -165,7 +195,9 @@ def test_shards_and_live_teacher_give_the_same_losses(tiny, tmp_path):
         CacheOptions(samples_per_shard=10, answer_codec="bf16", question_codec="bf16"),
     )
     stage = "batch_size=3 accumulation=2 max_steps=20 epochs=9 lr=1e-3 lr_end=1e-4 checkpoint_every=0".split()
-    config = load_config(None, ["data.workers=0", *(f"stage{n}.{s}" for n in (1, 2) for s in stage)])
+    config = load_config(
+        None, ["data.workers=0", "objective=genrecal-aligned", *(f"stage{n}.{s}" for n in (1, 2) for s in stage)]
+    )
     lines = {}
     for source in ("cache", "live"):
         run = Run(
@@ -189,3 +221,5 @@ def test_shards_and_live_teacher_give_the_same_losses(tiny, tmp_path):
                 name,
             )
     assert "reg_kl_first" in lines["cache"][0] and "sft_first" in lines["cache"][-1]
+    assert all({"aligned_ce_first", "aligned_kl_later"} <= line.keys() for line in lines["cache"])
+    assert 0.9 < np.mean([line["aligned_share"] for line in lines["cache"]]) < 1  # two tokenizers

@@ -139,6 +139,7 @@ def test_missing_files_are_named(cache):
         ({"sampled_targets": 4}, "sampled_targets: 3 of 3 shards disagree"),
         ({"sampled_targets": 0}, "sampled_targets: 3 of 3 shards disagree"),
         ({"sampled_targets": "all"}, "sampled_targets: expected a whole number, 0 or more, got 'all'"),
+        ({"answers": {"kind": "guessed"}}, "answers: expected an object with a kind of given, greedy or sampled"),
         ({"vocab_size": 61}, "vocab_size: expected at most head_rows"),
         ({"num_samples": 12}, "num_samples: 1 of 3 shards disagree"),
         ({"samples_per_shard": 5}, "samples_per_shard: 3 of 3 shards disagree"),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genrecal.errors import UsageError
-from genrecal.train.config import LoraConfig, TrainConfig, config_from, load_config
+from genrecal.train.config import RECIPES, LoraConfig, TrainConfig, config_from, load_config
 
 
 def flat(config: object, prefix: str = "") -> dict[str, object]:
@@ -116,7 +116,8 @@ def test_a_value_is_read_as_toml_and_takes_the_settings_type(setting: str, name:
         ("data.window=0", "at least 1"),
         ("log_every=0", "at least 1"),
         ("keep_checkpoints=0", "at least 1"),
-        ("objective=kd", r"objective 'kd': expected one of genrecal, sft"),
+        ("objective=kd", r"objective 'kd': expected one of genrecal, genrecal-aligned, sft"),
+        ("loss.splice_weight=0", r"loss\.splice_weight 0 leaves objective genrecal nothing .* genrecal-aligned or sft"),
         ("precision=fp16", "precision 'fp16': expected one of auto, bf16, fp32"),
         ("loss.target=bottomk", r"loss\.target 'bottomk': expected topk, exact or sample"),
         ("loss.target=", r"loss\.target '': expected"),
@@ -125,6 +126,13 @@ def test_a_value_is_read_as_toml_and_takes_the_settings_type(setting: str, name:
 def test_a_wrong_setting_is_a_usage_error_that_names_it(setting: str, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         load_config(settings=[setting])
+
+
+def test_the_aligned_objective_may_leave_out_the_splice_but_not_its_own_pass() -> None:
+    aligned = ["objective=genrecal-aligned"]
+    assert load_config(settings=[*aligned, "loss.splice_weight=0"]).loss.splice_weight == 0
+    with pytest.raises(UsageError, match=r"with loss\.aligned_weight 0 is objective genrecal; set that"):
+        load_config(settings=[*aligned, "loss.aligned_weight=0"])
 
 
 @pytest.mark.parametrize(
@@ -173,5 +181,15 @@ def test_a_configuration_comes_back_from_a_runs_json(
 
 
 def test_the_papers_recipe_is_the_defaults_written_out() -> None:
-    recipe = Path(__file__).parents[2] / "recipes" / "paper.toml"
-    assert load_config(recipe) == TrainConfig()
+    assert load_config(Path("paper")) == load_config(RECIPES / "paper.toml") == TrainConfig()
+
+
+def test_a_recipe_has_a_name_but_a_file_of_that_name_comes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config(Path("single-24gb")) == load_config(RECIPES / "single-24gb.toml") != TrainConfig()
+    (tmp_path / "single-24gb").write_text("seed = 5")
+    assert load_config(Path("single-24gb")) == TrainConfig(seed=5)
+    with pytest.raises(UsageError, match="--config papre: No such file, nor a recipe: internvl2-76b-to.*, paper, q"):
+        load_config(Path("papre"))

@@ -54,7 +54,8 @@ GRADIENT_CLOSE = 1e-3
 def cache(tiny, tmp_path_factory):
     """24 conversations, a quarter without a picture; the questions of about half of them."""
     folder = tmp_path_factory.mktemp("distributed")
-    data = write_llava(folder / "d", mixed_samples(24))
+    samples = [*mixed_samples(23), conversation(("How many?", "7 system users"), images={0: 1}, key="00000023")]
+    data = write_llava(folder / "d", samples)
     teacher = HFTeacher.load(tiny("qwen2_vl"), dtype=torch.float32)
     options = CacheOptions(samples_per_shard=8, question_fraction=0.5)
     run_cache_job(teacher, open_samples([data]), folder / "c", options)
@@ -182,14 +183,23 @@ def test_ranks_share_each_global_batch_out(size, samples):
     assert sorted(taken) == sorted(batch) and all(len(piece) <= 2 for share in shares for piece in share)
 
 
-@pytest.mark.parametrize(("stage", "target"), [(1, "topk"), (1, "exact"), (1, "sample"), (2, "topk"), (3, "topk")])
-def test_a_stand_in_changes_no_number(tiny, tmp_path, teacher, stage, target):
+@pytest.mark.parametrize(
+    ("stage", "target", "settings"),
+    [
+        (1, "topk", []),
+        (1, "exact", ["objective=genrecal-aligned"]),
+        (1, "sample", ["objective=genrecal-aligned", "loss.splice_weight=0"]),
+        (2, "topk", ["objective=genrecal-aligned"]),
+        (3, "topk", []),
+    ],
+)
+def test_a_stand_in_changes_no_number(tiny, tmp_path, teacher, stage, target, settings):
     """Beside samples without pictures it adds nothing to the loss or a gradient, and alone it gives every parameter zeros."""
     samples = [conversation(("What?", "a red one"), key="00000000"), conversation(("Why?", "so"), key="00000001")]
     data = write_llava(tmp_path / "d", samples)
     run_cache_job(teacher, open_samples([data]), tmp_path / "c", CacheOptions(draws=5))
     cache = open_cache(tmp_path / "c")
-    config = load_config(None, ["lora.dropout=0", f"loss.target={target}"])
+    config = load_config(None, ["lora.dropout=0", f"loss.target={target}", *settings])
     run = Run(path=tmp_path / "run", config=config, student=str(tiny("internvl_qwen2")), cache=str(cache.path))
     torch.manual_seed(0)
     if stage > 1:  # what it starts from
@@ -205,7 +215,7 @@ def test_a_stand_in_changes_no_number(tiny, tmp_path, teacher, stage, target):
         builder = BatchBuilder(ShardSource(cache), renderer, wanted_by(stage, config), stand_in=stand_in)
         batch = builder[[0, 1]].batch
         distiller.zero_grad(set_to_none=True)
-        loss = distiller(batch, Denominators(teacher_rows=7, student_rows=7)).loss
+        loss = distiller(batch, Denominators(teacher_rows=7, student_rows=7, aligned_rows=7)).loss
         loss.backward()
         found.append((loss, {name: p.grad for name, p in trained_parameters(distiller).items()}))
     (loss, gradients), (loss_beside, gradients_beside) = found
@@ -215,7 +225,7 @@ def test_a_stand_in_changes_no_number(tiny, tmp_path, teacher, stage, target):
         expected = torch.zeros_like(gradients_beside[name]) if gradient is None else gradient
         torch.testing.assert_close(gradients_beside[name], expected, rtol=1e-4, atol=1e-5)
     distiller.zero_grad(set_to_none=True)
-    output = distiller(builder[[]].batch, Denominators(teacher_rows=7, student_rows=7))
+    output = distiller(builder[[]].batch, Denominators(teacher_rows=7, student_rows=7, aligned_rows=7))
     output.loss.backward()
     assert output.loss.item() == 0 and not any(output.counts.values())
     for name, parameter in trained_parameters(distiller).items():
@@ -489,6 +499,21 @@ def test_the_losses_are_those_of_whole_blocks(runner, tiny, cache, awkward, alon
     student, out = tiny("internvl_qwen2"), tmp_path / "run"
     settings = ["attention=eager", *awkward]
     assert_close(alone, runner.finish(1, out, words(cache, student, out, *settings, steps=0, accumulation=4)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "splice_weight"), [("ddp", 1), ("ddp", 0), ("zero2", 1), ("zero3", 1), ("zero3", 0)]
+)
+def test_the_aligned_objective_on_two_processes(runner, tiny, cache, tmp_path, engine, splice_weight):
+    """Four steps of stages 1 and 2, where the student's tokenizer cuts answers in other places than the teacher's."""
+    student, settings = tiny("internvl_llama"), ["objective=genrecal-aligned", f"loss.splice_weight={splice_weight}"]
+    settings += ["loss.first_token_weight=3"]
+    alone, out = tmp_path / "alone", tmp_path / "run"
+    lines = runner.finish(1, alone, words(cache, student, alone, *settings, steps=4, accumulation=4, stages="1,2"))
+    assert {line["stage"] for line in lines} == {1, 2} and any(line["aligned_share"] < 1 for line in lines)
+    arguments = words(cache, student, out, f"engine={engine}", *settings, steps=4, stages="1,2")
+    assert_close(lines, runner.finish(2, out, arguments))
 
 
 @pytest.mark.slow

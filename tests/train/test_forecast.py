@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from genrecal.shards.reader import open_cache
 from genrecal.train.activations import StepShape, TeacherSide, activation_bytes
 from genrecal.train.batches import BatchBuilder, ShardSource
 from genrecal.train.checkpoint import trained_parameters
-from genrecal.train.config import TrainConfig, load_config
+from genrecal.train.config import RECIPES, TrainConfig, load_config
 from genrecal.train.forecast import (
     SHOWN_ENGINES,
     ForecastOptions,
@@ -39,7 +38,7 @@ from genrecal.vlm.loading import load_processor
 from genrecal.vlm.rendering import Renderer
 from genrecal.vlm.shape import meta_model
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+ALIGNED = ["objective=genrecal-aligned"]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +71,7 @@ def measured_peak(run, cache, stage, dtype, size):
     batch = builder[list(range(size))].batch
     for parameter in trained_parameters(distiller).values():
         parameter.grad = torch.zeros_like(parameter)
-    rows = Denominators(teacher_rows=10, student_rows=10)
+    rows = Denominators(teacher_rows=10, student_rows=10, aligned_rows=10)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             output = distiller(batch.to(torch.device("cpu"), dtype), rows)
@@ -88,7 +87,7 @@ def measured_peak(run, cache, stage, dtype, size):
         student_tokens=batch.student_inputs["input_ids"].shape[1],
         splice=batch.splice.rows.shape[1] if batch.splice else 0,
         reg_splice=batch.reg_splice.rows.shape[1] if batch.reg_splice else 0,
-        answers=len(batch.answer_states) if batch.splice else 0,
+        answers=len(batch.target_ids) if batch.target_ids is not None else 0,
         most_answers=batch.splice.reads.positions.shape[1] if batch.splice else 0,
         questions=len(batch.question_states) if batch.reg_splice else 0,
         student_answers=len(batch.sft_ids),
@@ -97,23 +96,28 @@ def measured_peak(run, cache, stage, dtype, size):
 
 
 @pytest.mark.parametrize(
-    "stage, checkpointing, dtype",
+    "stage, checkpointing, dtype, settings",
     [
-        pytest.param(1, "true", torch.float32, marks=pytest.mark.slow),
-        (2, "false", torch.bfloat16),
-        pytest.param(3, "true", torch.float32, marks=pytest.mark.slow),
+        pytest.param(1, "true", torch.float32, [], marks=pytest.mark.slow),
+        (2, "false", torch.bfloat16, []),
+        pytest.param(2, "false", torch.bfloat16, ALIGNED, marks=pytest.mark.slow),
+        pytest.param(1, "true", torch.float32, [*ALIGNED, "loss.splice_weight=0"], marks=pytest.mark.slow),
+        pytest.param(3, "true", torch.float32, [], marks=pytest.mark.slow),
     ],
 )
-def test_activations_are_those_of_a_real_step(trained, cache, stage, checkpointing, dtype):
+def test_activations_are_those_of_a_real_step(trained, cache, stage, checkpointing, dtype, settings):
     """Within a fifth: at this size what a step holds of pictures and indices is a tenth of it."""
-    run = trained("internvl_qwen2", stage, f"gradient_checkpointing={checkpointing}")
+    run = trained("internvl_qwen2", stage, f"gradient_checkpointing={checkpointing}", *settings)
     peak, shape = measured_peak(run, cache, stage, dtype, 8)
     teacher = TeacherSide(hidden_size=cache.hidden_size, head_rows=cache.description["head_rows"], top_k=64)
     forecast = activation_bytes(meta_model(run.student).config, stage, run.config, teacher, shape, dtype)
     assert forecast == pytest.approx(peak, rel=0.2)
 
 
-@pytest.mark.parametrize("stage, settings", [(1, []), (2, []), (2, ["lora.rank=0"]), (3, [])])
+@pytest.mark.parametrize(
+    "stage, settings",
+    [(1, []), (1, [*ALIGNED, "loss.splice_weight=0"]), (2, []), (2, ["lora.rank=0"]), (3, [])],
+)
 def test_parameters_and_what_stands_in_memory(trained, cache, stage, settings):
     run = trained("internvl_qwen2", stage, *settings)
     counted = count_parameters(stage, meta_model(run.student), run.config, cache, torch.bfloat16)
@@ -156,11 +160,13 @@ def test_the_cpus_memory_is_counted_too(tiny):
     assert [host_memory(1, model, config, counted, 4) for config in offloads] == [{"offloaded": 24}, {"offloaded": 104}]
 
 
-def test_steps_bytes_and_flops_are_those_of_the_run(trained, cache, capsys):
+@pytest.mark.parametrize("objective", ["genrecal", pytest.param("genrecal-aligned", marks=pytest.mark.slow)])
+def test_steps_bytes_and_flops_are_those_of_the_run(trained, cache, capsys, objective):
     """FLOPs are compared with torch's count over the four kinds of samples that the cache repeats, each alone. Torch takes
     causal attention for a full square, and the gradient of the first of two layers' input, which nobody needs, is a tenth
     of the work here."""
     settings = ["gradient_checkpointing=false", "lora.rank=0", "stage2.batch_size=3", "stage2.accumulation=2"]
+    settings.append(f"objective={objective}")
     run = trained("internvl_qwen2", 2, *settings)
     words = [
         "--cache",
@@ -195,7 +201,8 @@ def test_steps_bytes_and_flops_are_those_of_the_run(trained, cache, capsys):
     builder = BatchBuilder(ShardSource(cache), distiller.student.renderer, wanted_by(2, run.config))
     with FlopCounterMode(display=False) as counter:
         for index in range(4):
-            distiller(builder[[index]].batch, Denominators(teacher_rows=10, student_rows=10)).loss.backward()
+            rows = Denominators(teacher_rows=10, student_rows=10, aligned_rows=10)
+            distiller(builder[[index]].batch, rows).loss.backward()
     assert stage["flops"] == pytest.approx(counter.get_total_flops() / 4, rel=0.25)
 
 

@@ -170,6 +170,29 @@ def test_sft_needs_no_recalibrator_and_takes_the_same_samples(run_of):
     assert tokens == [line["student_tokens"] for line in untimed(full) if line["stage"] == 2]
 
 
+@pytest.mark.parametrize("splice_weight", [1.0, 0.0])
+def test_the_aligned_objective_logs_its_terms_apart(run_of, splice_weight):
+    """Beside the paper's or alone, where neither question tier nor Rec-proj-pre is used."""
+    run = run_of("run", "objective=genrecal-aligned", f"loss.splice_weight={splice_weight}", "loss.aligned_weight=0.5")
+    train(run)
+    lines = untimed(run)
+    assert [line["stage"] for line in lines] == [1] * 6 + [2] * 6 + [3] * 6
+    for line in lines:
+        paper = {1: {"ce", "kl", "reg_ce", "reg_kl"}, 2: {"ce", "kl"}, 3: set()}[line["stage"]]
+        names = {name for name in line if name.split("_")[-1] in ("ce", "kl") or name == "sft"}
+        aligned = {"aligned_ce", "aligned_kl"} if line["stage"] < 3 else set()
+        assert names == (paper if splice_weight else set()) | aligned | ({"sft"} if line["stage"] > 1 else set())
+        weights = {name: 0.5 if name in aligned else 1.0 for name in names}
+        assert line["loss"] == pytest.approx(sum(line[name] * weight for name, weight in weights.items()), rel=1e-4)
+        if aligned:
+            assert {"aligned_ce_first", "aligned_kl_later"} <= line.keys() and 0 < line["aligned_share"] <= 1
+    for stage in (1, 2):
+        of_stage = [line["loss"] for line in lines if line["stage"] == stage]
+        assert of_stage[-1] < of_stage[0]
+    names = set(load_file(run.stage_result(1)))
+    assert any("rec_proj_pre" in name for name in names) == bool(splice_weight)
+
+
 @pytest.mark.parametrize(
     "setting",
     ["loss.target=exact", "loss.target=sample", "lora.rank=0", "precision=bf16", "gradient_checkpointing=false"],

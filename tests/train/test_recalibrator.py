@@ -17,7 +17,7 @@ from transformers import (
     SmolLM3Config,
 )
 
-from genrecal.train.last_layer import Reads, states_at
+from genrecal.train.last_layer import Reads
 from genrecal.train.recalibrator import Recalibrator, checkpoint_activations
 
 FAMILIES = sorted(set(tiny_models.FAMILIES) - {"qwen2_vl_padded_head"})
@@ -150,7 +150,7 @@ def test_reads_name_each_place_in_its_order(places):
     reads = Reads.of(torch.tensor(flat, dtype=torch.int64), len(places), 9)
     assert reads.positions.shape == (len(places), max(1, *map(len, places), 0))
     whole = torch.arange(len(places) * 9).reshape(len(places), 9, 1)
-    assert states_at(whole, reads.positions).flatten()[reads.chosen].tolist() == flat
+    assert reads.take(whole).flatten().tolist() == flat
 
 
 def test_every_parameter_is_trained(tiny):

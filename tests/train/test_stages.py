@@ -11,13 +11,15 @@ from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.samples import open_samples
 from genrecal.shards.reader import open_cache
+from genrecal.train.align import align_turn_naive
 from genrecal.train.batches import BatchBuilder, ShardSource, Wanted
 from genrecal.train.checkpoint import trained_parameters
 from genrecal.train.config import LoraConfig, LossConfig
 from genrecal.train.losses import TopK, head_losses_naive
 from genrecal.train.recalibrator import Recalibrator
 from genrecal.train.stages import Denominators, Distiller, add_lora, is_vision_encoder, merge_lora, select_trainable
-from genrecal.vlm.loading import load_vlm
+from genrecal.vlm.loading import load_processor, load_vlm
+from genrecal.vlm.rendering import Renderer
 
 FAMILIES = sorted(set(tiny_models.FAMILIES) - {"qwen2_vl_padded_head"})
 
@@ -25,7 +27,9 @@ FAMILIES = sorted(set(tiny_models.FAMILIES) - {"qwen2_vl_padded_head"})
 @pytest.fixture(scope="module")
 def cache(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
-    data = write_llava(folder / "d", mixed_samples(12))
+    # The student's tokenizer cuts the last answer where the teacher's does not, and the other way round.
+    samples = [*mixed_samples(11), conversation(("Who is shown?", "system users"), key="00000011")]
+    data = write_llava(folder / "d", samples)
     teacher = HFTeacher.load(tiny("qwen2_vl"), dtype=torch.float32)
     run_cache_job(teacher, open_samples([data]), folder / "c", CacheOptions(samples_per_shard=5, question_fraction=0.6))
     return open_cache(folder / "c")
@@ -43,8 +47,9 @@ def distiller_of(stage, student, cache, **loss):
     return Distiller(stage, student, recalibrator, cache.head(), LossConfig(**loss), question_fraction=fraction)
 
 
-def builder_of(student, cache, stage):
-    return BatchBuilder(ShardSource(cache), student.renderer, Wanted(teacher=stage < 3, questions=stage == 1))
+def builder_of(student, cache, stage, *, aligned=False, splice=True):
+    wanted = Wanted(teacher=stage < 3, questions=stage == 1 and splice, aligned=aligned, splice=splice)
+    return BatchBuilder(ShardSource(cache), student.renderer, wanted)
 
 
 def gradients(distiller, batches):
@@ -54,6 +59,7 @@ def gradients(distiller, batches):
     denominators = Denominators(
         teacher_rows=sum(len(b.target_ids) for b in batches if b.target_ids is not None),
         student_rows=sum(len(b.sft_ids) for b in batches),
+        aligned_rows=sum(len(b.aligned_rows) for b in batches if b.aligned_rows is not None),
     )
     total = 0.0
     for batch in batches:
@@ -66,8 +72,8 @@ def gradients(distiller, batches):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_cutting_a_batch_differently_changes_nothing(student, cache, stage):
     select_trainable(stage, student, LoraConfig(rank=0))
-    distiller = distiller_of(stage, student, cache)
-    builder = builder_of(student, cache, stage)
+    distiller = distiller_of(stage, student, cache, first_token_weight=3.0)
+    builder = builder_of(student, cache, stage, aligned=True)
     whole = gradients(distiller, [builder[range(12)].batch])
     for cuts in ([range(0, 5), range(5, 12)], [range(i, i + 1) for i in range(11, -1, -1)]):
         cut = gradients(distiller, [builder[list(part)].batch for part in cuts])
@@ -118,13 +124,109 @@ def test_stage_1_loss_is_the_four_terms_written_out(student, cache):
     assert output.loss.item() == pytest.approx(expected, rel=1e-4)
 
 
+WEIGHTS = dict(splice_weight=0.5, reg_weight=2.0, aligned_weight=0.7, sft_weight=0.3, first_token_weight=3.0)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_aligned_pass_is_its_formula_in_value_and_gradient(tiny, student, cache, stage):
+    """Conversation by conversation, the text before each token compared as bytes, whole logits and plain autograd."""
+    select_trainable(stage, student, LoraConfig(rank=0))
+    distiller = distiller_of(
+        stage, student, cache, splice_weight=0.0, sft_weight=0.0, aligned_weight=0.7, kl_weight=2.0
+    )
+    batch = builder_of(student, cache, stage, aligned=True, splice=False)[range(12)].batch
+    assert batch.splice is None and batch.answer_states is None
+    denominators = Denominators(teacher_rows=1, student_rows=1, aligned_rows=len(batch.aligned_rows))
+    output = distiller(batch, denominators)
+    output.loss.backward()
+    trained = trained_parameters(distiller)
+    found = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
+    distiller.zero_grad()
+
+    teacher_tokens = Renderer(load_processor(tiny("qwen2_vl"))).byte_tokenizer
+    own_tokens, head, sums, count = student.renderer.byte_tokenizer, cache.head(), 0.0, 0
+    for record in cache:
+        rows, encoded = record.answer_rows(), student.renderer.encode(record.sample)
+        with torch.set_grad_enabled(stage > 1):
+            states = student.body(**student.renderer.collate([encoded]), use_cache=False).last_hidden_state
+        recalibrated = distiller.recalibrator(states)[0]
+        turns = [segment for segment in encoded.segments() if segment[2]]
+        for turn, (start, end, _) in enumerate(turns):
+            (own,) = np.nonzero((rows.turn == turn) & rows.predicts)
+            pieces = [[teacher_tokens.token_bytes(int(i)) for i in rows.target_id[own][:-1]]]
+            pieces.append([own_tokens.token_bytes(int(i)) for i in encoded.input_ids[start : end - 1]])
+            for row, place in align_turn_naive(*([*part, b""] for part in pieces)):
+                at = own[row]
+                log_probs = torch.from_numpy(rows.topk_logits[at] - rows.logsumexp[at])[None]
+                target = TopK(ids=torch.tensor(rows.topk_ids[at]).long()[None], log_probs=log_probs)
+                ids = torch.tensor([int(rows.target_id[at])])
+                hidden = recalibrated[start - 1 + place][None]
+                sums = sums + head_losses_naive(hidden, head, ids, target, kl_weight=2.0).weighted[0]
+                count += 1
+    assert count == len(batch.aligned_rows) < len(batch.target_ids)
+    assert output.sums["aligned_share"] == count and output.counts["aligned_share"] == len(batch.target_ids)
+    expected = 0.7 * sums / count
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    expected.backward()
+    for name, gradient in found.items():
+        if trained[name].grad is not None:
+            assert torch.allclose(gradient, trained[name].grad, rtol=1e-3, atol=1e-5), name
+        else:
+            assert not gradient.any(), name  # the student's own loss, of weight 0
+    assert stage == 1 or any(name.startswith("model.") and found[name].abs().max() > 1e-4 for name in found)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_weights_are_those_of_the_paths_and_of_first_tokens(student, cache, stage):
+    select_trainable(stage, student, LoraConfig(rank=0))
+    batch = builder_of(student, cache, stage, aligned=True)[range(12)].batch
+    rows = Denominators(teacher_rows=7, student_rows=5, aligned_rows=3)
+    with torch.no_grad():
+        output = distiller_of(stage, student, cache, **WEIGHTS)(batch, rows)
+
+    def mean(name, denominator):
+        return (3.0 * output.sums[f"{name}_first"] + output.sums[f"{name}_later"]).item() / denominator
+
+    expected = 0.5 * (mean("ce", 7) + mean("kl", 7)) + 0.7 * (mean("aligned_ce", 3) + mean("aligned_kl", 3))
+    if stage == 1:
+        fraction = cache.description["question_fraction"]
+        expected += 0.5 * 2.0 / fraction * (mean("reg_ce", 7) + mean("reg_kl", 7))
+    else:
+        expected += 0.3 * mean("sft", 5)
+    assert output.loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_aligned_pass_reaches_the_student_through_every_answer_position(student, cache):
+    """What the paper's splice reaches are the last question positions and, less, those before; here all answer states too."""
+    select_trainable(2, student, LoraConfig(rank=0))
+    reached = {}
+    for splice, aligned in ((1.0, 0.0), (0.0, 1.0)):
+        distiller = distiller_of(2, student, cache, splice_weight=splice, aligned_weight=aligned, sft_weight=0.0)
+        batch = builder_of(student, cache, 2, aligned=True)[range(12)].batch
+        kept = []
+
+        def states_of(batch, distiller=distiller, kept=kept):
+            states = type(distiller)._student_states(distiller, batch)
+            states.retain_grad()
+            kept.append(states)
+            return states
+
+        distiller._student_states = states_of
+        distiller(batch, Denominators(teacher_rows=9, student_rows=9, aligned_rows=9)).loss.backward()
+        reached[aligned] = kept[0].grad.flatten(0, 1).norm(dim=-1) > 0
+    answers = batch.sft_rows[~batch.sft_first]  # positions of answer tokens that predict the next
+    assert not reached[0.0][answers].any() and reached[1.0][answers].all()
+    assert reached[0.0][batch.sft_rows[batch.sft_first]].all() and reached[1.0][batch.sft_rows[batch.sft_first]].all()
+
+
 def test_first_and_later_tokens_add_up(student, cache):
     select_trainable(1, student, LoraConfig())
-    batch = builder_of(student, cache, 1)[range(12)].batch
-    output = distiller_of(1, student, cache)(batch, Denominators(teacher_rows=1, student_rows=1))
+    batch = builder_of(student, cache, 1, aligned=True)[range(12)].batch
+    rows = Denominators(teacher_rows=1, student_rows=1, aligned_rows=1)
+    output = distiller_of(1, student, cache)(batch, rows)
     turns = sum(len(record.sample.answers) for record in cache)
-    assert output.counts["ce_first"] == turns
-    for name in ("ce", "kl", "reg_ce", "reg_kl"):
+    assert output.counts["ce_first"] == output.counts["aligned_ce_first"] == turns
+    for name in ("ce", "kl", "reg_ce", "reg_kl", "aligned_ce", "aligned_kl"):
         assert output.counts[name] == output.counts[f"{name}_first"] + output.counts[f"{name}_later"]
         parts = output.sums[f"{name}_first"] + output.sums[f"{name}_later"]
         assert output.sums[name].item() == pytest.approx(parts.item(), rel=1e-5)
