@@ -239,7 +239,7 @@ def test_a_config_and_manifests_are_enough(tmp_path, capsys):
             ]
         )
     text = capsys.readouterr().out
-    assert "host        2.0 GB of the CPU's memory a process: pictures' embeddings 2.0 GB\n" in text
+    assert "host        2 GB of the CPU's memory a process: pictures' embeddings 2 GB\n" in text
     assert stop.value.code == 1 and "NOT enough room" in text and "has no processor" in text
     assert f"{STUDENTS[student][1]} billion parameters" in text and not (tmp_path / "r").exists()
 
