@@ -7,10 +7,10 @@ channels as large models have them. A measurement is the sum over the records of
 which alternate between the stores: what other processes take now and then goes into no median.
 A pass reads every record whole into memory: "as stored" stops at what the store gives (bfloat16 tensors; ours float32,
 decoded), "float32" goes on to float32 states, which is what a trainer computes with, each record's in new memory, and
-"float32 of a batch" to those of a batch of four in memory that the next batch uses again. "cold" is the first pass after
-the files were dropped from the page cache. The limits are copying the float32 states: all of them from one array to
-another that is there already ("of copying"), and each record's to the batch's memory, which the processor's cache may hold
-("of copying to the batch").
+"float32 of a batch" to those of a batch of four in memory that the next batch uses again; for genrecal this is what the
+trainer itself calls, `ShardSource.fetch`. "cold" is the first pass after the files were dropped from the page cache. The
+limits are copying the float32 states: all of them from one array to another that is there already ("of copying"), and each
+record's to the batch's memory, which the processor's cache may hold ("of copying to the batch").
 
 MosaicML streaming is measured if it is installed; it pins another transformers, so beside genrecal it needs
 `pip install --no-deps mosaicml-streaming brotli zstd python-snappy cramjam catalogue`.
@@ -40,11 +40,13 @@ from PIL import Image
 import genrecal
 from genrecal.report.summary import markdown_table
 from genrecal.samples import ImageRef, ImageSource, Message, Sample
-from genrecal.shards.codecs import CODECS, Empty, StateBuffer, empty_states, round_to_bf16
+from genrecal.shards.codecs import CODECS, round_to_bf16
 from genrecal.shards.layout import write_cache_json
+from genrecal.shards.memory import BatchMemory
 from genrecal.shards.record import NO_TARGET, AnswerRows, Record
 from genrecal.shards.storage import open_store
 from genrecal.shards.writer import ShardWriter
+from genrecal.train.batches import ShardSource
 
 VOCABULARY, TOP_K, PER_SHARD, BATCH = 152_064, 64, 32, 4
 PLAIN = (
@@ -124,12 +126,20 @@ class Stored(ABC):
     def open(self) -> None:  # noqa: B027
         """What is done once; for most, nothing."""
 
-    def stream(self, empty: Empty = empty_states) -> Iterator[dict[str, Any]]:
-        """All records, in order; what is decoded to float32 goes to where `empty` says."""
-        return (self.read(number, empty) for number in range(self.count))
+    def stream(self) -> Iterator[dict[str, Any]]:
+        """All records, in order."""
+        return (self.read(number) for number in range(self.count))
+
+    def batches(self, room: BatchMemory) -> Iterator[dict[str, Any]]:
+        """All records, in order, their states as float32: a batch's in memory that the next batch uses again."""
+        for number, parts in enumerate(self.stream()):
+            if number % BATCH == 0:
+                room.clear()
+            states = torch.from_numpy(room.states(*parts["hidden"].shape))
+            yield parts | {"hidden": states.copy_(parts["hidden"])}
 
     @abstractmethod
-    def read(self, number: int, empty: Empty = empty_states) -> Any:
+    def read(self, number: int) -> Any:
         """A record by its number; None where the format has no way to it."""
 
 
@@ -156,10 +166,19 @@ class Genrecal(Stored):
 
     def open(self) -> None:
         self.cache = genrecal.open_cache(self.folder)
-        self.count = len(self.cache)
+        self.count, self.source = len(self.cache), ShardSource(self.cache)
 
-    def read(self, number: int, empty: Empty = empty_states) -> dict[str, Any]:
-        record = self.cache[number].record(question=False, empty=empty)
+    def read(self, number: int) -> dict[str, Any]:
+        return self._parts(self.cache[number].record(question=False))
+
+    def batches(self, room: BatchMemory) -> Iterator[dict[str, Any]]:
+        for start in range(0, self.count, BATCH):
+            batch = range(start, min(start + BATCH, self.count))
+            for found in self.source.fetch(batch, teacher=True, questions=False):
+                assert isinstance(found, tuple) and found[1] is not None
+                yield self._parts(found[1])
+
+    def _parts(self, record: Record) -> dict[str, Any]:
         parts = {name: getattr(record.answer, name) for name in PLAIN}
         picture = record.sample.images[0].data
         return parts | {"hidden": torch.from_numpy(record.answer.hidden), "json": record.sample, "jpg": picture}
@@ -189,7 +208,7 @@ class Safetensors(Stored):
     def open(self) -> None:
         self.count = len(list(self.folder.iterdir()))
 
-    def read(self, number: int, empty: Empty = empty_states) -> dict[str, Any]:
+    def read(self, number: int) -> dict[str, Any]:
         from safetensors.torch import load
 
         # Not load_file: it maps the file, and nothing would be read before something is computed.
@@ -207,7 +226,7 @@ class TorchPickle(Safetensors):
         for number, made in enumerate(records):
             torch.save(tensors_of(made), self.folder / f"data_{number}.ckpt")
 
-    def read(self, number: int, empty: Empty = empty_states) -> dict[str, Any]:
+    def read(self, number: int) -> dict[str, Any]:
         parts = torch.load(self.folder / f"data_{number}.ckpt", weights_only=True)
         return parts | {"json": json.loads(parts["json"].numpy().tobytes())}
 
@@ -227,14 +246,14 @@ class Webdataset(Stored):
                 sink.write({"__key__": made.sample.key, "json": made.sample.to_json(), "jpg": made.picture,
                             "hidden.npy": made.states, **arrays})  # fmt: skip
 
-    def stream(self, empty: Empty = empty_states) -> Iterator[dict[str, Any]]:
+    def stream(self) -> Iterator[dict[str, Any]]:
         import webdataset
 
         files = sorted(str(file) for file in self.folder.glob("*.tar"))
         for sample in webdataset.WebDataset(files, shardshuffle=False).decode():
             yield sample | {"hidden": torch.from_numpy(sample["hidden.npy"].view(np.int16)).view(torch.bfloat16)}
 
-    def read(self, number: int, empty: Empty = empty_states) -> None:
+    def read(self, number: int) -> None:
         return None
 
 
@@ -255,7 +274,7 @@ class Mds(Stored):
         self.data = streaming.StreamingDataset(local=str(self.folder), shuffle=False, batch_size=1)
         self.count = self.data.num_samples
 
-    def read(self, number: int, empty: Empty = empty_states) -> dict[str, Any]:
+    def read(self, number: int) -> dict[str, Any]:
         sample = dict(self.data[number])
         return sample | {"hidden": torch.from_numpy(sample["hidden"].view(np.int16)).view(torch.bfloat16)}
 
@@ -299,7 +318,7 @@ class Parquet(Stored):
         self.files = [pq.ParquetFile(file, pre_buffer=False) for file in sorted(self.folder.iterdir())]
         self.count = sum(file.metadata.num_rows for file in self.files)
 
-    def read(self, number: int, empty: Empty = empty_states) -> dict[str, Any]:
+    def read(self, number: int) -> dict[str, Any]:
         table = self.files[number // PER_SHARD].read_row_group(number % PER_SHARD, use_threads=False)
         row = {name: table.column(name)[0].as_buffer() for name in table.column_names if name != "rows"}
         count = table.column("rows")[0].as_py()
@@ -320,18 +339,12 @@ def timed(action: Any) -> float:
     return time.perf_counter() - start
 
 
-def read_all(stored: Stored, kind: str, room: StateBuffer) -> list[float]:
-    """Seconds of each record in a pass; `kind` is stored, float or batch, whose states go to `room`."""
+def read_all(stored: Stored, kind: str, room: BatchMemory) -> list[float]:
+    """Seconds of each record in a pass; `kind` is stored, float or batch. Those of a batch may all stand with its first."""
     seconds, start = [], time.perf_counter()
-    for number, parts in enumerate(stored.stream(room if kind == "batch" else empty_states)):
-        hidden = parts["hidden"]
-        if kind == "float":
-            hidden = hidden.float()
-        elif kind == "batch" and hidden.dtype != torch.float32:
-            hidden = torch.from_numpy(room(*hidden.shape)).copy_(hidden)
+    for parts in stored.batches(room) if kind == "batch" else stored.stream():
+        hidden = parts["hidden"].float() if kind == "float" else parts["hidden"]
         assert len(hidden) > 0
-        if number % BATCH == BATCH - 1:
-            room.clear()
         seconds.append(-start + (start := time.perf_counter()))
     return seconds
 
@@ -394,7 +407,7 @@ def main() -> None:
 
 
 def measure(stores: list[Stored], written: dict[str, float], records: list[Made], passes: int) -> None:
-    sizes, cold, room = {}, {}, StateBuffer()
+    sizes, cold, room = {}, {}, BatchMemory()
     for stored in stores:
         sizes[stored.name] = sum(file.stat().st_size for file in stored.folder.rglob("*") if file.is_file())
         stored.open()

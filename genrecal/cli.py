@@ -780,6 +780,21 @@ def evaluate(
     console.print(table)
 
 
+# ----------------------------------------------------------------------------------------------------------------- report
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; unfinished ones show what they have.")],
+    out: Annotated[Path, typer.Option(help="The HTML file; one that is there is replaced.")],
+) -> None:
+    """Write a page of one or several runs: losses, accuracy, cost. One file, which opens offline."""
+    from genrecal.report.run_page import write_run_report
+
+    write_run_report(runs, out)
+    console.print(f"{out}: {', '.join(map(str, runs))}", markup=False)
+
+
 # ----------------------------------------------------------------------------------------------------------------- doctor
 
 

@@ -8,6 +8,7 @@ Reference: https://arrow.apache.org/docs/format/Columnar.html#serialization-and-
 import functools
 import json
 import math
+import operator
 import struct
 from collections.abc import Iterator
 from typing import Any
@@ -96,7 +97,7 @@ def _messages(data: bytes | memoryview) -> tuple[bytes, Iterator[Any]]:
     message = pa.ipc.read_message(source)
     if message.type != "schema" or message.metadata.size > MOST_SCHEMA_BYTES or (message.body or b""):
         raise ValueError(f"a {message.type} of {message.metadata.size} bytes where its schema should be")
-    return message.serialize().to_pybytes(), _batches(source)
+    return bytes(data[8 : source.tell()]), _batches(source)
 
 
 @functools.lru_cache(maxsize=64)  # all files of a cache have the same two schemas
@@ -127,26 +128,28 @@ def batch_sizes(message: Any) -> tuple[int, list[tuple[int, int]]]:
 
     A compressed buffer begins with its length when decompressed (int64; -1: it is not), which is what Arrow allocates.
     """
-    length, places, compressed = _record_batch(memoryview(message.metadata))
+    length, starts, sizes, compressed = _record_batch(memoryview(message.metadata))
     body = memoryview(message.body or b"")
-    sizes = []
-    for start, size in places:
-        if start < 0 or size < 0 or start + size > len(body):
-            raise ValueError(f"a buffer of {size} bytes at {start}, in a body of {len(body)}")
-        raw = size
-        if compressed and size:
-            (raw,) = INT64.unpack_from(body, start)
-            raw = size - 8 if raw == -1 else raw
-            if raw < 0:
-                raise ValueError(f"a buffer of {raw} bytes when decompressed")
-        sizes.append((size, raw))
     if length < 0:
         raise ValueError(f"a record batch of {length} rows")
-    return length, sizes
+    if sizes and (min(starts) < 0 or min(sizes) < 0 or max(map(operator.add, starts, sizes)) > len(body)):
+        raise ValueError(f"a buffer that is not within its body of {len(body)} bytes")
+    expanded = [_expanded(body, *place) for place in zip(starts, sizes, strict=True)] if compressed else sizes
+    return length, list(zip(sizes, expanded, strict=True))
 
 
-def _record_batch(message: memoryview) -> tuple[int, list[tuple[int, int]], bool]:
-    """A record batch message's rows, the start and size of each buffer in its body, and whether they are compressed.
+def _expanded(body: memoryview, start: int, size: int) -> int:
+    if not size:
+        return 0
+    (raw,) = INT64.unpack_from(body, start)
+    raw = size - 8 if raw == -1 else raw
+    if raw < 0:
+        raise ValueError(f"a buffer of {raw} bytes when decompressed")
+    return int(raw)
+
+
+def _record_batch(message: memoryview) -> tuple[int, tuple[int, ...], tuple[int, ...], bool]:
+    """A record batch message's rows, its buffers' starts in its body and their sizes, and whether they are compressed.
 
     Reads the three fields that it needs of the flatbuffer: Message.header -> RecordBatch.length, .buffers, .compression.
     """
@@ -174,5 +177,4 @@ def _record_batch(message: memoryview) -> tuple[int, list[tuple[int, int]], bool
     if 16 * count > len(message):  # before a format of that length is made of it
         raise ValueError(f"{count} buffers in a message of {len(message)} bytes")
     numbers = struct.unpack_from(f"<{2 * count}q", message, vector + 4)
-    places = list(zip(numbers[::2], numbers[1::2], strict=True))
-    return number(INT64, length) if length else 0, places, bool(field_at(batch, 3))
+    return number(INT64, length) if length else 0, numbers[::2], numbers[1::2], bool(field_at(batch, 3))

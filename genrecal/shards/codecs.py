@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from genrecal.errors import FormatError, SampleError, UsageError
+from genrecal.shards.memory import Empty, empty_states
 from genrecal.shards.rotation import block_size, rotate, rotate_back, signs
 
 GROUP = 128  # channels that share a scale
 SEED = 0  # of the rotation's signs
 Facts = Mapping[str, Any]
-Empty = Callable[[int, int], np.ndarray]  # rows, D -> C-contiguous float32 [rows, D] to write to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,43 +50,6 @@ def round_to_bf16(hidden: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(hidden, np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
     return np.where(np.isfinite(hidden), rounded.view(np.float32), hidden)
-
-
-LINE = 64  # bytes of the processor's cache; states that begin with one are decoded a tenth faster
-
-
-def _empty_lines(size: int) -> np.ndarray:
-    """uint8 `[size]` that begins a cache line; numpy's own arrays begin anywhere."""
-    room = np.empty(size + LINE, np.uint8)
-    return room[-room.ctypes.data % LINE :][:size]
-
-
-def empty_states(rows: int, width: int) -> np.ndarray:
-    """float32 `[R, D]`, new memory."""
-    return _empty_lines(4 * rows * width).view(np.float32).reshape(rows, width)
-
-
-class StateBuffer:
-    """Memory for the states of a batch, used again for the next: an `Empty` whose pages the system need not find and clear.
-
-    What it gave is overwritten after `clear`. It grows to what was asked of it between two of these.
-    """
-
-    def __init__(self) -> None:
-        self._memory, self._used = _empty_lines(0), 0
-
-    def __call__(self, rows: int, width: int) -> np.ndarray:
-        size = 4 * rows * width
-        start, self._used = self._used, self._used + size + -size % LINE
-        if self._used > len(self._memory):
-            return empty_states(rows, width)
-        return self._memory[start : start + size].view(np.float32).reshape(rows, width)
-
-    def clear(self) -> None:
-        """Take back all that was given."""
-        if self._used > len(self._memory):
-            self._memory = _empty_lines(self._used + self._used // 4)
-        self._used = 0
 
 
 def _expect(column: np.ndarray, width: int, name: str) -> None:

@@ -18,7 +18,7 @@ from numba import types
 from numba.extending import intrinsic
 
 GROUP = 128  # codes that share a step; the seven lowest bits of a channel's number
-PAST_CACHE = 2**19  # float32: 2 MB, more than a core's own cache holds
+PAST_CACHE = 2**16  # float32: 256 kB, more than is left of them in a core's own cache when they are used
 STRIP, VECTOR = 16, 8  # channels of each group that are taken on together, a cache line of float32; float32 in a vector
 
 # Without reassociation: the same sums in the same order on every machine. Contraction would join no sums here.
@@ -240,17 +240,39 @@ def _join_sums(
 
 
 @intrinsic
-def _store_past_cache(typing: Any, x: Any, at: Any, out: Any, to: Any) -> Any:
-    """A vector from `x`, at `at`, to `out`, at `to`, which is a multiple of its size; nothing is read for it."""
+def _write(typing: Any, radix: Any, done: Any, vector: Any, states: Any, to: Any, past: Any) -> Any:
+    """Vectors `vector`, `vector + 1`, ..., `radix` of them, of a strip of every group, to the states, the strip's from `to` on.
+
+    Past the cache if `past`: nothing is read for them then, and their place is a multiple of a vector's size.
+    """
+    in_strip = STRIP // VECTOR
 
     def emit(context: Any, b: ir.IRBuilder, signature: Any, values: Any) -> Any:
+        radix, done, vector, states, to, past = values
         kinds = signature.args
-        x = b.load(_address(context, b, kinds[0], values[0], values[1], FLOATS), align=4)
-        store = b.store(x, _address(context, b, kinds[2], values[2], values[3], FLOATS), align=4 * VECTOR)
-        store.set_metadata("nontemporal", b.module.add_metadata([I32(1)]))
+        n = vector.type
+        group, lane = b.udiv(vector, n(in_strip)), b.mul(b.urem(vector, n(in_strip)), n(VECTOR))
+        to = b.add(to, b.add(b.mul(group, n(GROUP)), lane))
+
+        def write(count: int, past_cache: bool) -> None:
+            for i in range(count):
+                at = b.mul(b.add(vector, n(i)), n(VECTOR))
+                x = b.load(_address(context, b, kinds[1], done, at, FLOATS), align=4)
+                place = b.add(to, n(i // in_strip * GROUP + i % in_strip * VECTOR))
+                store = b.store(x, _address(context, b, kinds[3], states, place, FLOATS), align=4)
+                if past_cache:
+                    store.align = 4 * VECTOR
+                    store.set_metadata("nontemporal", b.module.add_metadata([I32(1)]))
+
+        with b.if_else(past) as (yes, no):
+            with yes:
+                _for_each_radix(b, radix, lambda count: write(count, True))
+            with no:
+                _for_each_radix(b, radix, lambda count: write(count, False))
         return context.get_dummy_value()
 
-    return types.void(x, types.uintp, out, types.uintp), emit
+    n = types.uintp
+    return types.void(n, done, n, states, n, types.boolean), emit
 
 
 @intrinsic
@@ -265,16 +287,14 @@ def _fence(typing: Any) -> Any:
 
 
 @intrinsic
-def _join_last(
-    typing: Any, radix: Any, group: Any, room: Any, lane: Any, signs: Any, at: Any, out: Any, to: Any
-) -> Any:
-    """Groups `group`, `group + 1`, ..., `radix` of them: joined, with their signs, to `out`, GROUP apart from `to` on.
+def _join_last(typing: Any, radix: Any, group: Any, room: Any, lane: Any, signs: Any, at: Any, done: Any) -> Any:
+    """Groups `group`, `group + 1`, ..., `radix` of them: joined, with their signs, to `done`.
 
-    From `lane` of each group's strip on, in `room` and, `at` further, in `signs`.
+    From `lane` of each group's strip on, in `room`, in `done` and, `at` further, in `signs`.
     """
 
     def emit(context: Any, b: ir.IRBuilder, signature: Any, values: Any) -> Any:
-        radix, group, room, lane, signs, at, out, to = values
+        radix, group, room, lane, signs, at, done = values
         kinds = signature.args
 
         def join(count: int) -> None:
@@ -282,20 +302,19 @@ def _join_last(
             places = [b.add(b.mul(number, number.type(STRIP)), lane) for number in groups]
             loaded = [b.load(_address(context, b, kinds[2], room, place, FLOATS), align=4) for place in places]
             joined = _butterflies(loaded, b.fadd, b.fsub)
-            for number, place, x in zip(groups, places, joined, strict=True):
+            for place, x in zip(places, joined, strict=True):
                 sign = b.load(
                     _address(context, b, kinds[4], signs, b.add(at, place), ir.VectorType(I8, VECTOR)), align=1
                 )
                 sign = b.and_(b.sext(sign, INTS), _lanes(I32, [-(2**31)] * VECTOR))
                 x = b.bitcast(b.xor(b.bitcast(x, INTS), sign), FLOATS)
-                target = b.add(to, b.mul(number, number.type(GROUP)))
-                b.store(x, _address(context, b, kinds[6], out, target, FLOATS), align=4)
+                b.store(x, _address(context, b, kinds[6], done, place, FLOATS), align=4)
 
         _for_each_radix(b, radix, join)
         return context.get_dummy_value()
 
     n = types.uintp
-    return types.void(n, n, room, n, signs, n, out, n), emit
+    return types.void(n, n, room, n, signs, n, done), emit
 
 
 # --------------------------------------------------------------------------------------------------------------- decoding
@@ -315,14 +334,16 @@ def decode8(codes: np.ndarray, steps: np.ndarray, signs: np.ndarray, block: int,
         block: of the rotation, at least 128.
     """
     sums, scaled, room, done = _rooms(block)
-    past = _past_cache(out)
+    states, width, past, before = out.reshape(-1), out.shape[1], _past_cache(out), u(0)
     for row in range(codes.shape[0]):
-        for start in range(0, codes.shape[1], block):
+        for start in range(0, width, block):
             for at in range(0, block, GROUP):
                 _sums_of_bytes(codes[row], u(start + at), sums, u(at))
             _scale(steps[row], start, scaled)
-            _between_groups(sums, scaled, room, signs, u(start), done)
-            _write(done, out[row], u(start), past)
+            before = _between_groups(sums, scaled, room, signs, u(start), done, before, states, u(row * width), past)
+    if len(states):
+        for vector in range(u(0), u(STRIP // VECTOR * len(scaled))):
+            _write(u(1), done, vector, states, before, past)
     _fence()
 
 
@@ -330,22 +351,24 @@ def decode8(codes: np.ndarray, steps: np.ndarray, signs: np.ndarray, block: int,
 def decode4(packed: np.ndarray, steps: np.ndarray, signs: np.ndarray, block: int, out: np.ndarray) -> None:
     """`decode8` for int4 codes, two in a byte: uint8 `[R, D / 2]`, the lower channel in the low bits, 8 more than they are."""
     sums, scaled, room, done = _rooms(block)
-    past = _past_cache(out)
+    states, width, past, before = out.reshape(-1), out.shape[1], _past_cache(out), u(0)
     for row in range(packed.shape[0]):
-        for start in range(0, out.shape[1], block):
+        for start in range(0, width, block):
             for at in range(0, block, GROUP):
                 _sums_of_nibbles(packed[row], u((start + at) // 2), sums, u(at))
             _scale(steps[row], start, scaled)
-            _between_groups(sums, scaled, room, signs, u(start), done)
-            _write(done, out[row], u(start), past)
+            before = _between_groups(sums, scaled, room, signs, u(start), done, before, states, u(row * width), past)
+    if len(states):
+        for vector in range(u(0), u(STRIP // VECTOR * len(scaled))):
+            _write(u(1), done, vector, states, before, past)
     _fence()
 
 
 @compiled
 def _rooms(block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """For a block's sums, its groups' steps, a strip of every group, and the states."""
+    """For a block's sums, its groups' steps, a strip of every group, and such a strip when it is done."""
     groups = block // GROUP
-    room, done = np.empty(groups * STRIP, np.float32), np.empty(block, np.float32)
+    room, done = np.empty(groups * STRIP, np.float32), np.zeros(groups * STRIP, np.float32)
     return np.empty(block, np.int16), np.empty(groups, np.float32), room, done
 
 
@@ -353,17 +376,6 @@ def _rooms(block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 def _past_cache(out: np.ndarray) -> bool:
     """Whether states are so many that they leave the cache before they are used: then they need not be in it."""
     return out.size >= PAST_CACHE and out.ctypes.data % (4 * VECTOR) == 0
-
-
-@compiled
-def _write(done: np.ndarray, out: np.ndarray, start: int, past: bool) -> None:
-    """A block, in one go: memory takes strips of it, lines far apart, at half the rate."""
-    if past:
-        for i in range(u(0), u(len(done)), u(VECTOR)):
-            _store_past_cache(done, i, out, start + i)
-    else:
-        for i in range(u(len(done))):
-            out[start + i] = done[i]
 
 
 @compiled
@@ -376,11 +388,22 @@ def _scale(steps: np.ndarray, start: int, scaled: np.ndarray) -> None:
 
 @compiled
 def _between_groups(
-    sums: np.ndarray, steps: np.ndarray, room: np.ndarray, signs: np.ndarray, start: int, out: np.ndarray
-) -> None:
+    sums: np.ndarray,
+    steps: np.ndarray,
+    room: np.ndarray,
+    signs: np.ndarray,
+    start: int,
+    done: np.ndarray,
+    before: int,
+    states: np.ndarray,
+    row: int,
+    past: bool,
+) -> int:
     """One block, from each group's sums on: the steps, the bits between groups from the highest down, and the signs.
 
-    A strip of every group at a time, whose values stay in the nearest cache.
+    A strip of every group at a time, whose values stay in the nearest cache. A strip that is done waits in `done`, and
+    goes to the states while the next one is worked out: written at once, it would wait for the memory, and the memory for
+    the next one. So this begins with the block before's last strip, for the place `before`, and gives back its own last's.
     """
     groups = u(len(steps))
     # How many groups the first and the last pass join: at most 8, as many as there are registers for.
@@ -392,9 +415,12 @@ def _between_groups(
             last *= u(2)
     apart = groups // first
     for column in range(u(0), u(GROUP), u(STRIP)):
+        written = u(0)
         for group in range(apart):
             for lane in range(u(0), u(STRIP), u(VECTOR)):
                 _join_sums(first, apart, sums, column + lane, steps, group, room, lane)
+            _write(first, done, written, states, before, past)
+            written += first
         height = apart
         while height > last:
             height //= u(2)
@@ -404,5 +430,9 @@ def _between_groups(
                         low, high = group * u(STRIP) + lane, (group + height) * u(STRIP) + lane
                         room[low], room[high] = room[low] + room[high], room[low] - room[high]
         for group in range(u(0), groups, last):
+            _write(last, done, written, states, before, past)  # always ahead of what `done` gets here
+            written += last
             for lane in range(u(0), u(STRIP), u(VECTOR)):
-                _join_last(last, group, room, lane, signs, start + column * groups, out, column + lane)
+                _join_last(last, group, room, lane, signs, start + column * groups, done)
+        before = row + start + column
+    return before

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -15,17 +15,19 @@ import xxhash
 from genrecal.errors import DamageError, FormatError
 from genrecal.samples import ImageSource, Sample
 from genrecal.shards.answer_source import AnswerSource
-from genrecal.shards.codecs import Empty, empty_states
 from genrecal.shards.head import HEAD_FILE, MOST_HEADER_BYTES, FrozenHead
 from genrecal.shards.index import INDEX_FILE, Index, index_of, read_index, read_shard_manifest, scan
 from genrecal.shards.index import SCHEMA as INDEX_SCHEMA
 from genrecal.shards.layout import FORMAT_VERSION, TIERS, manifest_name, read_cache_json, tar_name, wrong_settings
-from genrecal.shards.manifest import DIGEST, SCHEMA, SKIPPED
+from genrecal.shards.manifest import DIGEST, MEMBER, SCHEMA, SKIPPED
+from genrecal.shards.memory import NEW, Memory
 from genrecal.shards.record import (
     AnswerRows,
     QuestionRows,
     Record,
     answer_rows,
+    coded_answer,
+    coded_question,
     question_rows,
     read_stored,
     read_table,
@@ -38,6 +40,7 @@ MANIFESTS_HELD = 256  # of shards read from lately; a manifest of 256 records ta
 MOST_CONVERSATION_BYTES = 2**24
 MOST_SAMPLE_BYTES = 2**32  # of what is read of a sample at once; 100,000 tokens of D 16384 are 3.3e9 in bf16
 LARGEST_GAP = 2**16  # bytes between two members that are read with them rather than asked for apart
+MEMBER_FIELDS = [part.name for part in MEMBER]
 
 
 class Cache(Sequence["CachedRecord"]):
@@ -100,7 +103,7 @@ class Cache(Sequence["CachedRecord"]):
                 f"this genrecal reads version {FORMAT_VERSION}"
             )
 
-    def _read_manifest(self, shard: int) -> tuple[pa.Table, dict[str, Any]]:
+    def _read_manifest(self, shard: int) -> "ShardManifest":
         """A shard's manifest, which must be the one that the index was made from."""
         table, facts = read_shard_manifest(self.store, shard)
         self._check_version(shard, facts)
@@ -114,7 +117,7 @@ class Cache(Sequence["CachedRecord"]):
                 f"{self.store.where(manifest_name(shard))}: expected {self._index.count(shard)} rows by {INDEX_FILE}, "
                 f"got {len(table)}; `genrecal verify` says which is wrong"
             )
-        return table, facts
+        return ShardManifest(table, facts)
 
     @property
     def num_shards(self) -> int:
@@ -146,7 +149,7 @@ class Cache(Sequence["CachedRecord"]):
 
     @cached_property
     def _whole_manifest(self) -> pa.Table:
-        tables = [self._read_manifest(shard)[0] for shard in self.shards]
+        tables = [self._read_manifest(shard).table for shard in self.shards]
         return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
 
     @cached_property
@@ -157,7 +160,7 @@ class Cache(Sequence["CachedRecord"]):
     @cached_property
     def shard_facts(self) -> dict[int, dict[str, Any]]:
         """Each finished shard's facts, such as its codecs' fidelity. Reads every manifest."""
-        return {shard: self._read_manifest(shard)[1] for shard in self.shards}
+        return {shard: self._read_manifest(shard).facts for shard in self.shards}
 
     def arrow_column(self, name: str) -> pa.ChunkedArray:
         """A manifest column over the cached samples; from the index, if it holds that column."""
@@ -205,18 +208,28 @@ class Cache(Sequence["CachedRecord"]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         shard, place = self._index.place(int(self._index.rows[index]))
-        return CachedRecord(self, Row(self._manifest_of(shard)[0], place))
+        return CachedRecord(self, Row(self._manifest_of(shard), place))
 
     def __iter__(self) -> Iterator["CachedRecord"]:
         return (self[i] for i in range(len(self)))
 
+    def records(
+        self, indices: Iterable[int], *, question: bool = True, memory: Memory = NEW
+    ) -> list[Record | DamageError]:
+        """`self[i].record()` of each; in the place of a damaged one stands the error that says so."""
+
+        def reading(index: int) -> Reading:
+            return (yield from self[index].reading(question=question, memory=memory))
+
+        return _in_step([reading(index) for index in indices])
+
     def by_key(self, key: str) -> "CachedRecord":
         """The record of that key. Raises FormatError if there is none, with the reason if it was skipped."""
         for shard in self._shards_of_key(key):
-            table = self._manifest_of(shard)[0]
-            found = pc.index(table.column("key"), key).as_py()
+            manifest = self._manifest_of(shard)
+            found = pc.index(manifest.table.column("key"), key).as_py()
             if found >= 0:
-                row = Row(table, found)
+                row = Row(manifest, found)
                 if row["status"] == SKIPPED:
                     raise FormatError(f"{self.path}: sample {key} was skipped: {row['reason']}")
                 return CachedRecord(self, row)
@@ -230,20 +243,48 @@ class Cache(Sequence["CachedRecord"]):
         return [shard for shard in self.shards if shard == int(number) // size]
 
 
+@dataclass(frozen=True)
+class ShardManifest:
+    """A shard's manifest: its rows, and the shard's facts."""
+
+    table: pa.Table
+    facts: dict[str, Any]
+
+    def members(self, place: int) -> list[dict[str, Any]]:
+        """A row's members. Arrow's own way to them takes as long as reading a short one."""
+        starts, texts, numbers = self._members
+        part = slice(starts[place], starts[place + 1])
+        values = zip(*(column[part] for column in texts), *(column[part].tolist() for column in numbers), strict=True)
+        return [dict(zip(MEMBER_FIELDS, value, strict=True)) for value in values]
+
+    @cached_property
+    def _members(self) -> tuple[list[int], list[list[str]], list[np.ndarray]]:
+        """Where each row's begin; their names and tiers; their offsets, sizes and checksums."""
+        column = self.table.column("members").combine_chunks()
+        fields = [column.flatten().field(name) for name in MEMBER_FIELDS]
+        starts = column.offsets.to_numpy()
+        names, tiers = fields[0].to_pylist(), fields[1].dictionary_encode()
+        shared = tiers.dictionary.to_pylist()
+        tiers = [shared[index] for index in tiers.indices.to_pylist()]
+        return (starts - starts[0]).tolist(), [names, tiers], [field.to_numpy() for field in fields[2:]]
+
+
 class Row(Mapping[str, Any]):
     """One row of a manifest as a mapping; a value is taken out of its column when it is asked for."""
 
-    def __init__(self, table: pa.Table, place: int):
-        self._table, self._place = table, place
+    def __init__(self, manifest: ShardManifest, place: int):
+        self._manifest, self._place = manifest, place
 
     def __getitem__(self, name: str) -> Any:
-        return self._table.column(name)[self._place].as_py()
+        if name == "members":
+            return self._manifest.members(self._place)
+        return self._manifest.table.column(name)[self._place].as_py()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._table.column_names)
+        return iter(self._manifest.table.column_names)
 
     def __len__(self) -> int:
-        return self._table.num_columns
+        return self._manifest.table.num_columns
 
 
 @dataclass(frozen=True)
@@ -315,13 +356,13 @@ class CachedRecord:
         where = self._where(member)
         return answer_rows(read_stored(self._read([member])[0], where=where), where=where)
 
-    def question_rows(self, *, empty: Empty = empty_states) -> QuestionRows | None:
-        """The question rows, decoded to where `empty` says; None if this sample's were not cached."""
+    def question_rows(self, *, memory: Memory = NEW) -> QuestionRows | None:
+        """The question rows, decoded, in that memory; None if this sample's were not cached."""
         if not self.has_question:
             return None
         member = self._member(".question.arrow")
-        where = self._where(member)
-        return question_rows(read_stored(self._read([member])[0], where=where), where=where, empty=empty)
+        where, data = self._where(member), self._read([member], memory)[0]
+        return question_rows(read_stored(data, where=where), where=where, empty=memory.states)
 
     def hidden(self) -> np.ndarray:
         """float32 `[R, D]`: the teacher's states over the answer rows."""
@@ -332,26 +373,44 @@ class CachedRecord:
         rows = self.question_rows()
         return None if rows is None else rows.hidden
 
-    def record(self, *, question: bool = True, empty: Empty = empty_states) -> Record:
+    def record(self, *, question: bool = True, memory: Memory = NEW) -> Record:
         """Everything, decoded, the samples tier in one read; the question tier is not touched if `question` is False.
 
-        `empty` gives the memory for the states, such as a `StateBuffer`.
+        Rows are in that memory, such as a `BatchMemory`, and last as long as it lets them; the sample is the caller's.
         """
+        (found,) = _in_step([self.reading(question=question, memory=memory)])
+        if isinstance(found, DamageError):
+            raise found
+        return found
+
+    def reading(self, *, question: bool, memory: Memory) -> "Reading":
+        """`record`, a step at a time."""
         members = [self._member(".json"), *self._image_members]
         answer = self._member(".answer.arrow")
-        *parts, answer_data = self._read([*members, answer])
+        asked = self._member(".question.arrow") if question and self.has_question else None
+        yield
+        *parts, data = self._read([*members, answer], memory)
+        question_data = self._read([asked], memory)[0] if asked else None
+        yield
+        sample = self._sample(members, parts)
+        yield
         where = self._where(answer)
+        coded = coded_answer(read_stored(data, where=where), where=where)
+        coded_asked = None
+        if asked and question_data is not None:
+            where = self._where(asked)
+            coded_asked = coded_question(read_stored(question_data, where=where), where=where)
+        yield
+        answer_rows = coded.decoded(memory.states)
         return Record(
-            sample=self._sample(members, parts),
-            answer=answer_rows(read_stored(answer_data, where=where), where=where, empty=empty),
-            question=self.question_rows(empty=empty) if question else None,
+            sample=sample, answer=answer_rows, question=coded_asked.decoded(memory.states) if coded_asked else None
         )
 
     def read(self, member: dict[str, Any]) -> bytes:
         """A member's bytes. Raises DamageError if they are not what the manifest says."""
         return bytes(self._read([member])[0])
 
-    def _read(self, members: list[dict[str, Any]]) -> list[memoryview]:
+    def _read(self, members: list[dict[str, Any]], memory: Memory = NEW) -> list[memoryview]:
         """Members' bytes, neighbours in one read. Raises DamageError if they are not what the manifest says."""
         parts: list[memoryview] = []
         self._check_places(members)
@@ -359,7 +418,7 @@ class CachedRecord:
             start, end = run[0]["offset"], run[-1]["offset"] + run[-1]["size"]
             name = tar_name(self._tier(run[0]), self._shard)
             try:
-                data = memoryview(self.cache.store.read(name, start, end - start))
+                data = self.cache.store.view(name, start, end - start, memory)
             except OSError as error:
                 raise DamageError(
                     f"{self.cache.store.where(name)}: {error.strerror or error}; the manifest lists it with sample {self.key}"
@@ -415,15 +474,37 @@ class CachedRecord:
         name = self.key + suffix
         for member in self._members:
             if member["name"] == name:
-                return dict(member)
+                return member
         raise DamageError(f"{self._manifest}: sample {self.key} has no member {name}")
 
     def _where(self, member: dict[str, Any]) -> str:
-        return f"{self.cache.store.where(tar_name(self._tier(member), self.row['shard']))}: member {member['name']}"
+        return f"{self.cache.store.where(tar_name(self._tier(member), self._shard))}: member {member['name']}"
 
     @property
     def _manifest(self) -> str:
         return self.cache.store.where(manifest_name(self._shard))
+
+
+Reading = Generator[None, None, Record]
+
+
+def _in_step(readings: Sequence[Reading]) -> list[Record | DamageError]:
+    """Read records step by step, each step for all of them before the next.
+
+    Decoding a record leaves nothing else in the processor's cache, so that Python takes three times as long for what
+    comes after it; like this it does so once a step and not once a step and record.
+    """
+    found: dict[int, Record | DamageError] = {}
+    while len(found) < len(readings):
+        for number, reading in enumerate(readings):
+            if number not in found:
+                try:
+                    next(reading)
+                except StopIteration as end:
+                    found[number] = end.value
+                except DamageError as error:
+                    found[number] = error
+    return [found[number] for number in range(len(readings))]
 
 
 def _runs(members: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

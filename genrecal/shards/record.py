@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,8 @@ from genrecal.shards.arrow_file import (
     read_batches,
     schema_of,
 )
-from genrecal.shards.codecs import Codec, Empty, checked_facts, codec_named, empty_states
+from genrecal.shards.codecs import Codec, checked_facts, codec_named
+from genrecal.shards.memory import Empty, empty_states
 from genrecal.shards.strict_json import strict_json
 
 __all__ = ["METADATA_KEY", "AnswerRows", "QuestionRows", "Record", "answer_rows", "question_rows", "to_arrow"]
@@ -305,41 +306,53 @@ def _unset(bits: bytes, count: int) -> np.ndarray:
     return np.flatnonzero(np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[:count] == 0)
 
 
-def _hidden(columns: _Columns, empty: Empty) -> np.ndarray:
-    """float32 `[R, D]`, through the codec that the file names."""
-    codec, facts = columns.layout.codec(columns.where)
-    return codec.decode({name: columns.values(name) for name in codec.columns}, facts, empty)
+Rows = TypeVar("Rows", bound=QuestionRows)
+
+
+@dataclass(frozen=True)
+class Coded(Generic[Rows]):
+    """Rows that are whole but for their states: these stand in `columns`, as the codec that the file names made them."""
+
+    kind: type[Rows]
+    plain: dict[str, Any]
+    columns: _Columns
+
+    def decoded(self, empty: Empty = empty_states) -> Rows:
+        """With their states, where `empty` says."""
+        codec, facts = self.columns.layout.codec(self.columns.where)
+        codes = {name: self.columns.values(name) for name in codec.columns}
+        return self.kind(**self.plain, hidden=codec.decode(codes, facts, empty))
 
 
 def question_rows(rows: Stored | pa.Table, *, where: str, empty: Empty = empty_states) -> QuestionRows:
     """Decode what a `.question.arrow` member holds, the states to where `empty` says."""
-    columns = _Columns(rows, where)
-    plain = {name: columns.values(name) for name in ("turn", "position", "token_id")}
-    return QuestionRows(**plain, hidden=_hidden(columns, empty))
+    return coded_question(rows, where=where).decoded(empty)
 
 
 def answer_rows(rows: Stored | pa.Table, *, where: str, empty: Empty = empty_states) -> AnswerRows:
     """Decode what an `.answer.arrow` member holds, the states to where `empty` says."""
+    return coded_answer(rows, where=where).decoded(empty)
+
+
+def coded_question(rows: Stored | pa.Table, *, where: str) -> Coded[QuestionRows]:
+    """What a `.question.arrow` member holds."""
+    columns = _Columns(rows, where)
+    plain = {name: columns.values(name) for name in ("turn", "position", "token_id")}
+    return Coded(QuestionRows, plain, columns)
+
+
+def coded_answer(rows: Stored | pa.Table, *, where: str) -> Coded[AnswerRows]:
+    """What an `.answer.arrow` member holds."""
     columns = _Columns(rows, where)
     top_ids, top_logits = _pair(columns, "topk_ids", "topk_logits")
     sampled = None
     if "sample_ids" in columns.layout.names:
         ids, counts = _pair(columns, "sample_ids", "sample_counts")
         sampled = SampledTargets(ids=ids, counts=counts, entropy=columns.values("entropy"))
-    return AnswerRows(
-        turn=columns.values("turn"),
-        position=columns.values("position"),
-        token_id=columns.values("token_id"),
-        target_id=columns.targets("target_id"),
-        target_start=columns.targets("target_start"),
-        target_end=columns.targets("target_end"),
-        target_logit=columns.targets("target_logit"),
-        topk_ids=top_ids,
-        topk_logits=top_logits,
-        logsumexp=columns.values("logsumexp"),
-        sampled=sampled,
-        hidden=_hidden(columns, empty),
-    )
+    plain = {name: columns.values(name) for name in ("turn", "position", "token_id", "logsumexp")}
+    targets = {name: columns.targets(name) for name in ("target_id", "target_start", "target_end", "target_logit")}
+    top = {"topk_ids": top_ids, "topk_logits": top_logits}
+    return Coded(AnswerRows, {**plain, **targets, **top, "sampled": sampled}, columns)
 
 
 def _pair(columns: _Columns, first: str, second: str) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ import io
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO, cast
 
 from genrecal.errors import StorageError, UsageError
 from genrecal.files import flush, process_runs, put_in_place, remove_stale_temporaries, temporary_path, write_whole
+from genrecal.shards.memory import NEW, Memory
 
 ATTEMPTS = 4  # of one remote operation, on top of what the file system itself retries
 LONGEST_PAUSE = 8.0  # seconds between two of them
@@ -57,6 +59,10 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
         """Bytes [offset, offset + size) of a file, fewer where it ends before; all that follow if `size` is None."""
+
+    def view(self, name: str, offset: int, size: int, memory: Memory) -> memoryview:
+        """The same bytes, in that memory if the store can read there."""
+        return memoryview(self.read(name, offset, size))
 
     @abc.abstractmethod
     def open(self, name: str, *, ahead: int = 0) -> BinaryIO:
@@ -161,19 +167,17 @@ class LocalStore(Store):
         return str(self.root.resolve())
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
+        return bytes(self.view(name, offset, sys.maxsize if size is None else size, NEW))
+
+    def view(self, name: str, offset: int, size: int, memory: Memory) -> memoryview:
         path, status = self._file(name)
-        rest = max(0, status.st_size - offset)
-        size = rest if size is None else min(size, rest)
-        if not size:
-            return b""
-        descriptor = _open_file(path, status.st_ino, status.st_mtime_ns).fileno()
-        data = os.pread(descriptor, size, offset)
-        while 0 < len(data) < size:  # Linux gives at most 2 GiB at once
-            more = os.pread(descriptor, size - len(data), offset + len(data))
-            if not more:
-                break
-            data += more
-        return data
+        data = memoryview(memory.room(max(0, min(size, status.st_size - offset))))  # type: ignore[arg-type]
+        if not data:
+            return data
+        descriptor, done = _open_file(path, status.st_ino, status.st_mtime_ns).fileno(), 0
+        while done < len(data) and (count := os.preadv(descriptor, [data[done:]], offset + done)):
+            done += count  # Linux gives at most 2 GiB at once
+        return data[:done]
 
     def open(self, name: str, *, ahead: int = 0) -> BinaryIO:
         return open(self._file(name)[0], "rb", buffering=0)

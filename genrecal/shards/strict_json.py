@@ -14,7 +14,7 @@ def strict_json(data: bytes | memoryview | str, most_bytes: int) -> Any:
     if len(content) > most_bytes:
         raise ValueError(f"{len(content)} bytes of JSON; the limit is {most_bytes}")
     try:
-        value = json.loads(content, parse_float=_finite, parse_constant=_finite)
+        value = _DECODER.decode(content.decode(json.detect_encoding(content), "surrogatepass"))  # as json.loads does
         if b"\\ud" in content or b"\\uD" in content:  # half a pair stands as an escape; no UTF-8 has it
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
@@ -27,3 +27,6 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text[:40]}, a number that JSON or a float64 has not")
     return value
+
+
+_DECODER = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)  # json.loads would make one at each call

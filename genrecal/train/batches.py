@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from genrecal.errors import DamageError, GenrecalError, SampleError
 from genrecal.samples import ImageRef, Message, Sample
-from genrecal.shards.codecs import StateBuffer
+from genrecal.shards.memory import BatchMemory
 from genrecal.shards.order import SampleOrder, micro_batches
 from genrecal.shards.reader import Cache
 from genrecal.shards.record import AnswerRows, Record
@@ -124,22 +124,23 @@ class RecordSource(Protocol):
 
 
 class ShardSource:
-    """Reads what is asked for from the shards, and nothing else. The states of records last until the next are fetched."""
+    """Reads what is asked for from the shards, and nothing else. Records last until the next are fetched."""
 
     def __init__(self, cache: Cache):
-        self.cache, self._states = cache, StateBuffer()
+        self.cache, self._memory = cache, BatchMemory()
 
     def fetch(self, indices: Sequence[int], *, teacher: bool, questions: bool) -> list[Fetched]:
-        self._states.clear()
-        found: list[Fetched] = []
-        for index in indices:
-            try:
-                entry = self.cache[index]
-                record = entry.record(question=questions, empty=self._states) if teacher else None
-                found.append((record.sample if record else entry.sample, record))
-            except DamageError as error:
-                found.append(error)
-        return found
+        if teacher:
+            self._memory.clear()
+            records = self.cache.records(indices, question=questions, memory=self._memory)
+            return [found if isinstance(found, DamageError) else (found.sample, found) for found in records]
+        return [self._without_record(index) for index in indices]
+
+    def _without_record(self, index: int) -> Fetched:
+        try:
+            return self.cache[index].sample, None
+        except DamageError as error:
+            return error
 
 
 class LiveSource:

@@ -8,16 +8,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 
 from genrecal.errors import UsageError
 from genrecal.files import write_whole
+from genrecal.run_folder import EVALUATION, EVALUATIONS, METRICS_FILE, read_evaluations, read_lines, read_metrics
+from genrecal.shards.layout import TIERS
+from genrecal.shards.reader import Cache
 from genrecal.train.evaluate import Evaluation, Prediction, Score, save_evaluation
 from genrecal.train.stages import StepOutput
 from genrecal.vlm.loading import first_line
 
-METRICS_FILE = "metrics.jsonl"
-EVALUATION, EVALUATIONS = "evaluation", "evaluations"  # of a line of metrics, and the folder of all answers
+__all__ = ["MACHINE", "RunLog", "Wandb", "cache_facts", "read_evaluations", "read_metrics", "term_means", "term_sums"]
+
 MACHINE = (
     "seconds",
     "data_wait",
@@ -49,27 +53,21 @@ def term_means(ranks: Sequence[TermSums]) -> dict[str, float]:
     return {name: value / count for name, (value, count) in total.items() if count}
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The steps of a run, oldest first; a last line that a kill cut short is left out."""
-    return [line for line in _lines(run) if EVALUATION not in line]
-
-
-def read_evaluations(run: Path) -> list[dict[str, Any]]:
-    """The evaluations of a run, oldest first: stage, step, and under "evaluation" what `RunLog.evaluated` wrote."""
-    return [line for line in _lines(run) if EVALUATION in line]
-
-
-def _lines(run: Path) -> list[dict[str, Any]]:
-    path = run / METRICS_FILE
-    if not path.exists():
-        return []
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    return lines
+def cache_facts(cache: Cache) -> dict[str, Any]:
+    """What a run's report says of its cache: counts, bytes by tier, and how well the teacher knows the answers (nats, the
+    mean log-probability of a given answer token). Taken from the index and the names of files alone."""
+    tokens = cache.column("answer_tokens").astype(np.float64)
+    sizes = {tier: sum(cache.store.sizes(tier).values()) for tier in (*TIERS, "manifest")}
+    return {
+        "teacher": cache.description["teacher"]["name"],
+        "samples": len(cache),
+        "with_question": int(cache.column("has_question").sum()),
+        "question_tokens": int(cache.column("question_tokens").sum()),
+        "answer_tokens": int(tokens.sum()),
+        "log_prob": float(np.average(cache.column("log_prob"), weights=tokens)) if tokens.any() else None,
+        "codecs": {tier: cache.description[f"{tier}_codec"] for tier in ("answer", "question")},
+        "bytes": sizes,
+    }
 
 
 class RunLog:
@@ -90,7 +88,7 @@ class RunLog:
 
         kept = [
             line
-            for line in _lines(run)
+            for line in read_lines(run)
             if line["stage"] < stage or (line["stage"] == stage and line["step"] < first_step + (EVALUATION in line))
         ]
         self.evaluations = {line["step"] for line in kept if line["stage"] == stage and EVALUATION in line}

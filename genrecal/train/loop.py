@@ -1,5 +1,6 @@
 """The training loop, from top to bottom: for each stage, set up, step through the samples, keep the result."""
 
+import json
 import math
 import resource
 import sys
@@ -15,7 +16,9 @@ import pyarrow.compute as pc
 import torch
 
 from genrecal.errors import GenrecalError, StoppedError, TrainingError, UsageError
+from genrecal.files import write_whole
 from genrecal.progress import Progress
+from genrecal.run_folder import CACHE_FACTS, RUN_FILE
 from genrecal.shards.order import SampleOrder
 from genrecal.shards.reader import Cache
 from genrecal.train.batches import (
@@ -39,11 +42,11 @@ from genrecal.train.checkpoint import (
 )
 from genrecal.train.config import StageConfig, TrainConfig
 from genrecal.train.engine import Engine, import_deepspeed, resolve_engine, start_engine
-from genrecal.train.logs import RunLog, Wandb, term_means, term_sums
+from genrecal.train.logs import RunLog, Wandb, cache_facts, term_means, term_sums
 from genrecal.train.midway import Midway
 from genrecal.train.ranks import Ranks, StopSignals, joined, own_device, world_size
 from genrecal.train.recalibrator import Recalibrator, checkpoint_activations
-from genrecal.train.run import RUN_FILE, Run
+from genrecal.train.run import Run
 from genrecal.train.stages import Denominators, Distiller, add_lora, select_trainable, wanted_by
 from genrecal.vlm.loading import VLM, first_line, resolve_device
 
@@ -101,7 +104,10 @@ def _wandb_of(run: Run) -> AbstractContextManager[Wandb | None]:
 
 def _begin(run: Run, cache: Cache, stages: Sequence[int], ranks: Ranks) -> dict[str, Any]:
     check_stages(run, cache, stages, run.check(cache, ranks.size)["global_batch"])
-    return run.begin(cache, ranks.size)
+    begun = run.begin(cache, ranks.size)
+    if not (run.path / CACHE_FACTS).exists():
+        write_whole(run.path / CACHE_FACTS, (json.dumps(cache_facts(cache), indent=2) + "\n").encode())
+    return begun
 
 
 def check_stages(run: Run, cache: Cache, stages: Sequence[int], global_batches: dict[str, int]) -> None:

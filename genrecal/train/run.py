@@ -1,6 +1,7 @@
 """A run's folder, and what a stage starts from.
 
 RUN/run.json                    the whole configuration, the student, the cache and its digest, versions
+RUN/cache-facts.json            what the cache held when the run began, for its report
 RUN/metrics.jsonl, tensorboard/ every term of every step
 RUN/checkpoints/stageN-stepS/   to go on from
 RUN/stageN/trained.safetensors  a finished stage's result: every parameter it trained
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 import genrecal
 from genrecal.errors import TrainingError, UsageError
 from genrecal.files import put_in_place, temporary_path, write_whole
+from genrecal.run_folder import RUN_FILE, read_run_file
 from genrecal.shards.layout import CACHE_FILE
 from genrecal.shards.reader import Cache
 from genrecal.train.checkpoint import Checkpoint, copy_weights, read_tensors
@@ -33,7 +35,6 @@ from genrecal.train.config import TrainConfig, config_from
 from genrecal.train.stages import add_lora, merge_lora, select_trainable
 from genrecal.vlm.loading import VLM, file_digest, load_vlm, model_folder
 
-RUN_FILE = "run.json"
 # Who computes it, how, and who looks on: the global batch and all that follows from it stay as they were.
 MAY_CHANGE = re.compile(
     r"(software|command|processes|global_batch)\b"
@@ -111,7 +112,7 @@ class Run:
         path = self.path / RUN_FILE
         if not path.exists():
             return now
-        found = _read_run_file(path)
+        found = read_run_file(self.path)
         if different := differences(found, now):
             raise UsageError(f"--out {self.path} holds another run: {'; '.join(different)}. Use another --out")
         if "global_batch" not in found:
@@ -188,7 +189,7 @@ class Run:
     @classmethod
     def open(cls, path: Path) -> "Run":
         """An existing run. Raises UsageError if the folder is none."""
-        content = _read_run_file(path / RUN_FILE)
+        content = read_run_file(path)
         return cls(
             path=path,
             config=config_from(content["config"]),
@@ -225,15 +226,6 @@ class Run:
                 merge_lora(student)
         student.model.requires_grad_(False)
         return student
-
-
-def _read_run_file(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(
-            f"{path.parent}: not a run: {RUN_FILE}: {error}; `genrecal train --out {path.parent}` makes one"
-        ) from None
 
 
 def _tokenizer_digest(cache: Cache) -> str:

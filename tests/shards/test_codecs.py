@@ -12,9 +12,10 @@ from shard_records import make_answer, make_question
 
 from genrecal.errors import FormatError, SampleError
 from genrecal.shards import codecs
-from genrecal.shards.codecs import CODECS, GROUP, StateBuffer, round_to_bf16
+from genrecal.shards.codecs import CODECS, GROUP, round_to_bf16
 from genrecal.shards.fidelity import FidelityMeter, compare
 from genrecal.shards.head import FrozenHead
+from genrecal.shards.memory import BatchMemory
 from genrecal.shards.record import answer_rows, question_rows, read_table, to_arrow
 from genrecal.shards.rotation import block_size, hadamard, hadamard_reference, rotate, rotate_back, signs
 
@@ -226,21 +227,21 @@ def test_rows_go_through_arrow(name):
         assert np.array_equal(got.token_id, rows.token_id)
 
 
-def test_a_buffer_gives_its_memory_again_after_it_is_cleared():
-    buffer, states = StateBuffer(), {}
+def test_a_batch_gives_its_memory_again_after_it_is_cleared():
+    memory, states = BatchMemory(), {}
     for name, codec in CODECS.items():
         states[name] = round_to_bf16(gaussian(3, 100))
         assert np.array_equal(
-            codec.decode(codec.encode(states[name], codec.facts(100)), codec.facts(100), buffer),
+            codec.decode(codec.encode(states[name], codec.facts(100)), codec.facts(100), memory.states),
             round_trip(name, states[name]),
         )
     for _ in range(2):
-        buffer.clear()
-        first, second = buffer(3, 100), buffer(2, 7)
+        memory.clear()
+        first, second = memory.states(3, 100), memory.states(2, 7)
         assert not np.shares_memory(first, second) and first.ctypes.data % 64 == second.ctypes.data % 64 == 0
-    buffer.clear()
-    assert buffer(3, 100).ctypes.data == first.ctypes.data
-    assert not np.shares_memory(buffer(10**6, 1), first)  # more than it has: memory of its own
+    memory.clear()
+    assert np.shares_memory(memory.room(1200), first)
+    assert not np.shares_memory(memory.states(10**6, 1), first)  # more than it has: memory of its own
 
 
 @pytest.mark.parametrize("change", [{"block": 64}, {"group": 0}, {"seed": -1}, {"hidden_size": 0}, {"codec": None}])
