@@ -28,10 +28,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from genrecal.cache.batching import batches_by_length
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions, WorkOptions
 from genrecal.cache.plan import PlanOptions, human_bytes, make_plan
-from genrecal.cache.shard import batches_by_length
 from genrecal.cache.teacher import HFTeacher, Teacher
 from genrecal.demo.pipeline import ASSETS
 from genrecal.report.summary import markdown_table

@@ -241,6 +241,20 @@ def cache(
     samples_per_shard: Annotated[int, typer.Option(help="Input records a shard.")] = 256,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a teacher batch, padding included.")] = 16384,
     max_tokens: Annotated[int, typer.Option(help="Skip conversations longer than this; 0 for no limit.")] = 0,
+    generate: Annotated[
+        bool,
+        typer.Option("--generate", help="Have the teacher write the answers, and cache those; else the given ones."),
+    ] = False,
+    generate_temperature: Annotated[
+        float, typer.Option(help="Of --generate: draw tokens at this temperature; 0 takes the most probable ones.")
+    ] = 0.0,
+    generate_top_p: Annotated[
+        float, typer.Option(help="Of --generate: draw from the fewest tokens that hold this share of the mass.")
+    ] = 1.0,
+    generate_seed: Annotated[int, typer.Option(help="Of --generate: another seed draws other answers.")] = 0,
+    max_answer_tokens: Annotated[
+        int, typer.Option(help="Of --generate: skip a conversation with an answer that does not end within so many.")
+    ] = 1024,
     max_skip: Annotated[float, typer.Option(help="Fail when more than this share of the input is skipped.")] = 0.01,
     workers: Annotated[int, typer.Option(help="Runs of this command that share the work, one a node, say.")] = 1,
     worker: Annotated[int, typer.Option(help="Which of them this is, counted from 0.")] = 0,
@@ -288,6 +302,7 @@ def cache(
     settings = CacheOptions(
         top_k=top_k,
         draws=draws,
+        answers=_answers(generate, generate_temperature, generate_top_p, generate_seed, max_answer_tokens),
         answer_codec=answer_codec,
         question_codec=question_codec,
         kl_budget=kl_budget,
@@ -300,6 +315,8 @@ def cache(
     )
     work = WorkOptions(workers=workers, worker=worker, threads=threads, status_file=status_file)
     load_teacher: Callable[[], Any]
+    if generate and backend == "vllm":
+        raise UsageError("--generate with --backend vllm: expected --backend hf, which writes answers")
     if backend == "vllm":
         load_teacher = functools.partial(
             _vllm_teacher, teacher, dtype, device, trust_remote_code, tensor_parallel, pipeline_parallel, engine_arg
@@ -366,6 +383,19 @@ def _targets(text: str | None, top_k: int, *, top_k_given: bool) -> tuple[int, i
     if top_k_given and widths.get("topk", top_k) != top_k:
         raise UsageError(f"--targets topk:{widths['topk']} and --top-k {top_k}: expected the same k; leave one out")
     return widths.get("topk", top_k), widths.get("sample", 0)
+
+
+def _answers(generate: bool, temperature: float, top_p: float, seed: int, max_tokens: int) -> Any:
+    from genrecal.shards.answer_source import GREEDY, SAMPLED, AnswerSource
+
+    if not generate:
+        for name, value, plain in (("temperature", temperature, 0), ("top-p", top_p, 1), ("seed", seed, 0)):
+            if value != plain:
+                raise UsageError(f"--generate-{name} {value}: expected --generate with it")
+        return AnswerSource()
+    if temperature == 0:
+        return AnswerSource(kind=GREEDY, max_tokens=max_tokens)
+    return AnswerSource(kind=SAMPLED, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
 
 
 def _selection(include: list[str] | None, exclude: list[str] | None, split: str, seed: int) -> Any:

@@ -1,5 +1,9 @@
 """The cache job, from top to bottom: plan shards, make those that are missing, complete the cache if all are there.
 
+Where the teacher writes the answers (`--generate`), it does so first, for all of a run's shards: what generates and what
+runs over whole conversations may be two engines, of which one fits into the memory.
+
+
 Which samples are in which shard follows from the input's order and the shard size alone, so a restart repeats only the
 shards that have no manifest, and makes the same bytes.
 """
@@ -14,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import genrecal
+from genrecal.cache.answers import answer_shard, finished_answers
 from genrecal.cache.options import CacheOptions, WorkOptions
-from genrecal.cache.shard import Threads, cache_shard, finished_facts, storage_errors
+from genrecal.cache.shard import cache_shard, finished_facts
 from genrecal.cache.teacher import Teacher
 from genrecal.cache.turns import Turns
 from genrecal.cache.watch import Watch, check_skipped
+from genrecal.cache.windows import Threads
 from genrecal.errors import StorageError, UsageError
 from genrecal.samples import SampleSet
 from genrecal.shards.head import HEAD_FILE
@@ -32,10 +38,22 @@ from genrecal.shards.layout import (
     write_cache_json,
 )
 from genrecal.shards.manifest import CACHED, SKIPPED
-from genrecal.shards.storage import LocalStore, Store, open_store
+from genrecal.shards.storage import LocalStore, Store, open_store, storage_errors
 from genrecal.vlm.loading import file_digest, image_backend, model_folder, processor_files
 
 SHARDS_AT_ONCE = 3  # one is rendered, one runs through the teacher, one is written
+
+
+Facts = dict[str, Any]  # of a finished shard: at least its `rows`, and how many of them are `skipped`
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is done for every shard, any worker any shard: `make` does it, unless it is done; `finished` finds what is."""
+
+    title: str
+    make: Callable[..., Facts]
+    finished: Callable[[Store, Sequence[int]], dict[int, Facts]]
 
 
 @dataclass
@@ -48,7 +66,7 @@ class CacheReport:
         cached, skipped: samples of the whole cache, or of this worker's shards where it is not complete.
         reasons: why this run skipped samples.
         seconds: by part (`genrecal.cache.watch.PARTS`), over all threads of this run.
-        counts: what this run counted; see `Watch.count`.
+        counts: what this run counted; see `Watch.count`. Of the step that writes answers: `answers`.
     """
 
     cache: str
@@ -84,7 +102,7 @@ def run_cache_job(
     check_status_file(work, store)
     prepare_directory(teacher, samples, store, options)
     return run_job(
-        lambda shards, watch: run_shards(teacher, samples, store, shards, options, work, watch),
+        lambda step, shards, watch: run_shards(step, teacher, samples, store, shards, options, work, watch),
         samples,
         store,
         options,
@@ -93,7 +111,7 @@ def run_cache_job(
 
 
 def run_job(
-    make: Callable[[list[int], Watch], dict[int, dict[str, Any]]],
+    make: Callable[[Step, list[int], Watch], dict[int, Facts]],
     samples: SampleSet,
     store: Store,
     options: CacheOptions,
@@ -102,22 +120,36 @@ def run_job(
     """Have `make` make the shards that are missing, and complete the cache if all are there; see `run_cache_job`.
 
     Args:
-        make: makes these shards, tells the watch, and gives their facts.
+        make: does a step for these shards, tells the watch, and gives their facts.
     """
     num_shards = options.num_shards(len(samples))
     mine = work.shards(num_shards)
     found = finished_shards(store, mine)
     report = CacheReport(store.url, shards_found=len(found))
-    with Watch(
-        sum(len(options.records(shard, len(samples))) for shard in mine),
-        done=sum(facts["rows"] for facts in found.values()),
-        skipped=sum(facts[SKIPPED] for facts in found.values()),
-        num_samples=len(samples),
-        max_skip=options.max_skip,
-        status_file=work.status_file,
-        facts={"worker": work.worker, "workers": work.workers},
-    ) as watch:
-        done = make([shard for shard in mine if shard not in found], watch)
+
+    def watching(title: str, shards: Sequence[int], found: dict[int, Facts]) -> Watch:
+        return Watch(
+            sum(len(options.records(shard, len(samples))) for shard in shards),
+            done=sum(facts["rows"] for facts in found.values()),
+            skipped=sum(facts[SKIPPED] for facts in found.values()),
+            num_samples=len(samples),
+            max_skip=options.max_skip,
+            status_file=work.status_file,
+            facts={"worker": work.worker, "workers": work.workers},
+            title=title,
+        )
+
+    answers = 0
+    if options.answers.written_by_teacher:
+        missing = [shard for shard in mine if shard not in found]
+        written = finished_answers(store, missing)
+        if unwritten := [shard for shard in missing if shard not in written]:
+            with watching(ANSWERS.title, missing, written) as watch:
+                make(ANSWERS, unwritten, watch)
+                answers = watch.counts["answers"]
+    with watching(CACHE.title, mine, found) as watch:
+        watch.count(answers=answers)
+        done = make(CACHE, [shard for shard in mine if shard not in found], watch)
         report.shards_done = len(done)
         report.reasons, report.seconds, report.counts = watch.reasons, watch.seconds, watch.counts
         every = found | done
@@ -135,6 +167,7 @@ def run_job(
 
 
 def run_shards(
+    step: Step,
     teacher: Teacher,
     samples: SampleSet,
     store: Store,
@@ -142,8 +175,8 @@ def run_shards(
     options: CacheOptions,
     work: WorkOptions,
     watch: Watch,
-) -> dict[int, dict[str, Any]]:
-    """Make these shards, a few at a time, with one teacher that works in this thread; their facts.
+) -> dict[int, Facts]:
+    """Do a step for these shards, a few at a time, with one teacher that works in this thread; their facts.
 
     At most SHARDS_AT_ONCE shards are in memory, each within the bounds of `cache_shard`.
     """
@@ -151,7 +184,7 @@ def run_shards(
     with Threads(work.num_threads) as threads, ThreadPoolExecutor(SHARDS_AT_ONCE, "shard") as pool:
         running = {
             pool.submit(
-                cache_shard, turns.of_shard(shard), samples, shard, store, options, threads=threads, watch=watch
+                step.make, turns.of_shard(shard), samples, shard, store, options, threads=threads, watch=watch
             ): shard
             for shard in shards
         }
@@ -165,12 +198,15 @@ def run_shards(
     return done
 
 
-def finished_shards(store: Store, shards: Sequence[int]) -> dict[int, dict[str, Any]]:
+def finished_shards(store: Store, shards: Sequence[int]) -> dict[int, Facts]:
     """The facts of those that are finished."""
     sizes = {f"{folder}/{name}": size for folder in ("manifest", *TIERS) for name, size in store.sizes(folder).items()}
     with ThreadPoolExecutor(READERS) as pool:
         facts = pool.map(lambda shard: finished_facts(store, shard, sizes.get), shards)
         return {shard: found for shard, found in zip(shards, facts, strict=True) if found is not None}
+
+
+ANSWERS, CACHE = Step("answers", answer_shard, finished_answers), Step("cache", cache_shard, finished_shards)
 
 
 # ------------------------------------------------------------------------------------------------------- the directory

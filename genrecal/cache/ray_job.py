@@ -5,6 +5,7 @@ lost node or process took with it are missing in it, and the next round of calls
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -16,12 +17,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import genrecal.errors
-from genrecal.cache.job import CacheReport, check_status_file, finished_shards, prepare_directory, run_job, run_shards
+from genrecal.cache.job import (
+    CACHE,
+    CacheReport,
+    Facts,
+    Step,
+    check_status_file,
+    prepare_directory,
+    run_job,
+    run_shards,
+)
 from genrecal.cache.options import CacheOptions, RayOptions, WorkOptions
 from genrecal.cache.proof import Proof
-from genrecal.cache.shard import plain_reason
 from genrecal.cache.teacher import Teacher
 from genrecal.cache.watch import Watch
+from genrecal.cache.windows import plain_reason
 from genrecal.errors import GenrecalError, ModelError, StorageError, UsageError
 from genrecal.samples import SampleSet
 from genrecal.shards.storage import Store, open_store
@@ -46,6 +56,7 @@ class Job:
     options: CacheOptions
     work: WorkOptions
     folder: str
+    step: Step = CACHE
 
 
 def run_ray_job(
@@ -82,7 +93,9 @@ def run_ray_job(
     )
     with _connected(ray, cluster.address):
         return run_job(
-            lambda shards, watch: _make_shards(job, shards, store, len(samples), cluster, watch),
+            lambda step, shards, watch: _make_shards(
+                dataclasses.replace(job, step=step), shards, store, len(samples), cluster, watch
+            ),
             samples,
             store,
             options,
@@ -92,10 +105,13 @@ def run_ray_job(
 
 def _make_shards(
     job: Job, shards: list[int], store: Store, num_samples: int, cluster: RayOptions, watch: Watch
-) -> dict[int, dict[str, Any]]:
-    """Make these shards in rounds; their facts. Without any, one teacher is still asked whether the cache is its own."""
+) -> dict[int, Facts]:
+    """Do the job's step for these shards in rounds; their facts.
+
+    Without any, one teacher is still asked whether the cache is its own.
+    """
     gpus, actors = _resources(cluster)
-    before, done, idle, failure = watch.counts["records"], dict[int, dict[str, Any]](), 0, None
+    before, done, idle, failure = watch.counts["records"], dict[int, Facts](), 0, None
     failed: set[int] = set()  # they come last: a call that fails takes the next one of its actor with it
     while True:
         missing = sorted((shard for shard in shards if shard not in done), key=lambda shard: (shard in failed, shard))
@@ -107,7 +123,7 @@ def _make_shards(
             else:
                 failure = answer["error"]
                 failed.update(answer["shards"])
-        new = finished_shards(store, missing)
+        new = job.step.finished(store, missing)
         done |= new
         records = sum(len(job.options.records(shard, num_samples)) for shard in done)
         if lost := before + records - watch.counts["records"]:  # answers of shards that are there
@@ -184,7 +200,7 @@ class ShardMaker:
         teacher, samples, store = self.loaded
         records = sum(len(job.options.records(shard, len(samples))) for shard in shards)
         with Watch(records, num_samples=len(samples), max_skip=job.options.max_skip, proof=self.proof) as watch:
-            run_shards(teacher, samples, store, shards, job.options, job.work, watch)
+            run_shards(job.step, teacher, samples, store, shards, job.options, job.work, watch)
         return {"counts": dict(watch.counts), "reasons": dict(watch.reasons), "seconds": watch.seconds}
 
 

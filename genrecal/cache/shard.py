@@ -4,60 +4,32 @@ Rendering and coding are done by other threads while the teacher works, and shar
 written does not depend on it: batches are formed of the shard's records alone, and members stand in the input's order.
 """
 
-import contextlib
-import dataclasses
-import re
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from types import TracebackType
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
+from genrecal.cache.answers import answered
+from genrecal.cache.batching import batches_by_length
 from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import States, Teacher
 from genrecal.cache.watch import Watch
-from genrecal.errors import DamageError, SampleError, StorageError
-from genrecal.samples import BadRecord, ImageSource, Sample, SampleSet
+from genrecal.cache.windows import Item, Threads, windows
+from genrecal.errors import DamageError, SampleError
+from genrecal.samples import BadRecord, Sample
 from genrecal.shards.codecs import CODECS
 from genrecal.shards.index import read_shard_manifest
 from genrecal.shards.layout import manifest_name, tar_name
 from genrecal.shards.record import Record
-from genrecal.shards.storage import Store
+from genrecal.shards.storage import Store, storage_errors
 from genrecal.shards.writer import CodedRecord, ShardWriter
-from genrecal.vlm.rendering import Encoded
 
-WINDOW_SAMPLES = 256  # records of a shard that are rendered before their batches are formed
-WINDOW_BYTES = 2**31  # of rendered tensors and pictures, after which a window closes with fewer
-CODERS = 2  # threads that code records
 UNCODED_BATCHES = 2  # batches whose states may wait for a coder
-
-
-class Threads:
-    """The threads that work beside the teacher. One set serves all shards of a process. Use as a context manager.
-
-    Args:
-        renderers: that read, decode and preprocess samples.
-    """
-
-    def __init__(self, renderers: int):
-        self.num_renderers = renderers
-        self.render: Executor = ThreadPoolExecutor(renderers, "render")
-        self.code: Executor = ThreadPoolExecutor(CODERS, "code")
-
-    def __enter__(self) -> "Threads":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for pool in (self.render, self.code):
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def cache_shard(
     teacher: Teacher,
-    samples: SampleSet,
+    samples: Sequence[Sample | BadRecord],
     shard: int,
     store: Store,
     options: CacheOptions,
@@ -68,9 +40,8 @@ def cache_shard(
     """Make one shard and return its facts; or those of the same shard if another worker has finished it.
 
     Any worker can do any shard, and two may do the same one: both write the same bytes, each under names of its own until
-    they are whole. At most WINDOW_SAMPLES records of the shard are in memory, rendered or coded, their rendered tensors at
-    most WINDOW_BYTES and one record's; and beside them 2 x `threads.num_renderers` records that are rendered ahead, and the
-    states of UNCODED_BATCHES batches that wait to be coded.
+    they are whole. In memory are a window of records (see `genrecal.cache.windows.windows`), rendered or coded, and the
+    states of UNCODED_BATCHES batches that wait to be coded. Where the teacher writes the answers, they are there already.
 
     Args:
         teacher: asked from the calling thread, its `encode` from the threads that render.
@@ -97,7 +68,8 @@ def cache_shard(
             kl_budget=options.kl_budget,
         )
     with writer:
-        for window in _windows(teacher, samples, records, options, threads, watch):
+        read = answered(samples, shard, store, options) if options.answers.written_by_teacher else samples.__getitem__
+        for window in windows(teacher, read, records, options, threads, watch):
             coded = _run_window(teacher, window, writer, options, threads, watch)
             for number, item in enumerate(window):
                 result = coded.pop(number, item.result)
@@ -111,73 +83,11 @@ def cache_shard(
         return facts
 
 
-# ------------------------------------------------------------------------------------------------------------- rendering
-
-
-@dataclass
-class _Item:
-    """One input record on its way: its rendering until the teacher has run, or why it has none."""
-
-    sample: Sample | BadRecord
-    encoded: Encoded | None
-    result: SampleError | None
-
-
-def _windows(
-    teacher: Teacher, samples: SampleSet, records: range, options: CacheOptions, threads: Threads, watch: Watch
-) -> Iterator[list[_Item]]:
-    """The shard's records, rendered side by side, in windows that the order and size of the records alone decide."""
-
-    def render(index: int) -> _Item:
-        with watch.timed("rendering"):
-            return _render(teacher, samples[index], options)
-
-    waiting: deque[Future[_Item]] = deque()
-    window, held = [], 0
-    for index in records:
-        waiting.append(threads.render.submit(render, index))
-        last = index == records.stop - 1
-        while waiting and (last or len(waiting) > 2 * threads.num_renderers):
-            item = waiting.popleft().result()
-            window.append(item)
-            held += item.encoded.num_bytes if item.encoded is not None else 0
-            if len(window) == WINDOW_SAMPLES or held >= WINDOW_BYTES:
-                yield window
-                window, held = [], 0
-    if window:
-        yield window
-
-
-def _render(teacher: Teacher, sample: Sample | BadRecord, options: CacheOptions) -> _Item:
-    """Read the sample's pictures, once, and render it."""
-    if isinstance(sample, BadRecord):
-        return _Item(sample, None, SampleError(sample.reason))
-    try:
-        images = tuple(ImageSource(data=image.read(), suffix=image.suffix) for image in sample.images)
-        sample = dataclasses.replace(sample, images=images)
-        return _Item(sample, teacher.encode(sample, max_tokens=options.max_tokens or None), None)
-    except SampleError as error:
-        return _Item(sample, None, error)
-    except (Stopped, KeyboardInterrupt):
-        raise
-    except Exception as error:  # a processor's or tokenizer's own; one sample must not end the job
-        return _Item(sample, None, SampleError(f"cannot be rendered: {type(error).__name__}: {plain_reason(error)}"))
-
-
-def plain_reason(error: Exception) -> str:
-    """An error's words without what differs from run to run."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(str(error).split()))
-
-
-class Stopped(Exception):
-    """Another shard of this process failed; the work on this one ends."""
-
-
 # --------------------------------------------------------------------------------------------------- the teacher, coding
 
 
 def _run_window(
-    teacher: Teacher, window: list[_Item], writer: ShardWriter, options: CacheOptions, threads: Threads, watch: Watch
+    teacher: Teacher, window: list[Item], writer: ShardWriter, options: CacheOptions, threads: Threads, watch: Watch
 ) -> dict[int, Any]:
     """Run the window's batches; by place in the window, the coded record to come, or why there is none."""
     lengths = {number: len(item.encoded) for number, item in enumerate(window) if item.encoded is not None}
@@ -218,28 +128,10 @@ def _result(future: "Future[CodedRecord]") -> CodedRecord | SampleError:
         return error
 
 
-def batches_by_length(lengths: dict[int, int], batch_tokens: int) -> Iterator[list[int]]:
-    """Ids of like length together, each batch at most `batch_tokens` with its padding (but at least one id).
-
-    The longest come first: what does not fit into memory shows at once, and the batch that is not full is of short ones.
-    """
-    batch: list[int] = []
-    longest = 0
-    for number in sorted(lengths, key=lambda n: (-lengths[n], n)):
-        if batch and longest * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch = []
-        if not batch:
-            longest = lengths[number]
-        batch.append(number)
-    if batch:
-        yield batch
-
-
 # --------------------------------------------------------------------------------------------------------------- writing
 
 
-def _write(writer: ShardWriter, item: _Item, result: CodedRecord | SampleError | None, watch: Watch) -> None:
+def _write(writer: ShardWriter, item: Item, result: CodedRecord | SampleError | None, watch: Watch) -> None:
     """Append the record, or note why there is none."""
     if isinstance(result, CodedRecord):
         writer.append(result, [image.read() for image in result.sample.images])
@@ -262,18 +154,6 @@ def _commit(writer: ShardWriter, store: Store, shard: int) -> dict[str, Any]:
         if facts is None:
             raise
         return facts
-
-
-@contextlib.contextmanager
-def storage_errors(what: str) -> Iterator[None]:
-    """A full disk, a quota, a folder that became read-only: one line that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"{what} cannot be written: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}; "
-            "finished shards are whole: make room (or let it be written) and run the same command again"
-        ) from error
 
 
 SizeOf = Callable[[str], int | None]  # bytes of a file by its name in the cache; None if it is not there

@@ -8,9 +8,12 @@ from typing import Any, Protocol
 
 import torch
 
+from genrecal.cache.batching import batches_by_length
 from genrecal.cache.extract import answer_positions, extract_answer, extract_question
+from genrecal.cache.generate import write_batch
 from genrecal.errors import ModelError, SampleError
 from genrecal.samples import Sample
+from genrecal.shards.answer_source import AnswerSource
 from genrecal.shards.head import FrozenHead
 from genrecal.shards.record import AnswerRows, QuestionRows, Record
 from genrecal.vlm.checkpoint import FinalNorm
@@ -70,6 +73,16 @@ class Teacher(Protocol):
             draws: K of the sampled targets, 0 for none.
         """
 
+    def write(
+        self, batch: Sequence[Encoded], *, turn: int, how: AnswerSource, batch_tokens: int
+    ) -> list[str | SampleError]:
+        """Write the last answer of each conversation anew; one that cannot be used gives its error instead.
+
+        Args:
+            batch: conversations of turns 0 to `turn`; the last answer of each is left out.
+            batch_tokens: at most so many at a time, padding and the longest answers included.
+        """
+
     def evidence(self, encoded: Encoded) -> "Evidence":
         """One conversation's states and logits by another way than its records; see genrecal/cache/proof.py.
 
@@ -108,13 +121,33 @@ class HFTeacher:
         try:
             return self._states(batch, questions, top_k, draws)
         except torch.OutOfMemoryError:
-            longest = max(map(len, batch))
-            if len(batch) == 1:
-                return [SampleError(f"{longest} tokens do not fit into the teacher's memory")]
-            raise ModelError(
-                f"{self.path}: {len(batch)} samples of up to {longest} tokens do not fit into its memory; "
-                "use a smaller --batch-tokens, in a new --out"
-            ) from None
+            return [self._too_long(batch)]
+
+    def write(
+        self, batch: Sequence[Encoded], *, turn: int, how: AnswerSource, batch_tokens: int
+    ) -> list[str | SampleError]:
+        """See `Teacher.write`. Raises ModelError as `states` does."""
+        results: list[str | SampleError] = [SampleError("")] * len(batch)
+        lengths = {number: len(encoded) + how.max_tokens for number, encoded in enumerate(batch)}
+        for numbers in batches_by_length(lengths, batch_tokens):
+            together = [batch[number] for number in numbers]
+            try:
+                written = write_batch(self.vlm, together, turn=turn, how=how)
+            except torch.OutOfMemoryError:
+                written = [self._too_long(together)]
+            for number, answer in zip(numbers, written, strict=True):
+                results[number] = answer
+        return results
+
+    def _too_long(self, batch: Sequence[Encoded]) -> SampleError:
+        """Why one sample alone is skipped. Raises ModelError for several, which fewer tokens a batch would help."""
+        longest = max(map(len, batch))
+        if len(batch) == 1:
+            return SampleError(f"{longest} tokens do not fit into the teacher's memory")
+        raise ModelError(
+            f"{self.path}: {len(batch)} samples of up to {longest} tokens do not fit into its memory; "
+            "use a smaller --batch-tokens, in a new --out"
+        ) from None
 
     @torch.inference_mode()
     def _states(

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
 
-from genrecal.cache.shard import Stopped
 from genrecal.cache.teacher import Evidence, States, Teacher
 from genrecal.cache.watch import Watch
+from genrecal.cache.windows import Stopped
 from genrecal.errors import SampleError
 from genrecal.samples import Sample
+from genrecal.shards.answer_source import AnswerSource
 from genrecal.shards.head import FrozenHead
 from genrecal.vlm.rendering import Encoded
 
@@ -94,6 +95,12 @@ class TeacherInTurn:
         return self._turns.ask(
             self._shard, lambda: teacher.states(batch, questions=questions, top_k=top_k, draws=draws)
         )
+
+    def write(
+        self, batch: Sequence[Encoded], *, turn: int, how: AnswerSource, batch_tokens: int
+    ) -> list[str | SampleError]:
+        teacher = self._turns.teacher
+        return self._turns.ask(self._shard, lambda: teacher.write(batch, turn=turn, how=how, batch_tokens=batch_tokens))
 
     def evidence(self, encoded: Encoded) -> Evidence:
         evidence: Evidence = self._turns.ask(self._shard, lambda: self._turns.teacher.evidence(encoded))

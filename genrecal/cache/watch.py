@@ -35,6 +35,7 @@ class Watch:
         status_file: where to write what `status` gives, every few seconds and at the end; None for nowhere.
         facts: what else the status says.
         proof: what the teacher has proved already; None for nothing.
+        title: what is done, for people and programs: `cache`, or `answers` while the teacher writes them.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Watch:
         status_file: Path | None = None,
         facts: dict[str, Any] | None = None,
         proof: Proof | None = None,
+        title: str = "cache",
     ):
         self.total, self.num_samples, self.max_skip = total, num_samples, max_skip
         self.status_file, self.facts = status_file, facts or {}
@@ -59,11 +61,12 @@ class Watch:
         self._first = done
         self._lock, self._proving = threading.Lock(), threading.Lock()
         self._start, self._written = time.monotonic(), -float("inf")
-        self._progress = Progress("cache", total, "samples", done=done)
+        self.title = title
+        self._progress = Progress(title, total, "samples", done=done)
 
     def count(self, **more: int) -> None:
         """Count on: `records` of the input that are done with, `samples` and `tokens` that the teacher ran over (no
-        padding), `bytes` of finished shards."""
+        padding), `answers` that it wrote, `bytes` of finished shards."""
         with self._lock:
             self.counts.update(more)
             if "records" in more:
@@ -108,11 +111,13 @@ class Watch:
         left = self.total - self.counts["records"]
         return self.facts | {
             "state": self.state,
+            "doing": self.title,
             "records": self.counts["records"],
             "records_total": self.total,
             "skipped": self.counts["skipped"],
             "samples": self.counts["samples"],
             "tokens": self.counts["tokens"],
+            "answers": self.counts["answers"],
             "bytes": self.counts["bytes"],
             "seconds": round(seconds, 1),
             "samples_per_second": round(self.counts["samples"] / seconds, 3),
@@ -127,6 +132,8 @@ class Watch:
     def _note(self) -> str:
         seconds = max(time.monotonic() - self._start, 1e-9)
         tokens, megabytes = self.counts["tokens"] / seconds, self.counts["bytes"] / 1e6 / seconds
+        if self.title == "answers":
+            return f"{self.counts['answers'] / seconds:.1f} answers/s, {self.counts['skipped']} skipped"
         return f"{tokens:.0f} tokens/s, {megabytes:.1f} MB/s, {self.counts['skipped']} skipped"
 
     def _write_status(self) -> None:

@@ -18,8 +18,16 @@ SHARE = 0.1  # of a stage's steps: its beginning and its end in tables
 PARTS = {"": "all answer tokens", "_first": "first tokens", "_later": "later tokens"}  # of a term's name
 # Per quantity: its title, and the terms with what they are of.
 QUANTITIES = {
-    "Cross-entropy through the Recalibrator, nats": {"ce": "student's question", "reg_ce": "teacher's question"},
-    "KL from the teacher, nats": {"kl": "student's question", "reg_kl": "teacher's question"},
+    "Cross-entropy through the Recalibrator, nats": {
+        "ce": "student's question",
+        "reg_ce": "teacher's question",
+        "aligned_ce": "student's question and answer",
+    },
+    "KL from the teacher, nats": {
+        "kl": "student's question",
+        "reg_kl": "teacher's question",
+        "aligned_kl": "student's question and answer",
+    },
     "The student's own cross-entropy, nats": {"sft": "student"},
 }
 OTHERS = {"loss": "Loss, nats", "grad_norm": "Norm of the gradient", "lr": "Learning rate"}
@@ -271,7 +279,7 @@ def comparison_rows(runs: Sequence[RunFigures]) -> list[Row]:
     for stage in STAGES:
         if any(stage in run.steps for run in runs):
             rows.append((f"stage {stage}: steps", [str(run.num_steps(stage) or "-") for run in runs]))
-            for term in ("ce", "kl_first", "kl_later", "reg_kl", "sft"):
+            for term in ("ce", "kl_first", "kl_later", "reg_kl", "aligned_kl", "sft"):
                 values = [run.ends(stage, term)[1] for run in runs]
                 if any(map(math.isfinite, values)):
                     rows.append((f"stage {stage}: {term}, last tenth", list(map(figure, values))))

@@ -31,7 +31,7 @@ def terms_by_stage(metrics: Sequence[Mapping[str, Any]], *, share: float = 0.1) 
         names = [
             name
             for name in lines[0]
-            if name.startswith(("ce", "kl", "reg_", "sft")) and name.endswith(("_first", "_later"))
+            if name.startswith(("ce", "kl", "reg_", "aligned_", "sft")) and name.endswith(("_first", "_later"))
         ]
         for name in names:
             first, last = ([line[name] for line in part if name in line] for part in (lines[:some], lines[-some:]))

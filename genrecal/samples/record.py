@@ -54,7 +54,11 @@ def parse_record(record: Any, *, index: int, location: str, image_root: Path) ->
     messages = builder.place_unreferenced([builder.message(turn) for turn in turns])
     _check_turns(messages)
     return Sample(
-        messages=tuple(messages), images=tuple(images), location=location, **record_names(record, index=index)
+        messages=tuple(messages),
+        images=tuple(images),
+        given_answers=(),
+        location=location,
+        **record_names(record, index=index),
     )
 
 

@@ -71,13 +71,15 @@ class Sample:
     """One conversation: user and assistant turns in alternation, perhaps after one system message.
 
     `key` names the sample in a cache: its place in the input and its id, so it is the same in every run over the same
-    files. It holds no dot and no slash.
+    files. It holds no dot and no slash. `given_answers` are the input's, turn by turn, where a teacher wrote those in
+    `messages`; else empty.
     """
 
     key: str
     sample_id: str
     messages: tuple[Message, ...]
     images: tuple[ImageSource, ...] = ()
+    given_answers: tuple[str, ...] = ()
     category: str = ""
     source: str = ""
     location: str = ""
@@ -98,6 +100,7 @@ class Sample:
             "sample_id": self.sample_id,
             "category": self.category,
             "source": self.source,
+            **({"given_answers": list(self.given_answers)} if self.given_answers else {}),
             "messages": [
                 {
                     "role": message.role,
@@ -123,7 +126,10 @@ class Sample:
         for name, value in (*names.items(), *(("role", message.role) for message in messages)):
             if not isinstance(value, str) or (name == "role" and value not in ROLES.values()):
                 raise ValueError(f"{name} {value!r}")
-        return cls(key=key, messages=messages, images=tuple(images), location=key, **names)
+        given = content.get("given_answers", [])
+        if not isinstance(given, list) or not all(isinstance(answer, str) for answer in given):
+            raise ValueError("given_answers that are no list of texts")
+        return cls(key=key, messages=messages, images=tuple(images), given_answers=tuple(given), location=key, **names)
 
 
 def _stored_part(part: dict[str, Any]) -> str | ImageRef:

@@ -91,7 +91,8 @@ class AnswerToken:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordDescription:
-    """A record in plain values. `messages` are as in `KEY.json`; `notes` say what could not be shown, and why."""
+    """A record in plain values. `messages` and `given_answers` are as in `KEY.json`, the second empty where the first hold
+    them; `notes` say what could not be shown, and why."""
 
     key: str
     sample_id: str
@@ -107,6 +108,7 @@ class RecordDescription:
     top1_agreement: float
     images: tuple[ImageDescription, ...]
     messages: tuple[dict[str, Any], ...]
+    given_answers: tuple[str, ...]
     tokens: tuple[AnswerToken, ...]
     notes: tuple[str, ...] = ()
 
@@ -132,6 +134,7 @@ def describe_record(record: CachedRecord, *, alternatives: int = ALTERNATIVES) -
         top_k=rows.topk_ids.shape[1],
         images=tuple(_describe_image(record, index) for index in range(len(image_members(record)))),
         messages=tuple(sample.to_json()["messages"]),
+        given_answers=sample.given_answers,
         tokens=_answer_tokens(rows, sample.answers, vocabulary, alternatives),
         notes=(note,) if note else (),
     )  # fmt: skip

@@ -175,7 +175,8 @@ def record_text(record: RecordDescription) -> Group:
         ("shard", str(record.shard)),
         ("tokens", f"{record.question_tokens} question{'' if record.has_question else ' (states not cached)'}, "
                    f"{record.answer_tokens} answer"),
-        ("teacher on the given answers", f"log-probability {record.log_prob:.3f} nats a token, entropy "
+        (f"teacher on {'its own' if record.given_answers else 'the given'} answers",
+                                         f"log-probability {record.log_prob:.3f} nats a token, entropy "
                                          f"{record.entropy:.3f}, top-1 agreement {record.top1_agreement:.1%}"),
         *((f"image {image.index}", f"{image.member}, {size(image.bytes)}, " + (
             image.problem or f"{image.format} of {image.width} x {image.height} pixels")) for image in record.images),
@@ -185,6 +186,11 @@ def record_text(record: RecordDescription) -> Group:
     for message in record.messages:
         parts += [Text(), Text(visible(message["role"]), style="bold"), _message_text(message)]
         if message["role"] == "assistant":
+            if record.given_answers:
+                given = (
+                    visible(record.given_answers[turn], keep="\n" + JOINERS) if turn < len(record.given_answers) else ""
+                )
+                parts += [Text(f"given answer: {given}", style="dim")]
             parts += [Text(), _token_table([token for token in record.tokens if token.turn == turn], record.top_k)]
             turn += 1
     parts += [Text(f"note: {visible(note)}", style="yellow") for note in record.notes]

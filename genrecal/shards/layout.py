@@ -33,6 +33,10 @@ def manifest_name(shard: int) -> str:
     return f"manifest/{shard_name(shard)}.parquet"
 
 
+def answers_name(shard: int) -> str:
+    return f"answers/{shard_name(shard)}.jsonl"
+
+
 def write_cache_json(store: Store, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     store.write(CACHE_FILE, text.encode())

@@ -455,3 +455,15 @@ def files_in(store: Store, folder: str, suffix: str) -> Iterator[tuple[int, str]
         stem = name.removesuffix(suffix)
         if stem != name and stem.isdecimal() and stem.isascii():
             yield int(stem), f"{folder}/{name}"
+
+
+@contextlib.contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """A full disk, a quota, a folder that became read-only: one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{what} cannot be written: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}; "
+            "finished shards are whole: make room (or let it be written) and run the same command again"
+        ) from error

@@ -24,6 +24,7 @@ import xxhash
 from genrecal.errors import DamageError, FormatError, GenrecalError
 from genrecal.progress import Progress
 from genrecal.samples import Sample
+from genrecal.shards.answer_source import AnswerSource
 from genrecal.shards.arrow_file import MOST_SCHEMA_BYTES, MOST_WIDTH
 from genrecal.shards.codecs import codec_named
 from genrecal.shards.head import HEAD_FILE, FrozenHead, check_header, head_facts
@@ -598,7 +599,7 @@ def _check_member(
     add = functools.partial(result.add, file, key=key)
     try:
         if name == f"{key}.json":
-            _check_conversation(add, data, row)
+            _check_conversation(add, data, row, settings)
         elif name == f"{key}.answer.arrow":
             table = read_table(data, where=name)
             _check_answer(add, table, row, settings)
@@ -614,13 +615,17 @@ def _check_member(
         add(f"member {name} cannot be read: {error!r}")
 
 
-def _check_conversation(add: Callable[..., None], data: bytes, row: dict[str, Any]) -> None:
+def _check_conversation(add: Callable[..., None], data: bytes, row: dict[str, Any], settings: dict[str, Any]) -> None:
     sample = Sample.from_json(row["key"], strict_json(data, MOST_CONVERSATION_BYTES), [])
     for name in ("sample_id", "category", "source"):
         if getattr(sample, name) != row[name]:
             add(f"{name} of the conversation", row[name], getattr(sample, name))
     if len(sample.answers) != row["turns"]:
         add("turns of the conversation", row["turns"], len(sample.answers))
+    if "answers" in settings:
+        given = row["turns"] if AnswerSource.from_json(settings["answers"]).written_by_teacher else 0
+        if len(sample.given_answers) != given:
+            add("given answers beside the conversation", given, len(sample.given_answers), setting="answers")
     places = sample.image_indices
     if len(places) != row["images"] or sorted(places) != list(range(len(places))):
         add("images that the conversation names", f"0 to {row['images'] - 1}", places)

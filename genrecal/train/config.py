@@ -58,6 +58,24 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecalibratorConfig:
+    """The Recalibrator.
+
+    Args:
+        layers: decoder blocks; 0 for none, projections alone.
+        init: "default", random weights; "pseudo-inverse", the last projection starts as the map after which the teacher's
+            head gives the student's logits (`genrecal.train.warm_start`).
+    """
+
+    layers: int = 2
+    init: str = "default"
+
+    def __post_init__(self) -> None:
+        if self.init not in ("default", "pseudo-inverse"):
+            raise UsageError(f"recalibrator.init {self.init!r}: expected default or pseudo-inverse")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """Weights of the terms, and what the KL is taken from.
 
@@ -180,6 +198,7 @@ class TrainConfig:
     stage1: StageConfig = field(default_factory=StageConfig)
     stage2: StageConfig = field(default_factory=lambda: StageConfig(batch_size=2))
     stage3: StageConfig = field(default_factory=StageConfig)
+    recalibrator: RecalibratorConfig = field(default_factory=RecalibratorConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)

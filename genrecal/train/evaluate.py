@@ -19,6 +19,7 @@ from genrecal.files import write_whole
 from genrecal.progress import Progress
 from genrecal.samples import BadRecord, Sample, SampleSet, decode_image
 from genrecal.train.scores import METRICS, metric_for
+from genrecal.vlm.generation import generate_ids, stop_tokens
 from genrecal.vlm.loading import VLM
 
 
@@ -180,21 +181,17 @@ def _answer(model: VLM, batch: Sequence[_Asked], metric: str, max_new_tokens: in
     return predictions
 
 
-@torch.inference_mode()
 def generate(model: VLM, prompts: Sequence[dict[str, torch.Tensor]], *, max_new_tokens: int | None = None) -> list[str]:
     """Answers to prompts, by the model's own generation config; the template's end of turn always ends one."""
     renderer = model.renderer
     settings = copy.deepcopy(model.model.generation_config)
-    stops = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    settings.eos_token_id = sorted({stop for stop in stops if stop is not None} | {renderer.marks.end_of_turn_id})
+    settings.eos_token_id = stop_tokens(settings, renderer)
     settings.pad_token_id = renderer.tokenizer.pad_token_id or settings.eos_token_id[0]
     if max_new_tokens is not None:
         settings.max_new_tokens = max_new_tokens
     elif settings.max_new_tokens is None:
         settings.max_new_tokens = 256
-    inputs = model.on_device(renderer.collate(prompts, padding_side="left"))
-    ids = model.model.generate(**inputs, generation_config=settings)
-    new = ids[:, inputs["input_ids"].shape[1] :]
+    new = generate_ids(model, prompts, settings)
     return [text.strip() for text in renderer.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 

@@ -497,19 +497,18 @@ class _Bridge:
     def of(cls, config: TrainConfig, student_config: Any, teacher_size: int) -> "_Bridge":
         with torch.device("meta"):
             recalibrator = Recalibrator.of(config, student_config, teacher_size)
-        body = recalibrator.rec_body
-        last = body.layers[-1]
-        where_read = 0
+        body, where_read = recalibrator.rec_body, 0
         if recalibrator.trims_last_block:
-            kept = (last.self_attn.k_proj, last.self_attn.v_proj)
-            where_read = _numel(last) - sum(map(_numel, kept))
-        width = getattr(body.config, "head_dim", None) or body.config.hidden_size // body.config.num_attention_heads
+            last = body.layers[-1]
+            where_read = _numel(last) - _numel(last.self_attn.k_proj) - _numel(last.self_attn.v_proj)
+        text = student_config.get_text_config()
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(
-            everywhere=_numel(body) - where_read,
+            everywhere=(_numel(body) if body is not None else 0) - where_read,
             where_read=where_read,
             projection=recalibrator.rec_proj_post.weight.numel(),
-            attention=body.config.num_attention_heads * width,
-            layers=len(body.layers) - bool(where_read),
+            attention=text.num_attention_heads * width,
+            layers=config.recalibrator.layers - bool(where_read),
         )
 
     def flops(self, tokens: np.ndarray, read: np.ndarray, projected: np.ndarray, again: int) -> np.ndarray:

@@ -34,9 +34,9 @@ class Reads:
         ranks that work together run the same modules."""
         sample, position = rows // length, rows % length
         counts = torch.bincount(sample, minlength=num_samples)
-        place = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[sample]
+        place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[sample]
         most = max(int(counts.max()), 1)
-        positions = torch.zeros(num_samples, most, dtype=torch.int64)
+        positions = torch.zeros(num_samples, most, dtype=torch.int64, device=rows.device)
         positions[sample, place] = position
         return cls(positions=positions, chosen=sample * most + place)
 

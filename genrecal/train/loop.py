@@ -48,6 +48,7 @@ from genrecal.train.ranks import Ranks, StopSignals, joined, own_device, world_s
 from genrecal.train.recalibrator import Recalibrator, checkpoint_activations
 from genrecal.train.run import Run
 from genrecal.train.stages import Denominators, Distiller, add_lora, select_trainable, wanted_by
+from genrecal.train.warm_start import warm_start
 from genrecal.vlm.loading import VLM, first_line, resolve_device
 
 
@@ -502,6 +503,9 @@ def build_distiller(run: Run, cache: Cache, stage: int, device: torch.device, co
     if has_teacher:
         recalibrator = Recalibrator.of(config, student.model.config, cache.hidden_size).to(device)
         head = cache.head(str(device))
+        if stage == 1 and config.recalibrator.init == "pseudo-inverse":
+            with torch.autocast(device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32):
+                warm_start(recalibrator, student, head, cache)
     student.model.train(stage > 1)
     if config.gradient_checkpointing:
         checkpoint_activations(student.model if stage > 1 else None, recalibrator)

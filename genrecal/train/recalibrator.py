@@ -24,7 +24,7 @@ class Recalibrator(nn.Module):
     Args:
         student_config: the student's config, whose text part shapes the blocks.
         teacher_size: D_t.
-        num_blocks: decoder blocks of rec_body.
+        num_blocks: decoder blocks of rec_body; with 0 there is none, and every state is mapped by itself.
         takes_teacher: whether it is ever given the teacher's states; else there is no rec_proj_pre.
     """
 
@@ -43,13 +43,16 @@ class Recalibrator(nn.Module):
         config = recalibrator_config(student_config, num_blocks)
         student_size = config.hidden_size
         self.rec_proj_pre = nn.Linear(teacher_size, student_size) if takes_teacher else None
-        self.rec_body = AutoModel.from_config(config, attn_implementation=attention, dtype=torch.float32)
-        self.rec_body.embed_tokens = None  # it is given states, never ids
-        self.rec_body.norm = nn.Identity()  # the paper's blocks end without one; rec_norm comes after the projection
+        self.rec_body: Any = None
+        if num_blocks:
+            self.rec_body = AutoModel.from_config(config, attn_implementation=attention, dtype=torch.float32)
+            self.rec_body.embed_tokens = None  # it is given states, never ids
+            # The paper's blocks end without a norm; rec_norm comes after the projection.
+            self.rec_body.norm = nn.Identity()
         self.rec_proj_post = nn.Linear(student_size, teacher_size)
         self.rec_norm = nn.LayerNorm(teacher_size)
-        self.trims_last_block = at_places(self.rec_body)
-        if not self.trims_last_block:
+        self.trims_last_block = self.rec_body is not None and at_places(self.rec_body)
+        if self.rec_body is not None and not self.trims_last_block:
             block = type(self.rec_body.layers[-1]).__name__
             logger.info("the Recalibrator's last block (%s, %s) runs on all rows", block, attention)
 
@@ -59,6 +62,7 @@ class Recalibrator(nn.Module):
         return cls(
             student_config,
             teacher_size,
+            num_blocks=config.recalibrator.layers,
             attention="sdpa" if config.attention == "auto" else config.attention,
             takes_teacher=config.loss.splice_weight > 0,
         )
@@ -72,11 +76,17 @@ class Recalibrator(nn.Module):
         Args:
             reads: the places that are read. Of the others the last block computes no more than keys and values.
         """
+        return self.rec_norm(self.projected(splice, reads))
+
+    def projected(self, splice: torch.Tensor, reads: Reads | None = None) -> torch.Tensor:
+        """What comes out of rec_proj_post; arguments and shapes as of `forward`."""
+        hidden = splice
         asked = {"read_positions": reads.positions} if reads is not None and self.trims_last_block else {}
-        hidden = self.rec_body(inputs_embeds=splice, use_cache=False, **asked).last_hidden_state
+        if self.rec_body is not None:
+            hidden = self.rec_body(inputs_embeds=splice, use_cache=False, **asked).last_hidden_state
         if reads is not None:
             hidden = hidden.flatten(0, 1)[reads.chosen] if asked else reads.take(hidden)
-        return self.rec_norm(self.rec_proj_post(hidden))
+        return self.rec_proj_post(hidden)
 
 
 def recalibrator_config(student_config: Any, num_blocks: int) -> Any:
@@ -97,8 +107,9 @@ def checkpoint_activations(model: Any, recalibrator: Recalibrator | None) -> Non
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns that a body without embeddings has none to make differentiable
+    blocks: Any = None if recalibrator is None else recalibrator.rec_body
     try:
-        for module in (model, recalibrator.rec_body if recalibrator is not None else None):
+        for module in (model, blocks):
             if module is not None:
                 # transformers 5.19, which vLLM's pin allows, knows it by its older name.
                 (getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable)()

@@ -207,6 +207,17 @@ class Renderer:
             ends=np.append(np.maximum(tokens.ends - prefix, 0), end),
         )
 
+    def answer_text(self, ids: Sequence[int]) -> str:
+        """A generated answer's ids, without the end-of-turn token, as text.
+
+        Raises SampleError for ids that stand for no text.
+        """
+        try:
+            data = b"".join(self.byte_tokenizer.token_bytes(token) for token in ids)
+            return data.decode().removeprefix(self.marks.answer_prefix)
+        except UnicodeDecodeError as error:
+            raise SampleError(f"is no text: {error}") from None
+
     def _text_without_answers(self, messages: Sequence[Message], num_answers: int) -> tuple[str, list[int]]:
         """The rendered text up to the last end of turn, answers left out, and each closing token's count before it."""
         marks = self.marks

@@ -81,4 +81,6 @@ class ByteTokenizer:
         if token_id in self._added:
             return self._added[token_id].encode()
         token = self.tokenizer.convert_ids_to_tokens(token_id)
+        if token is None:
+            raise SampleError(f"has the token {token_id}, which the tokenizer does not know")
         return token_bytes(token, byte_level=self._byte_level)

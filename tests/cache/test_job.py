@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import mixed_samples, write_llava
 
+from genrecal.cache.batching import batches_by_length
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
-from genrecal.cache.shard import batches_by_length
 from genrecal.cache.teacher import HFTeacher, LiveTeacher
 from genrecal.errors import DataError, ModelError, UsageError
 from genrecal.samples import open_samples

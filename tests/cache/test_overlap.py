@@ -11,10 +11,10 @@ import pytest
 from conftest import conversation, mixed_samples, write_llava
 from made_cache import tree
 
-from genrecal.cache import job, shard
+from genrecal.cache import job, shard, windows
+from genrecal.cache.batching import batches_by_length
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions, WorkOptions
-from genrecal.cache.shard import batches_by_length
 from genrecal.cli import main
 from genrecal.errors import ModelError, SampleError, StorageError, UsageError
 from genrecal.samples import open_samples
@@ -68,7 +68,7 @@ def serially(teacher, data, out, monkeypatch):
     """One shard after another, one thread of each kind."""
     with monkeypatch.context() as patch:
         patch.setattr(job, "SHARDS_AT_ONCE", 1)
-        patch.setattr(shard, "CODERS", 1)
+        patch.setattr(windows, "CODERS", 1)
         run_cache_job(teacher, open_samples([data]), out, OPTIONS, WorkOptions(threads=1))
     return tree(out)
 
@@ -108,7 +108,7 @@ def test_batches_are_of_a_whole_shard(teacher, data, tmp_path):
 
 def test_records_in_memory_are_bounded(teacher, data, tmp_path, monkeypatch):
     """A slow teacher does not let the renderers fill the memory."""
-    monkeypatch.setattr(shard, "WINDOW_SAMPLES", 4)
+    monkeypatch.setattr(windows, "WINDOW_SAMPLES", 4)
     watched, threads = Watched(teacher), 2
     plain = watched.states
     watched.states = lambda *words, **options: (time.sleep(0.05), plain(*words, **options))[1]
@@ -119,7 +119,7 @@ def test_records_in_memory_are_bounded(teacher, data, tmp_path, monkeypatch):
 
 
 def test_a_window_closes_when_its_tensors_are_large(teacher, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(shard, "WINDOW_BYTES", 1)
+    monkeypatch.setattr(windows, "WINDOW_BYTES", 1)
     watched = Watched(teacher)
     run_cache_job(watched, open_samples([data]), tmp_path / "cache", OPTIONS)
     assert [len(batch) for batch in watched.batches] == [1] * 40

@@ -116,7 +116,14 @@ def test_activations_are_those_of_a_real_step(trained, cache, stage, checkpointi
 
 @pytest.mark.parametrize(
     "stage, settings",
-    [(1, []), (1, [*ALIGNED, "loss.splice_weight=0"]), (2, []), (2, ["lora.rank=0"]), (3, [])],
+    [
+        (1, []),
+        (1, [*ALIGNED, "loss.splice_weight=0"]),
+        (1, [*ALIGNED, "recalibrator.layers=0"]),
+        (2, []),
+        (2, ["lora.rank=0"]),
+        (3, []),
+    ],
 )
 def test_parameters_and_what_stands_in_memory(trained, cache, stage, settings):
     run = trained("internvl_qwen2", stage, *settings)

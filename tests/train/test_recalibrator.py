@@ -153,6 +153,16 @@ def test_reads_name_each_place_in_its_order(places):
     assert reads.take(whole).flatten().tolist() == flat
 
 
+def test_without_layers_it_is_one_map_of_each_state(tiny):
+    recalibrator = Recalibrator(AutoConfig.from_pretrained(tiny("qwen2_vl")), 48, num_blocks=0, takes_teacher=False)
+    assert {name.split(".")[0] for name, _ in recalibrator.named_parameters()} == {"rec_proj_post", "rec_norm"}
+    states = torch.randn(2, 9, recalibrator.rec_proj_post.in_features)
+    expected = recalibrator.rec_norm(states @ recalibrator.rec_proj_post.weight.T + recalibrator.rec_proj_post.bias)
+    assert torch.allclose(recalibrator(states), expected, atol=1e-5)
+    rows = torch.tensor([0, 4, 17])
+    assert torch.allclose(recalibrator(states, Reads.of(rows, 2, 9)), expected.flatten(0, 1)[rows], atol=1e-5)
+
+
 def test_every_parameter_is_trained(tiny):
     recalibrator = Recalibrator(AutoConfig.from_pretrained(tiny("internvl_qwen2")), 48)
     answers, questions = torch.randn(3, 48), torch.randn(4, recalibrator.rec_proj_pre.out_features)
