@@ -546,6 +546,7 @@ def pair(
     """Put two models' token types side by side: which distillation is possible between them."""
     from genrecal.errors import SampleError
     from genrecal.samples import ImageSource, decode_image
+    from genrecal.train.objectives import findings
     from genrecal.vlm.pair import TEXT, compare_pair, pair_report
 
     pictures = {}
@@ -562,7 +563,12 @@ def pair(
         pictures=pictures or None,
         trust_remote_code=trust_remote_code,
     )
-    _show(dataclasses.asdict(found) | {"traditional": found.traditional} if json_ else pair_report(found), json_)
+    objectives = findings(found)
+    if json_:
+        facts = dataclasses.asdict(found) | {"traditional": found.traditional}
+        _show(facts | {"objectives": [dataclasses.asdict(finding) for finding in objectives]}, json_)
+    else:
+        _show(pair_report(found, objectives), json_)
 
 
 # ----------------------------------------------------------------------------------------------------------------- verify
@@ -619,7 +625,11 @@ def train(
     out: Annotated[Path, typer.Option(help="Run directory; an unfinished run of the same settings goes on.")],
     stages: Annotated[str, typer.Option(help="Stages to train, such as 1,2,3 or 2.")] = "1,2,3",
     objective: Annotated[
-        str | None, typer.Option(help="genrecal, genrecal-aligned or sft; the same as --set objective=...")
+        str | None,
+        typer.Option(
+            help="genrecal, genrecal-aligned, sft, seqkd, kl, reverse-kl, skewed-kl, uld or dskd; the same as --set "
+            "objective=..."
+        ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings, or the name of a recipe.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="One setting, such as stage1.lr=2e-4.")] = None,
@@ -691,7 +701,9 @@ def train(
         f"`genrecal export {out} --out DIR` writes the student" if done > 1 else "the student is trained in stage 2"
     )
     console.print(
-        f"{out}: stage {done} finished; {following}" if done else f"{out}: nothing to train in stage 1 of sft"
+        f"{out}: stage {done} finished; {following}"
+        if done
+        else f"{out}: nothing to train in stage 1 of {settings.objective}"
     )
 
 

@@ -60,6 +60,10 @@ class MicroBatch:
         target_ids: int64 `[N]`; first: bool `[N]`, the first token of a turn's answer.
         topk_ids, topk_log_probs: `[N, k]`; exact_states: float32 `[N, D_t]`, the teacher's state at each row.
         sample_ids: int64 `[N, K]`; sample_counts: float32 `[N, K]`; entropy: float32 `[N]`, nats.
+        teacher_rows: int64 `[M]`, the teacher's row that each of the student's is compared with, -1 for none; None where they
+            stand one to one.
+        teacher_states: float32 `[N, D_t]`, the teacher's state at each row; token_ids: int64 `[N]`, its token there.
+        sft_turns, turns: int64 `[M]` and `[N]`, a number for each turn of each sample.
         question_states: float32 `[Q, D_t]`, z_q of the samples that have it; None without the regularisation pass.
         reg_splice: the teacher's questions with its own answers; reg_rows: int64, which of the N rows it predicts.
         aligned_rows: int64 `[A]`, which of the N rows a position of the student's lines up with (`genrecal.train.align`);
@@ -83,6 +87,11 @@ class MicroBatch:
     sample_ids: torch.Tensor | None = None
     sample_counts: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
+    teacher_rows: torch.Tensor | None = None
+    teacher_states: torch.Tensor | None = None
+    token_ids: torch.Tensor | None = None
+    sft_turns: torch.Tensor | None = None
+    turns: torch.Tensor | None = None
     question_states: torch.Tensor | None = None
     reg_splice: Splice | None = None
     reg_rows: torch.Tensor | None = None
@@ -161,6 +170,9 @@ class LiveSource:
 # --------------------------------------------------------------------------------------------------------------- building
 
 
+SAME, PLACES, TURNS = "same", "places", "turns"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
     """What a stage reads: teacher states at all, the question tier, and what `exact` or `sampled` targets need.
@@ -168,6 +180,8 @@ class Wanted:
     splice: the teacher's answer states beside the student's questions. aligned: which rows and positions line up.
     last_answer: whether the student runs over the last answer too. Stage 1 reads its states of the questions alone, and
     these see nothing of an answer after them.
+    beside: which of the student's own rows the teacher's are compared with: SAME, token for token the same; PLACES, those
+    at the same place of a turn; TURNS, all of the turn.
     """
 
     teacher: bool
@@ -177,6 +191,7 @@ class Wanted:
     sampled: bool = False
     splice: bool = True
     aligned: bool = False
+    beside: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +274,8 @@ class BatchBuilder(Dataset[Loaded]):
             sample, record = item
             try:
                 rendered = self.renderer.encode(sample, max_tokens=self.max_tokens or None)
+                if self.wanted.beside == SAME and record is not None:
+                    _check_same_tokens(rendered, record)
                 encoded.append(rendered if self.wanted.last_answer else self.renderer.without_last_answer(rendered))
                 records.append(record)
             except SampleError as error:
@@ -295,6 +312,11 @@ def _empty_batch(stand_in: StandIn, renderer: Renderer, wanted: Wanted) -> Micro
         if wanted.aligned:
             batch.aligned_rows, batch.aligned_first = none, none.bool()
             batch.aligned_at = Reads.of(none, *inputs["input_ids"].shape)
+        if wanted.beside == PLACES:
+            batch.teacher_rows = none
+        if wanted.beside == TURNS:
+            batch.teacher_states = torch.zeros(0, stand_in.teacher_size)
+            batch.token_ids = batch.sft_turns = batch.turns = none
         batch.target_ids, batch.first = none, none.bool()
         batch.topk_ids, batch.topk_log_probs = none[:, None], torch.zeros(0, 1)
         batch.exact_states = torch.zeros(0, stand_in.teacher_size) if wanted.exact else None
@@ -353,8 +375,37 @@ def _add_teacher_part(batch: MicroBatch, encoded: Sequence[Encoded], records: Se
         batch.exact_states = over_rows("hidden")
     if wanted.sampled:
         _add_sampled(batch, records)
+    student_lengths = [n for item in encoded for n in item.answer_lengths]
+    teacher_lengths = [n for turns in lengths for n in turns]
+    if wanted.beside == PLACES:
+        batch.teacher_rows = torch.from_numpy(rows_by_place(student_lengths, teacher_lengths))
+    elif wanted.beside == TURNS:
+        batch.teacher_states = batch.exact_states if wanted.exact else over_rows("hidden")
+        batch.token_ids = over_rows("token_id").long()
+        batch.sft_turns, batch.turns = (
+            torch.from_numpy(np.repeat(np.arange(len(counts)), counts)) for counts in (student_lengths, teacher_lengths)
+        )
     if any(record.question is not None for record in records):
         _add_regularisation(batch, records, lengths)
+
+
+def rows_by_place(student_lengths: Sequence[int], teacher_lengths: Sequence[int]) -> np.ndarray:
+    """Of each of the student's rows `[M]`, the teacher's row at the same place of the turn; -1 past its last."""
+    rows, start = [np.empty(0, np.int64)], 0
+    for mine, its in zip(student_lengths, teacher_lengths, strict=True):
+        place = np.arange(mine)
+        rows.append(np.where(place < its, place + start, -1))
+        start += its
+    return np.concatenate(rows)
+
+
+def _check_same_tokens(encoded: Encoded, record: Record) -> None:
+    ids = np.concatenate([answer.ids for answer in encoded.answers])
+    teacher_ids = record.answer.target_id[record.answer.predicts]
+    if not np.array_equal(ids, teacher_ids):
+        raise SampleError(
+            f"its answers are {len(teacher_ids)} tokens of the teacher and {len(ids)} of the student that are not the same"
+        )
 
 
 def _add_splice(

@@ -20,10 +20,19 @@ from genrecal.shards.reader import Cache
 from genrecal.train.activations import StepShape, TeacherSide, activation_bytes
 from genrecal.train.batches import Wanted
 from genrecal.train.config import TrainConfig
+from genrecal.train.dual_space import DualSpace
 from genrecal.train.engine import resolve_engine
-from genrecal.train.loop import plan_stage
+from genrecal.train.loop import plan_stage, stages_to_train
+from genrecal.train.objectives import check_cache, check_pair
 from genrecal.train.recalibrator import Recalibrator
-from genrecal.train.stages import add_lora, keeps_pictures, select_trainable, wanted_by
+from genrecal.train.stages import (
+    add_lora,
+    keeps_pictures,
+    needs_recalibrator,
+    needs_teacher_head,
+    select_trainable,
+    wanted_by,
+)
 from genrecal.vlm.loading import load_processor, model_folder, processor_files
 from genrecal.vlm.rendering import Renderer
 from genrecal.vlm.shape import ModelShape, meta_model, patches_of, shape_of_model
@@ -165,13 +174,14 @@ def make_forecast(
 
     Raises ModelError if the student cannot be built from its config, UsageError as training with these settings would.
     """
+    check_cache(config.objective, cache)
+    if processor_files(model_folder(student)):
+        check_pair(config.objective, cache, student, trust_remote_code=trust_remote_code)
     model = meta_model(student, trust_remote_code=trust_remote_code)
     lengths = _Lengths.measure(cache, student, options.probe, config, trust_remote_code)
     sizes = shape_of_model(model, name=student)
     forecasts = []
-    for stage in sorted(set(stages)):
-        if config.objective == "sft" and stage == 1:
-            continue
+    for stage in stages_to_train(config, stages):
         forecasts.append(_stage(stage, config, student, cache, options, lengths, sizes, trust_remote_code))
     return Forecast(
         student=student,
@@ -267,23 +277,26 @@ def count_parameters(
         model: the student on the meta device; LoRA is put into it where the stage has it.
         dtype: that frozen weights take where the stage trains none of the student's own.
     """
-    student = _Student(path=path, model=model)
+    student, head = _Student(path=path, model=model), model.get_output_embeddings()
     uses_lora = stage == 2 and config.lora.rank > 0
     with torch.device("meta"):
         if uses_lora:
             add_lora(student, config.lora)
         names = set(select_trainable(stage, student, config.lora))
-        needs_teacher = wanted_by(stage, config).teacher
-        recalibrator = Recalibrator.of(config, model.config, cache.hidden_size) if needs_teacher else None
+        bridges: dict[str, torch.nn.Module] = {}
+        if needs_recalibrator(stage, config):
+            bridges["Recalibrator"] = Recalibrator.of(config, model.config, cache.hidden_size)
+        if config.objective == "dskd":
+            bridges["dual space"] = DualSpace(head.weight.shape[1], cache.hidden_size)
     base = FLOAT32 if names and not uses_lora else dtype.itemsize
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     trained = {"LoRA" if uses_lora else "student": sum(sizes[name] for name in names)} if names else {}
     frozen = {"student": sum(size for name, size in sizes.items() if name not in names)}
     frozen_bytes = base * frozen["student"]
-    head = model.get_output_embeddings()
     head_bytes = base * head.weight.numel()
-    if recalibrator is not None:
-        trained["Recalibrator"] = sum(parameter.numel() for parameter in recalibrator.parameters())
+    for name, bridge in bridges.items():
+        trained[name] = sum(parameter.numel() for parameter in bridge.parameters())
+    if needs_teacher_head(stage, config):
         frozen["teacher's head"] = int(cache.description["head_rows"]) * cache.hidden_size
         teacher_bytes = frozen["teacher's head"] * getattr(torch, cache.description["teacher"]["dtype"]).itemsize
         frozen_bytes += teacher_bytes
@@ -457,7 +470,9 @@ def _flops(
         # The student's own cross-entropy: a frozen head's gradient is worked out with the logits; one that is trained has
         # its logits computed twice, and two gradients.
         total = vision + text * (2 + trains_base + again) + head * (4 if stage == 3 else 2)
-    if wanted.teacher:
+    if wanted.teacher and not needs_recalibrator(stage, config):
+        total += np.mean(_direct_flops(config, wanted.exact, cache, lengths, indices, sizes))
+    elif wanted.teacher:
         answer, question = lengths.answer[indices], lengths.question[indices] * lengths.has_question[indices]
         bridge = _Bridge.of(config, student_config, cache.hidden_size)
         products = (
@@ -475,6 +490,21 @@ def _flops(
                 asked * (bridge.flops(question + answer - 1, answer, question, again) + head_pass * answer)
             )
     return float(total)
+
+
+def _direct_flops(
+    config: TrainConfig, exact: bool, cache: Cache, lengths: _Lengths, indices: np.ndarray, sizes: ModelShape
+) -> np.ndarray:
+    """Of comparing the student itself with the teacher, beside its own cross-entropy: what goes through heads besides."""
+    answer, own = lengths.answer[indices].astype(float), lengths.student_answer[indices]
+    rows, width = int(cache.description["head_rows"]), cache.hidden_size
+    of_teacher = 2.0 * rows * width * answer  # one product of its head
+    if config.objective != "dskd":
+        return exact * of_teacher
+    width_s = sizes.hidden_size
+    projections = 3 * 2.0 * (4 * width_s * width * own + width_s * width * (answer + own))
+    # The student's head reads the projected teacher twice and gives one gradient; the teacher's gives one.
+    return projections + 3 * np.asarray(sizes.head_flops(own)) + (2 + exact) * of_teacher
 
 
 @dataclass(frozen=True, kw_only=True)

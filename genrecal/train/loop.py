@@ -41,13 +41,23 @@ from genrecal.train.checkpoint import (
     trained_parameters,
 )
 from genrecal.train.config import StageConfig, TrainConfig
+from genrecal.train.dual_space import DualSpace
 from genrecal.train.engine import Engine, import_deepspeed, resolve_engine, start_engine
 from genrecal.train.logs import RunLog, Wandb, cache_facts, term_means, term_sums
 from genrecal.train.midway import Midway
+from genrecal.train.objectives import OBJECTIVES, TERMS, check_cache, check_pair, shared_with
 from genrecal.train.ranks import Ranks, StopSignals, joined, own_device, world_size
 from genrecal.train.recalibrator import Recalibrator, checkpoint_activations
 from genrecal.train.run import Run
-from genrecal.train.stages import Denominators, Distiller, add_lora, select_trainable, wanted_by
+from genrecal.train.stages import (
+    Denominators,
+    Distiller,
+    add_lora,
+    needs_recalibrator,
+    needs_teacher_head,
+    select_trainable,
+    wanted_by,
+)
 from genrecal.train.warm_start import warm_start
 from genrecal.vlm.loading import VLM, first_line, resolve_device
 
@@ -68,6 +78,11 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
         OtherRankError: on the ranks that leave it to another to say what is wrong.
     """
     with all_ranks(run.config) as ranks, StopSignals() as signals:
+        if ranks.first and (left_out := sorted(set(stages) - set(OBJECTIVES[run.config.objective].stages))):
+            sys.stderr.write(
+                f"genrecal: objective {run.config.objective} has no stage {left_out[0]}, which trains the Recalibrator alone; "
+                "it has none\n"
+            )
         device = ranks.together(lambda: own_device(run.config.device))
         if device.index is not None:
             torch.cuda.set_device(device)
@@ -95,8 +110,8 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
 
 
 def stages_to_train(config: TrainConfig, stages: Sequence[int]) -> list[int]:
-    """In order; objective sft has no Recalibrator to align, and so no stage 1."""
-    return [stage for stage in sorted(set(stages)) if stage > 1 or config.objective != "sft"]
+    """In order; an objective without a Recalibrator has no stage 1."""
+    return [stage for stage in sorted(set(stages)) if stage in OBJECTIVES[config.objective].stages]
 
 
 def _wandb_of(run: Run) -> AbstractContextManager[Wandb | None]:
@@ -125,7 +140,7 @@ def check_stages(run: Run, cache: Cache, stages: Sequence[int], global_batches: 
     for stage in numbers:
         if run.stage_result(stage).exists():
             continue
-        if stage > 1 and run.config.objective != "sft" and stage - 1 not in numbers:
+        if stage > 1 and OBJECTIVES[run.config.objective].recalibrates and stage - 1 not in numbers:
             run.need_result(stage - 1)
         if wanted_by(stage, run.config).questions and not cache.column("has_question").any():
             raise UsageError(
@@ -164,6 +179,8 @@ def open_for(run: Run, stages: Sequence[int]) -> Cache:
             f"--cache {run.cache}: loss.target sample needs sampled targets, and this cache has none; "
             "make one with `genrecal cache --targets sample:50`, or set loss.target to topk or exact"
         )
+    check_cache(run.config.objective, cache)
+    check_pair(run.config.objective, cache, run.student, trust_remote_code=run.trust_remote_code)
     return cache
 
 
@@ -310,12 +327,9 @@ def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> N
         run.save_result(stage, state.weights)
 
 
-SHOWN_TERMS = ("loss", "ce", "kl", "reg_ce", "reg_kl", "aligned_ce", "aligned_kl", "sft")
-
-
 def _in_words(values: dict[str, Any]) -> str:
     """A step's values, for the line of progress."""
-    terms = [f"{name} {values[name]:.3f}" for name in SHOWN_TERMS if name in values]
+    terms = [f"{name} {values[name]:.3f}" for name in ("loss", *TERMS) if name in values]
     return (
         f"{', '.join(terms)}, {values['tokens_per_second']:.0f} tokens/s, {values['data_wait']:.0%} waiting for data, "
         f"{values['memory_gb']:.1f} GB"
@@ -491,21 +505,27 @@ def build_distiller(run: Run, cache: Cache, stage: int, device: torch.device, co
     config = run.config
     trains_base = stage == 3 or (stage == 2 and not config.lora.rank)
     dtype = torch.float32 if trains_base else compute_dtype
-    has_teacher = wanted_by(stage, config).teacher
-    before = 2 if stage == 3 and (config.objective != "sft" or run.stage_result(2).exists()) else 0
+    objective = OBJECTIVES[config.objective]
+    before = 2 if stage == 3 and (objective.recalibrates or run.stage_result(2).exists()) else 0
     student = run.student_after(before, dtype, device)
     if stage == 2 and config.lora.rank:
         add_lora(student, config.lora)
     for name in select_trainable(stage, student, config.lora):
         parameter = student.model.get_parameter(name)
         parameter.data = parameter.data.float()
-    recalibrator, head = None, None
-    if has_teacher:
+    recalibrator, dual_space, shared_ids = None, None, 0
+    head = cache.head(str(device)) if needs_teacher_head(stage, config) else None
+    if needs_recalibrator(stage, config):
         recalibrator = Recalibrator.of(config, student.model.config, cache.hidden_size).to(device)
-        head = cache.head(str(device))
         if stage == 1 and config.recalibrator.init == "pseudo-inverse":
+            assert head is not None
             with torch.autocast(device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32):
                 warm_start(recalibrator, student, head, cache)
+    if config.objective == "dskd":
+        dual_space = DualSpace(student.hidden_size, cache.hidden_size).to(device)
+    if objective.one_tokenizer:
+        shared = shared_with(cache, run.student, trust_remote_code=run.trust_remote_code)
+        shared_ids = min(shared.ids, int(cache.description["head_rows"]), student.head.out_features)
     student.model.train(stage > 1)
     if config.gradient_checkpointing:
         checkpoint_activations(student.model if stage > 1 else None, recalibrator)
@@ -517,7 +537,14 @@ def build_distiller(run: Run, cache: Cache, stage: int, device: torch.device, co
         config.loss,
         question_fraction=float(cache.description["question_fraction"]) or 1.0,
         vision_cache_bytes=int(config.data.vision_cache_gb * 1e9),
+        objective=config.objective,
+        shared_ids=shared_ids,
+        dual_space=dual_space,
     )
+    if dual_space is not None and before == 2:
+        parameters = {f"dual_space.{name}": value for name, value in dual_space.named_parameters()}
+        learnt = {name: value for name, value in run.load_result(2).items() if name in parameters}
+        copy_weights(learnt, parameters, where=str(run.stage_result(2)))
     if stage == 2 and recalibrator is not None:
         parameters = {f"recalibrator.{name}": value for name, value in recalibrator.named_parameters()}
         copy_weights(run.load_result(1), parameters, where=str(run.stage_result(1)))

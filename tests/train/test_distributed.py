@@ -39,7 +39,7 @@ from genrecal.train.logs import MACHINE, read_evaluations, read_metrics
 from genrecal.train.loop import build_distiller, train
 from genrecal.train.ranks import Ranks, joined, own_device, world_size
 from genrecal.train.run import Run
-from genrecal.train.stages import Denominators, wanted_by
+from genrecal.train.stages import Denominators, needs_recalibrator, wanted_by
 from genrecal.vlm.loading import load_processor
 from genrecal.vlm.rendering import Renderer
 
@@ -191,6 +191,10 @@ def test_ranks_share_each_global_batch_out(size, samples):
         (1, "sample", ["objective=genrecal-aligned", "loss.splice_weight=0"]),
         (2, "topk", ["objective=genrecal-aligned"]),
         (3, "topk", []),
+        (2, "topk", ["objective=uld"]),
+        (2, "exact", ["objective=dskd"]),
+        (3, "sample", ["objective=dskd"]),
+        (3, "sample", ["objective=kl"]),
     ],
 )
 def test_a_stand_in_changes_no_number(tiny, tmp_path, teacher, stage, target, settings):
@@ -200,9 +204,10 @@ def test_a_stand_in_changes_no_number(tiny, tmp_path, teacher, stage, target, se
     run_cache_job(teacher, open_samples([data]), tmp_path / "c", CacheOptions(draws=5))
     cache = open_cache(tmp_path / "c")
     config = load_config(None, ["lora.dropout=0", f"loss.target={target}", *settings])
-    run = Run(path=tmp_path / "run", config=config, student=str(tiny("internvl_qwen2")), cache=str(cache.path))
+    student = tiny("qwen2_vl" if config.objective == "kl" else "internvl_qwen2")
+    run = Run(path=tmp_path / "run", config=config, student=str(student), cache=str(cache.path))
     torch.manual_seed(0)
-    if stage > 1:  # what it starts from
+    if stage > 1 and needs_recalibrator(1, config):  # what it starts from
         before = build_distiller(run, cache, 1, torch.device("cpu"), torch.float32)
         run.save_result(1, {name: p.detach() for name, p in trained_parameters(before).items()})
     if stage > 2:
@@ -499,6 +504,17 @@ def test_the_losses_are_those_of_whole_blocks(runner, tiny, cache, awkward, alon
     student, out = tiny("internvl_qwen2"), tmp_path / "run"
     settings = ["attention=eager", *awkward]
     assert_close(alone, runner.finish(1, out, words(cache, student, out, *settings, steps=0, accumulation=4)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "objective"), [("ddp", "uld"), ("ddp", "dskd"), ("zero3", "dskd")])
+def test_objectives_without_a_recalibrator(runner, tiny, cache, awkward, tmp_path, engine, objective):
+    """Two ranks, of which one may have no row, are one process; in stage 3 the head is trained, chunk by chunk."""
+    student, alone, out = tiny("internvl_qwen2"), tmp_path / "alone", tmp_path / "run"
+    settings = [*awkward, f"objective={objective}"]
+    lines = runner.finish(1, alone, words(cache, student, alone, *settings, steps=6, accumulation=4))
+    assert [line["stage"] for line in lines] == [2] * 6 + [3] * 6
+    assert_close(lines, runner.finish(2, out, words(cache, student, out, f"engine={engine}", *settings, steps=6)))
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from genrecal.train.forecast import (
     make_forecast,
     memory_of,
 )
-from genrecal.train.loop import build_distiller, plan_stage
+from genrecal.train.loop import build_distiller, plan_stage, stages_to_train
 from genrecal.train.run import Run
 from genrecal.train.stages import Denominators, wanted_by
 from genrecal.vlm.loading import load_processor
@@ -56,7 +56,7 @@ def trained(tiny, cache, tmp_path_factory):
     def make(family, stage, *settings):
         config = load_config(None, ["data.workers=0", *settings])
         run = Run(path=tmp_path_factory.mktemp("run"), config=config, student=str(tiny(family)), cache=str(cache.path))
-        for before in range(1, stage):
+        for before in stages_to_train(config, range(1, stage)):
             distiller = build_distiller(run, cache, before, torch.device("cpu"), torch.float32)
             run.save_result(before, {name: p.detach() for name, p in trained_parameters(distiller).items()})
         return run
@@ -103,6 +103,8 @@ def measured_peak(run, cache, stage, dtype, size):
         pytest.param(2, "false", torch.bfloat16, ALIGNED, marks=pytest.mark.slow),
         pytest.param(1, "true", torch.float32, [*ALIGNED, "loss.splice_weight=0"], marks=pytest.mark.slow),
         pytest.param(3, "true", torch.float32, [], marks=pytest.mark.slow),
+        pytest.param(2, "true", torch.float32, ["objective=uld"], marks=pytest.mark.slow),
+        pytest.param(3, "true", torch.float32, ["objective=dskd"], marks=pytest.mark.slow),
     ],
 )
 def test_activations_are_those_of_a_real_step(trained, cache, stage, checkpointing, dtype, settings):
@@ -117,14 +119,11 @@ def test_activations_are_those_of_a_real_step(trained, cache, stage, checkpointi
 @pytest.mark.parametrize(
     "stage, settings",
     [
-        (1, []),
-        (1, [*ALIGNED, "loss.splice_weight=0"]),
-        (1, [*ALIGNED, "recalibrator.layers=0"]),
-        (2, []),
-        (2, ["lora.rank=0"]),
-        (3, []),
+        (1, []), (1, [*ALIGNED, "loss.splice_weight=0"]), (1, [*ALIGNED, "recalibrator.layers=0"]),
+        (2, []), (2, ["lora.rank=0"]), (3, []),
+        (2, ["objective=uld"]), (2, ["objective=dskd"]), (3, ["objective=uld", "loss.target=exact"]),
     ],
-)
+)  # fmt: skip
 def test_parameters_and_what_stands_in_memory(trained, cache, stage, settings):
     run = trained("internvl_qwen2", stage, *settings)
     counted = count_parameters(stage, meta_model(run.student), run.config, cache, torch.bfloat16)
@@ -142,7 +141,7 @@ def test_parameters_and_what_stands_in_memory(trained, cache, stage, settings):
     assert memory["weights"] == sum(tensor.nbytes for tensor in [*distiller.parameters(), *head])
     assert memory["gradients"] == sum(parameter.grad.nbytes for parameter in own.values())
     assert memory["optimizer"] == sum(moment.nbytes for moment in moments)
-    assert ("LoRA" in counted.trained) == (stage == 2 and not settings)
+    assert ("LoRA" in counted.trained) == (stage == 2 and "lora.rank=0" not in settings)
 
 
 def test_zero_shares_out_optimizer_gradients_and_weights_in_turn():
