@@ -822,6 +822,68 @@ def evaluate(
     console.print(table)
 
 
+# ---------------------------------------------------------------------------------------------------------------- compare
+
+
+@app.command()
+def compare(
+    cache: Annotated[str, typer.Option(help="Cache directory or URL, of every variant that names no other.")],
+    student: Annotated[str, typer.Option(help="Student model: a folder or a hub name.")],
+    data: Annotated[list[Path], typer.Option(help="Held-out data files, as for cache.")],
+    out: Annotated[Path, typer.Option(help="Folder of the runs and the table; finished runs there are found again.")],
+    try_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--try",
+            help="A variant: an objective, or NAME=SETTINGS such as 'kl 3=loss.kl_weight=3 cache=caches/other'; may be "
+            "repeated. The first is what the others are compared with.",
+        ),
+    ] = None,
+    tries: Annotated[Path | None, typer.Option(help="TOML file with a table of settings for each variant.")] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of every variant.")] = "0,1,2",
+    stages: Annotated[str, typer.Option(help="Stages to train, such as 1,2,3 or 1,2.")] = "1,2,3",
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings of all variants.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="One setting of all variants.")] = None,
+    jobs: Annotated[int, typer.Option(help="Runs side by side; GPUs are dealt out to them in turn.", min=1)] = 1,
+    image_root: Annotated[Path | None, typer.Option(help="Where relative image paths start.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Ask the first N records only.", min=1)] = None,
+    metric: Annotated[str, typer.Option(help="auto, exact, relaxed, anls or choice.")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Samples that are asked at a time.", min=1)] = 8,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer; else the generation config's.", min=1)
+    ] = None,
+    dtype: Dtype = "auto",
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Train several variants at equal steps with several seeds, ask each student the same questions, print one table."""
+    from genrecal.compare import Asking, compare, comparison_text, variants_of
+    from genrecal.samples import open_samples
+
+    variants = variants_of(try_ or [], tries, cache=cache, config=config, settings=set_ or [])
+    _dtype(dtype)  # a wrong name is refused here
+    try:
+        numbers = [int(part) for part in seeds.split(",")]
+    except ValueError:
+        raise UsageError(f"--seeds {seeds!r}: expected numbers with commas, such as 0,1,2") from None
+    found = compare(
+        variants,
+        student,
+        functools.partial(open_samples, data, image_root=image_root, limit=limit),
+        out,
+        seeds=numbers,
+        stages=_stages(stages),
+        asking=Asking(metric=metric, batch_size=batch_size, max_new_tokens=max_new_tokens, dtype=dtype),
+        jobs=jobs,
+        trust_remote_code=trust_remote_code,
+        say=lambda line: sys.stderr.write(f"{line}\n"),
+    )
+    if json_:
+        _show(dataclasses.asdict(found), True)
+    else:
+        typer.echo(comparison_text(found))
+
+
 # ----------------------------------------------------------------------------------------------------------------- report
 
 
