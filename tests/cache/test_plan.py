@@ -85,8 +85,7 @@ def test_what_writing_the_answers_costs(teacher, tmp_path):
     shape, samples, assumed = shape_of(ASSETS / "teacher"), open_samples([data]), PlanOptions(gpu_bandwidth=1e-3)
     plan = make_plan(shape, teacher.vlm.renderer, samples, options, assumed)
     report = run_cache_job(teacher, samples, tmp_path / "cache", options)
-    written = sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*") if file.is_file())
-    assert plan.total_bytes == pytest.approx(written, rel=0.03)
+    assert plan.total_bytes == pytest.approx(sum(bytes_written(tmp_path / "cache").values()), rel=0.03)
     answers = plan.answers
     assert answers.turns == report.counts["answers"] and answers.most_tokens == 64 * answers.turns
     assert answers.tokens == pytest.approx(

@@ -53,13 +53,20 @@ LOGIT = 2e-4  # largest difference of a float32 logit; 5e-5 was measured, and lo
 WHOLE_TILE = (56, 56)
 
 
-def start(path, **options):
-    """A teacher. vLLM for CPUs searches every module's objects for kernels and fails at one of numba's, if it is loaded."""
+@contextlib.contextmanager
+def without_numba():
+    """vLLM for CPUs searches every module's objects for kernels and fails at one of numba's, if it is loaded."""
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name == "llvmlite.binding.ffi"}
     try:
-        return VLLMTeacher(path, **options)
+        yield
     finally:
         sys.modules.update(hidden)
+
+
+def start(path, **options):
+    """A teacher."""
+    with without_numba():
+        return VLLMTeacher(path, **options)
 
 
 class Pair:
@@ -404,7 +411,7 @@ def test_a_language_model_gives_the_rows_that_hf_gives(tiny, tmp_path):
         made.vllm.close()
 
 
-def test_answers_are_written_and_cached(tmp_path):
+def test_answers_are_written_and_cached(tmp_path, monkeypatch):
     """The demo's teacher: greedy ones are those of hf; the engine that writes and the one that gives states take turns."""
     path = Path(genrecal.demo.__file__).parent / "assets" / "teacher"
     sums = [
@@ -421,6 +428,7 @@ def test_answers_are_written_and_cached(tmp_path):
     data = write_llava(tmp_path / "data", samples)
     greedy = AnswerSource(kind="greedy", max_tokens=64)
     options = CacheOptions(samples_per_shard=5, top_k=5, answers=greedy)
+    monkeypatch.setattr(VLLMTeacher, "_start", without_numba()(VLLMTeacher._start))  # the engines take turns
     teacher = start(path, dtype=torch.float32, engine_args=SMALL)
     try:
         run_cache_job(teacher, open_samples([data]), tmp_path / "vllm", options)
