@@ -4,7 +4,8 @@
 
 The same records (states, top-64, conversation, a picture) in every store; the states are bfloat16 and made, with outlier
 channels as large models have them. A measurement is the sum over the records of each one's median over several passes,
-which alternate between the stores: what other processes take now and then goes into no median.
+which alternate between the stores, in seconds of the processor: what other processes take goes into none but by what they
+do to caches and memory. Writing and the cold pass, which wait for the disk, are in seconds of the clock.
 A pass reads every record whole into memory: "as stored" stops at what the store gives (bfloat16 tensors; ours float32,
 decoded), "float32" goes on to float32 states, which is what a trainer computes with, each record's in new memory, and
 "float32 of a batch" to those of a batch of four in memory that the next batch uses again; for genrecal this is what the
@@ -333,19 +334,19 @@ class Parquet(Stored):
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
-def timed(action: Any) -> float:
-    start = time.perf_counter()
+def timed(action: Any, clock: Any = time.process_time) -> float:
+    start = clock()
     action()
-    return time.perf_counter() - start
+    return float(clock() - start)
 
 
 def read_all(stored: Stored, kind: str, room: BatchMemory) -> list[float]:
     """Seconds of each record in a pass; `kind` is stored, float or batch. Those of a batch may all stand with its first."""
-    seconds, start = [], time.perf_counter()
+    seconds, start = [], time.process_time()
     for parts in stored.batches(room) if kind == "batch" else stored.stream():
         hidden = parts["hidden"].float() if kind == "float" else parts["hidden"]
         assert len(hidden) > 0
-        seconds.append(-start + (start := time.perf_counter()))
+        seconds.append(-start + (start := time.process_time()))
     return seconds
 
 
@@ -399,7 +400,7 @@ def main() -> None:
         written = {}
         for stored in list(stores):
             try:
-                written[stored.name] = timed(lambda stored=stored: stored.write(records))
+                written[stored.name] = timed(lambda stored=stored: stored.write(records), time.perf_counter)
             except ImportError as error:
                 print(f"{stored.name}: not measured: {error}", file=sys.stderr)
                 stores.remove(stored)
@@ -413,7 +414,7 @@ def measure(stores: list[Stored], written: dict[str, float], records: list[Made]
         stored.open()
         check(stored, records)
         drop_from_page_cache(stored.folder)
-        cold[stored.name] = timed(lambda stored=stored: read_all(stored, "float", room))
+        cold[stored.name] = timed(lambda stored=stored: read_all(stored, "float", room), time.perf_counter)
     states = np.ones((len(records), *records[0].states.shape), np.float32)
     target = np.zeros_like(states)
     numbers = np.random.default_rng(1).permutation(len(records))[: len(records) // 2]

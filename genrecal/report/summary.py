@@ -28,11 +28,7 @@ def terms_by_stage(metrics: Sequence[Mapping[str, Any]], *, share: float = 0.1) 
     for stage in sorted({line["stage"] for line in metrics}):
         lines = [line for line in metrics if line["stage"] == stage]
         some = max(1, round(len(lines) * share))
-        names = [
-            name
-            for name in lines[0]
-            if name.startswith(("ce", "kl", "reg_", "aligned_", "sft")) and name.endswith(("_first", "_later"))
-        ]
+        names = [name for name in lines[0] if name.endswith(("_first", "_later"))]
         for name in names:
             first, last = ([line[name] for line in part if name in line] for part in (lines[:some], lines[-some:]))
             rows.append([str(stage), name, *(f"{sum(p) / len(p):.3f}" if p else "-" for p in (first, last))])

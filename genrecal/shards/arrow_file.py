@@ -13,14 +13,16 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-MAGIC = b"ARROW1"
+MAGIC, END = b"ARROW1", b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of a file, and of its messages
 METADATA_KEY = b"genrecal"
 MOST_SCHEMA_BYTES = 2**16
 MOST_COLUMNS = 64
 MOST_BATCHES = 1024
 MOST_WIDTH = 2**20  # channels of a state
+BEGINNINGS, MOST_BEGINNING_BYTES = 4096, 2**13  # that are remembered
 FREE_BYTES = 2**28  # that any file may take in memory, however small it is
 EXPANSION = 32  # bytes in memory that each byte of a file may take besides; states as float32 take 3 (bf16) to 8 (int4)
 INT32, UINT32, UINT16, INT64 = (struct.Struct(code) for code in ("<i", "<I", "<H", "<q"))
@@ -51,6 +53,63 @@ def read_batches(data: bytes | memoryview) -> tuple[bytes, list[pa.RecordBatch]]
         batch.validate()
         batches.append(batch)
     return said, batches
+
+
+# Of the columns, as `RecordBatch.to_struct_array().buffers()` orders them; None for one that is absent.
+Buffers = list[Any]
+
+
+def read_buffers(data: memoryview) -> tuple[bytes, int, Buffers] | None:
+    """The schema's message, the rows and their buffers of an Arrow IPC file whose like was read before.
+
+    None where `read_batches` must be asked. What pyarrow finds in a file that is not compressed is settled by the bytes
+    before its body and by its size. So it is asked once for each such beginning, and a sample of as many rows and turns as
+    an earlier one needs it no more: its messages and batches take as long as decoding a short sample.
+    """
+    if len(data) < 16 or data[:6] != MAGIC or data[-6:] != MAGIC:
+        return None
+    start = body = 8
+    for _ in ("schema", "record batch"):  # each a mark, the size of what is said, and that; a schema has no body
+        if data[body : body + 4] != END[:4] or len(data) < body + 8:
+            return None
+        (size,) = INT32.unpack_from(data, body + 4)
+        start, body = body + 8, body + 8 + size
+        if size < 0 or body > MOST_BEGINNING_BYTES:
+            return None
+    try:
+        if _is_compressed(data[start:body]):
+            return None
+    except READ_ERRORS:
+        return None  # `read_batches` will say what is wrong
+    found = _places(bytes(data[:body]), len(data))
+    if found is None or data[found[1] : found[1] + len(END)] != END:
+        return None
+    said, _, rows, places = found
+    return said, rows, [place if place is None else data[place] for place in places]
+
+
+@functools.lru_cache(maxsize=BEGINNINGS)
+def _places(beginning: bytes, size: int) -> tuple[bytes, int, int, list[slice | None]] | None:
+    """Of files that begin so: the schema's message, the body's end, the rows, and where in the file their buffers are.
+
+    None if they have more than one batch, or pyarrow refuses them.
+    """
+    file = np.zeros(size, np.uint8)  # its body and what follows, which says nothing of where things are, are left out
+    file[: len(beginning)] = np.frombuffer(beginning, np.uint8)
+    file[-len(MAGIC) :] = np.frombuffer(MAGIC, np.uint8)
+    try:
+        said, messages = _messages(file.data)
+        (message,) = messages
+        (batch,) = read_batches(file.data)[1]
+    except READ_ERRORS:
+        return None
+    places: list[slice | None] = []
+    for buffer in batch.to_struct_array().buffers():
+        start = 0 if buffer is None else buffer.address - file.ctypes.data
+        if buffer is not None and not len(beginning) <= start <= size - buffer.size:
+            return None
+        places.append(None if buffer is None else slice(start, start + buffer.size))
+    return said, len(beginning) + message.body.size, batch.num_rows, places
 
 
 def allowed_bytes(file_bytes: int) -> int:
@@ -128,13 +187,14 @@ def batch_sizes(message: Any) -> tuple[int, list[tuple[int, int]]]:
 
     A compressed buffer begins with its length when decompressed (int64; -1: it is not), which is what Arrow allocates.
     """
-    length, starts, sizes, compressed = _record_batch(memoryview(message.metadata))
+    said = memoryview(message.metadata)
+    length, starts, sizes = _record_batch(said)
     body = memoryview(message.body or b"")
     if length < 0:
         raise ValueError(f"a record batch of {length} rows")
     if sizes and (min(starts) < 0 or min(sizes) < 0 or max(map(operator.add, starts, sizes)) > len(body)):
         raise ValueError(f"a buffer that is not within its body of {len(body)} bytes")
-    expanded = [_expanded(body, *place) for place in zip(starts, sizes, strict=True)] if compressed else sizes
+    expanded = [_expanded(body, *place) for place in zip(starts, sizes, strict=True)] if _is_compressed(said) else sizes
     return length, list(zip(sizes, expanded, strict=True))
 
 
@@ -148,33 +208,44 @@ def _expanded(body: memoryview, start: int, size: int) -> int:
     return int(raw)
 
 
-def _record_batch(message: memoryview) -> tuple[int, tuple[int, ...], tuple[int, ...], bool]:
-    """A record batch message's rows, its buffers' starts in its body and their sizes, and whether they are compressed.
+def _record_batch(message: memoryview) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """A record batch message's rows, and its buffers' starts in its body and their sizes.
 
-    Reads the three fields that it needs of the flatbuffer: Message.header -> RecordBatch.length, .buffers, .compression.
+    Reads the fields that it needs of the flatbuffer: Message.header -> RecordBatch.length, .buffers.
     """
-
-    def number(code: struct.Struct, at: int) -> int:
-        if at < 0:
-            raise ValueError(f"offset {at} in a message")
-        value: int = code.unpack_from(message, at)[0]
-        return value
-
-    def field_at(table: int, index: int) -> int:
-        """Where a table's field stands; 0 if it is absent."""
-        vtable = table - number(INT32, table)
-        entry = 4 + 2 * index
-        offset = number(UINT16, vtable + entry) if entry < number(UINT16, vtable) else 0
-        return table + offset if offset else 0
-
-    def follow(at: int) -> int:
-        return at + number(UINT32, at)
-
-    batch = follow(field_at(number(UINT32, 0), 2))
-    length = field_at(batch, 0)
-    vector = follow(field_at(batch, 2))
-    count = number(UINT32, vector)
+    batch = _header(message)
+    length = _field_at(message, batch, 0)
+    vector = _follow(message, _field_at(message, batch, 2))
+    count = _number(message, UINT32, vector)
     if 16 * count > len(message):  # before a format of that length is made of it
         raise ValueError(f"{count} buffers in a message of {len(message)} bytes")
     numbers = struct.unpack_from(f"<{2 * count}q", message, vector + 4)
-    return number(INT64, length) if length else 0, numbers[::2], numbers[1::2], bool(field_at(batch, 3))
+    return _number(message, INT64, length) if length else 0, numbers[::2], numbers[1::2]
+
+
+def _is_compressed(message: memoryview) -> bool:
+    """Whether a record batch message's buffers are: whether RecordBatch.compression is there."""
+    return bool(_field_at(message, _header(message), 3))
+
+
+def _header(message: memoryview) -> int:
+    return _follow(message, _field_at(message, _number(message, UINT32, 0), 2))
+
+
+def _field_at(message: memoryview, table: int, index: int) -> int:
+    """Where a table's field stands; 0 if it is absent."""
+    vtable = table - _number(message, INT32, table)
+    entry = 4 + 2 * index
+    offset = _number(message, UINT16, vtable + entry) if entry < _number(message, UINT16, vtable) else 0
+    return table + offset if offset else 0
+
+
+def _follow(message: memoryview, at: int) -> int:
+    return at + _number(message, UINT32, at)
+
+
+def _number(message: memoryview, code: struct.Struct, at: int) -> int:
+    if at < 0:
+        raise ValueError(f"offset {at} in a message")
+    value: int = code.unpack_from(message, at)[0]
+    return value

@@ -18,9 +18,11 @@ from genrecal.shards.arrow_file import (
     METADATA_KEY,
     MOST_SCHEMA_BYTES,
     READ_ERRORS,
+    Buffers,
     allowed_bytes,
     expanded_bytes,
     read_batches,
+    read_buffers,
     schema_of,
 )
 from genrecal.shards.codecs import Codec, checked_facts, codec_named
@@ -222,25 +224,43 @@ def _layout(message: bytes) -> Layout:
 
 @dataclass(frozen=True)
 class Stored:
-    """Rows as an Arrow file has them, nothing decoded."""
+    """Rows as an Arrow file has them, nothing decoded: how many, and the buffers of their columns."""
 
     layout: Layout
-    batches: list[pa.RecordBatch]
+    rows: int
+    buffers: Buffers
+
+    @classmethod
+    def of_batches(cls, layout: Layout, batches: list[pa.RecordBatch]) -> "Stored":
+        if len(batches) > 1:  # a stranger's file: this writer makes one batch
+            batches = pa.Table.from_batches(batches).combine_chunks().to_batches()
+        # All in one call: for a short record, asking for one column after another takes longer than its decoding.
+        return (
+            cls(layout, batches[0].num_rows, batches[0].to_struct_array().buffers()) if batches else cls(layout, 0, [])
+        )
 
 
 def read_stored(data: bytes | memoryview, *, where: str) -> Stored:
     """The rows of an `.arrow` member. Raises DamageError if it is not one."""
-    try:
-        message, batches = read_batches(data)
-    except READ_ERRORS as error:
-        raise DamageError(f"{where}: not a readable Arrow file: {error}") from None
-    return Stored(_layout(message), batches)
+    found = read_buffers(memoryview(data))
+    if found is not None:
+        message, rows, buffers = found
+        return Stored(_layout(message), rows, buffers)
+    message, batches = _read_batches(data, where)
+    return Stored.of_batches(_layout(message), batches)
 
 
 def read_table(data: bytes | memoryview, *, where: str) -> pa.Table:
     """The same as an Arrow table."""
-    stored = read_stored(data, where=where)
-    return pa.Table.from_batches(stored.batches, stored.layout.schema)
+    message, batches = _read_batches(data, where)
+    return pa.Table.from_batches(batches, schema_of(message))
+
+
+def _read_batches(data: bytes | memoryview, where: str) -> tuple[bytes, list[pa.RecordBatch]]:
+    try:
+        return read_batches(data)
+    except READ_ERRORS as error:
+        raise DamageError(f"{where}: not a readable Arrow file: {error}") from None
 
 
 class _Columns:
@@ -248,13 +268,8 @@ class _Columns:
 
     def __init__(self, rows: Stored | pa.Table, where: str):
         if isinstance(rows, pa.Table):
-            rows = Stored(Layout(rows.schema), [_from_its_start(batch) for batch in rows.to_batches()])
-        batches = rows.batches
-        if len(batches) > 1:  # a stranger's file: this writer makes one batch
-            batches = pa.Table.from_batches(batches).combine_chunks().to_batches()
-        self.layout, self.where, self._rows = rows.layout, where, batches[0].num_rows if batches else 0
-        # All in one call: for a short record, asking for one column after another takes longer than its decoding.
-        self._buffers = batches[0].to_struct_array().buffers() if batches else []
+            rows = Stored.of_batches(Layout(rows.schema), [_from_its_start(batch) for batch in rows.to_batches()])
+        self.layout, self.where, self._rows, self._buffers = rows.layout, where, rows.rows, rows.buffers
 
     def values(self, name: str) -> np.ndarray:
         """A column without nulls: `[R]`, or `[R, n]` of fixed-shape tensors.
@@ -289,7 +304,7 @@ class _Columns:
     def _nulls(self, number: int, count: int) -> np.ndarray | None:
         """Where a buffer of valid bits, which stands only where there may be nulls, has zeros; None if nowhere."""
         bits = self._buffers[number]
-        nulls = None if bits is None else _unset(bits.to_pybytes(), count)
+        nulls = None if bits is None else _unset(bytes(bits), count)
         return None if nulls is None or not len(nulls) else nulls
 
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 
 from genrecal.errors import StorageError, UsageError
 from genrecal.files import flush, process_runs, put_in_place, remove_stale_temporaries, temporary_path, write_whole
-from genrecal.shards.memory import NEW, Memory
+from genrecal.shards.memory import Memory
 
 ATTEMPTS = 4  # of one remote operation, on top of what the file system itself retries
 LONGEST_PAUSE = 8.0  # seconds between two of them
@@ -167,17 +167,27 @@ class LocalStore(Store):
         return str(self.root.resolve())
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
-        return bytes(self.view(name, offset, sys.maxsize if size is None else size, NEW))
+        descriptor, size = self._range(name, offset, sys.maxsize if size is None else size)
+        data = os.pread(descriptor, size, offset) if size else b""
+        while 0 < len(data) < size:  # Linux gives at most 2 GiB at once
+            more = os.pread(descriptor, size - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        return data
 
     def view(self, name: str, offset: int, size: int, memory: Memory) -> memoryview:
-        path, status = self._file(name)
-        data = memoryview(memory.room(max(0, min(size, status.st_size - offset))))  # type: ignore[arg-type]
-        if not data:
-            return data
-        descriptor, done = _open_file(path, status.st_ino, status.st_mtime_ns).fileno(), 0
-        while done < len(data) and (count := os.preadv(descriptor, [data[done:]], offset + done)):
-            done += count  # Linux gives at most 2 GiB at once
+        descriptor, size = self._range(name, offset, size)
+        data = memoryview(memory.room(size))  # type: ignore[arg-type]
+        done = 0
+        while done < size and (count := os.preadv(descriptor, [data[done:]], offset + done)):
+            done += count
         return data[:done]
+
+    def _range(self, name: str, offset: int, size: int) -> tuple[int, int]:
+        """An open file's descriptor, and how many of `size` bytes it has from `offset` on."""
+        path, status = self._file(name)
+        return _open_file(path, status.st_ino, status.st_mtime_ns).fileno(), max(0, min(size, status.st_size - offset))
 
     def open(self, name: str, *, ahead: int = 0) -> BinaryIO:
         return open(self._file(name)[0], "rb", buffering=0)

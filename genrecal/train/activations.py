@@ -17,9 +17,13 @@ from torch.utils._pytree import tree_leaves
 
 from genrecal.shards.head import FrozenHead, LogitTransform
 from genrecal.train.config import TrainConfig
+from genrecal.train.divergences import Divergence, student_losses
+from genrecal.train.dual_space import DualSpace
+from genrecal.train.last_layer import Reads
 from genrecal.train.losses import Exact, Sampled, Target, TopK, chunked_cross_entropy, head_losses
+from genrecal.train.objectives import OBJECTIVES
 from genrecal.train.recalibrator import Recalibrator, checkpoint_activations
-from genrecal.train.stages import add_lora, select_trainable, wanted_by
+from genrecal.train.stages import add_lora, needs_recalibrator, select_trainable, wanted_by
 
 FEW_LAYERS = (2, 3)
 
@@ -31,7 +35,8 @@ class StepShape:
     Args:
         samples: B. student_tokens: L_s, of the longest rendering.
         splice: L, the longest splice; reg_splice: of the regularisation pass, 0 without one.
-        answers: the teacher's answer tokens in all; questions: its question tokens in all, 0 without the pass.
+        answers: the teacher's answer tokens in all; most_answers: of one sample; questions: its question tokens in all,
+            0 without the pass.
         student_answers: the student's answer tokens in all.
     """
 
@@ -40,6 +45,7 @@ class StepShape:
     splice: int
     reg_splice: int
     answers: int
+    most_answers: int
     questions: int
     student_answers: int
 
@@ -145,11 +151,15 @@ class _Step:
         self.decoder, self.head = student.model.get_decoder(), student.model.get_output_embeddings()
         self.head.weight.data = self.head.weight.data.float()  # as the teacher's: no copy of it on the fake CPU
         self.recalibrator: Recalibrator | None = None
-        if wanted_by(stage, config).teacher:
+        if needs_recalibrator(stage, config):
             self.recalibrator = Recalibrator.of(config, student_config, teacher.hidden_size)
+        self.dual_space: DualSpace | None = None
+        if config.objective == "dskd":
+            self.dual_space = DualSpace(self.head.weight.shape[1], teacher.hidden_size)
         if config.gradient_checkpointing:
             checkpoint_activations(student.model if stage > 1 else None, self.recalibrator)
-        self._modules = [module for module in (self.decoder, self.head, self.recalibrator) if module is not None]
+        modules = (self.decoder, self.head, self.recalibrator, self.dual_space)
+        self._modules = [module for module in modules if module is not None]
 
     def move(self) -> None:
         """From the meta device to the current (fake) one, with the gradients that a second micro-step finds."""
@@ -191,7 +201,9 @@ class _Step:
                 states = self.decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state.flatten(0, 1)
             if self.recalibrator is not None:
                 loss = loss + self._teacher_terms(self.recalibrator, states, shape)
-            if self.stage > 1:
+            if OBJECTIVES[self.config.objective].direct:
+                loss = loss + self._direct_terms(states, shape)
+            elif self.stage > 1:
                 ids = torch.zeros(shape.student_answers, dtype=torch.int64)
                 ce = chunked_cross_entropy(
                     states[ids], self.head, LogitTransform(), ids, chunk_rows=self.config.loss.chunk_rows
@@ -204,8 +216,11 @@ class _Step:
         total = torch.zeros(())
         ids = torch.zeros(shape.answers, dtype=torch.int64)
 
-        def add(recalibrated: torch.Tensor) -> None:
+        def add(splice: torch.Tensor) -> None:
             nonlocal total
+            length = splice.shape[1]
+            positions = torch.zeros(shape.samples, min(shape.most_answers, length), dtype=torch.int64)
+            recalibrated = recalibrator(splice, Reads(positions=positions, chosen=ids))
             chunk_rows = self.config.loss.chunk_rows
             target = self._target(shape.answers)
             total = (
@@ -222,10 +237,43 @@ class _Step:
             for questions, length in passes:
                 source = torch.cat([questions.to(answers.dtype), answers])
                 rows = torch.zeros(shape.samples, length, dtype=torch.int64)
-                add(recalibrator(source[rows]).flatten(0, 1)[ids])
+                add(source[rows])
         if wanted_by(self.stage, self.config).aligned:
-            add(recalibrator(states.unflatten(0, (shape.samples, shape.student_tokens)), ids))
+            add(states.unflatten(0, (shape.samples, shape.student_tokens)))
         return total
+
+    def _direct_terms(self, states: torch.Tensor, shape: StepShape) -> torch.Tensor:
+        """`Distiller._against_teacher` and `Distiller._in_dual_space`."""
+        mine, its = (torch.zeros(rows, dtype=torch.int64) for rows in (shape.student_answers, shape.answers))
+        rows, chunk_rows = states[mine], self.config.loss.chunk_rows
+        name, width = self.config.objective, self.head.out_features
+        if self.dual_space is None:
+            shared = min(width, self.teacher.head_rows)
+            divergence, target, head = (
+                Divergence(name=name, shared_ids=shared),
+                self._target(len(mine)),
+                self.teacher_head,
+            )
+            total = torch.zeros(())
+        else:
+            t2s, s2t = self.dual_space(
+                rows,
+                torch.empty(len(mine), 2, self.head.in_features),
+                mine,
+                torch.empty(len(its), self.teacher.hidden_size),
+                torch.empty(len(its), 2, self.teacher.hidden_size),
+                its,
+            )
+            head = FrozenHead(weight=self.head.weight.detach(), vocab_size=width)
+            divergence = Divergence(name="kl", shared_ids=width, only_where_right=True)
+            target = Exact(hidden=t2s.detach())
+            total = head_losses(t2s, head, mine, None, chunk_rows=chunk_rows).weighted.sum()
+            back = head_losses(s2t, self.teacher_head, its, self._target(len(its)), chunk_rows=chunk_rows)
+            total = total + back.weighted.sum()
+        losses = student_losses(
+            rows, self.head, LogitTransform(), mine, target, divergence, teacher_head=head, chunk_rows=chunk_rows
+        )
+        return total + losses.weighted.sum()
 
     def _target(self, rows: int) -> Target:
         if self.config.loss.target == "exact":

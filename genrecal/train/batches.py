@@ -18,16 +18,31 @@ from genrecal.shards.order import SampleOrder, micro_batches
 from genrecal.shards.reader import Cache
 from genrecal.shards.record import AnswerRows, Record
 from genrecal.train.align import align
+from genrecal.train.handover import pack, unpack
+from genrecal.train.last_layer import Reads
 from genrecal.train.splice import splice_index
 from genrecal.vlm.rendering import Encoded, Renderer
 
 
 @dataclass(kw_only=True)
 class Splice:
-    """One splice of a batch on the device; see `genrecal.train.splice`."""
+    """One splice of a batch on the device; see `genrecal.train.splice`.
 
-    rows: torch.Tensor  # int64 [B, L]
-    predicts: torch.Tensor  # int64 [N], flat in B * L
+    Args:
+        rows: int64 `[B, L]`; predicts: int64 `[N]`, flat in B * L.
+        reads: `predicts` once more, as the Recalibrator wants it; worked out where the lengths are known.
+    """
+
+    rows: torch.Tensor
+    predicts: torch.Tensor
+    reads: Reads = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.reads is None:
+            self.reads = Reads.of(self.predicts, *self.rows.shape)
+
+    def to(self, device: torch.device) -> "Splice":
+        return Splice(rows=self.rows.to(device), predicts=self.predicts.to(device), reads=self.reads.to(device))
 
 
 @dataclass(kw_only=True)
@@ -45,10 +60,14 @@ class MicroBatch:
         target_ids: int64 `[N]`; first: bool `[N]`, the first token of a turn's answer.
         topk_ids, topk_log_probs: `[N, k]`; exact_states: float32 `[N, D_t]`, the teacher's state at each row.
         sample_ids: int64 `[N, K]`; sample_counts: float32 `[N, K]`; entropy: float32 `[N]`, nats.
+        teacher_rows: int64 `[M]`, the teacher's row that each of the student's is compared with, -1 for none; None where they
+            stand one to one.
+        teacher_states: float32 `[N, D_t]`, the teacher's state at each row; token_ids: int64 `[N]`, its token there.
+        sft_turns, turns: int64 `[M]` and `[N]`, a number for each turn of each sample.
         question_states: float32 `[Q, D_t]`, z_q of the samples that have it; None without the regularisation pass.
         reg_splice: the teacher's questions with its own answers; reg_rows: int64, which of the N rows it predicts.
         aligned_rows: int64 `[A]`, which of the N rows a position of the student's lines up with (`genrecal.train.align`);
-            aligned_at: int64 `[A]`, flat in B * L_s: that position; aligned_first: bool `[A]`, the first of a turn's answer.
+            aligned_at: those positions in `[B, L_s]`; aligned_first: bool `[A]`, the first of a turn's answer.
             None where the aligned path is not wanted.
     """
 
@@ -68,11 +87,16 @@ class MicroBatch:
     sample_ids: torch.Tensor | None = None
     sample_counts: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
+    teacher_rows: torch.Tensor | None = None
+    teacher_states: torch.Tensor | None = None
+    token_ids: torch.Tensor | None = None
+    sft_turns: torch.Tensor | None = None
+    turns: torch.Tensor | None = None
     question_states: torch.Tensor | None = None
     reg_splice: Splice | None = None
     reg_rows: torch.Tensor | None = None
     aligned_rows: torch.Tensor | None = None
-    aligned_at: torch.Tensor | None = None
+    aligned_at: Reads | None = None
     aligned_first: torch.Tensor | None = None
 
     def to(self, device: torch.device, student_dtype: torch.dtype) -> "MicroBatch":
@@ -82,8 +106,8 @@ class MicroBatch:
             value = getattr(self, item.name)
             if isinstance(value, torch.Tensor):
                 value = value.to(device, non_blocking=True)
-            elif isinstance(value, Splice):
-                value = Splice(rows=value.rows.to(device), predicts=value.predicts.to(device))
+            elif isinstance(value, Splice | Reads):
+                value = value.to(device)
             moved[item.name] = value
         moved["student_inputs"] = {
             name: value.to(device, student_dtype if value.is_floating_point() else None)
@@ -146,6 +170,9 @@ class LiveSource:
 # --------------------------------------------------------------------------------------------------------------- building
 
 
+SAME, PLACES, TURNS = "same", "places", "turns"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
     """What a stage reads: teacher states at all, the question tier, and what `exact` or `sampled` targets need.
@@ -153,6 +180,8 @@ class Wanted:
     splice: the teacher's answer states beside the student's questions. aligned: which rows and positions line up.
     last_answer: whether the student runs over the last answer too. Stage 1 reads its states of the questions alone, and
     these see nothing of an answer after them.
+    beside: which of the student's own rows the teacher's are compared with: SAME, token for token the same; PLACES, those
+    at the same place of a turn; TURNS, all of the turn.
     """
 
     teacher: bool
@@ -162,6 +191,7 @@ class Wanted:
     sampled: bool = False
     splice: bool = True
     aligned: bool = False
+    beside: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +274,8 @@ class BatchBuilder(Dataset[Loaded]):
             sample, record = item
             try:
                 rendered = self.renderer.encode(sample, max_tokens=self.max_tokens or None)
+                if self.wanted.beside == SAME and record is not None:
+                    _check_same_tokens(rendered, record)
                 encoded.append(rendered if self.wanted.last_answer else self.renderer.without_last_answer(rendered))
                 records.append(record)
             except SampleError as error:
@@ -278,7 +310,13 @@ def _empty_batch(stand_in: StandIn, renderer: Renderer, wanted: Wanted) -> Micro
             batch.answer_states = torch.zeros(0, stand_in.teacher_size)
             batch.splice = Splice(rows=torch.arange(inputs["input_ids"].shape[1])[None], predicts=none)
         if wanted.aligned:
-            batch.aligned_rows, batch.aligned_at, batch.aligned_first = none, none, none.bool()
+            batch.aligned_rows, batch.aligned_first = none, none.bool()
+            batch.aligned_at = Reads.of(none, *inputs["input_ids"].shape)
+        if wanted.beside == PLACES:
+            batch.teacher_rows = none
+        if wanted.beside == TURNS:
+            batch.teacher_states = torch.zeros(0, stand_in.teacher_size)
+            batch.token_ids = batch.sft_turns = batch.turns = none
         batch.target_ids, batch.first = none, none.bool()
         batch.topk_ids, batch.topk_log_probs = none[:, None], torch.zeros(0, 1)
         batch.exact_states = torch.zeros(0, stand_in.teacher_size) if wanted.exact else None
@@ -337,8 +375,37 @@ def _add_teacher_part(batch: MicroBatch, encoded: Sequence[Encoded], records: Se
         batch.exact_states = over_rows("hidden")
     if wanted.sampled:
         _add_sampled(batch, records)
+    student_lengths = [n for item in encoded for n in item.answer_lengths]
+    teacher_lengths = [n for turns in lengths for n in turns]
+    if wanted.beside == PLACES:
+        batch.teacher_rows = torch.from_numpy(rows_by_place(student_lengths, teacher_lengths))
+    elif wanted.beside == TURNS:
+        batch.teacher_states = batch.exact_states if wanted.exact else over_rows("hidden")
+        batch.token_ids = over_rows("token_id").long()
+        batch.sft_turns, batch.turns = (
+            torch.from_numpy(np.repeat(np.arange(len(counts)), counts)) for counts in (student_lengths, teacher_lengths)
+        )
     if any(record.question is not None for record in records):
         _add_regularisation(batch, records, lengths)
+
+
+def rows_by_place(student_lengths: Sequence[int], teacher_lengths: Sequence[int]) -> np.ndarray:
+    """Of each of the student's rows `[M]`, the teacher's row at the same place of the turn; -1 past its last."""
+    rows, start = [np.empty(0, np.int64)], 0
+    for mine, its in zip(student_lengths, teacher_lengths, strict=True):
+        place = np.arange(mine)
+        rows.append(np.where(place < its, place + start, -1))
+        start += its
+    return np.concatenate(rows)
+
+
+def _check_same_tokens(encoded: Encoded, record: Record) -> None:
+    ids = np.concatenate([answer.ids for answer in encoded.answers])
+    teacher_ids = record.answer.target_id[record.answer.predicts]
+    if not np.array_equal(ids, teacher_ids):
+        raise SampleError(
+            f"its answers are {len(teacher_ids)} tokens of the teacher and {len(ids)} of the student that are not the same"
+        )
 
 
 def _add_splice(
@@ -371,7 +438,8 @@ def _add_alignment(batch: MicroBatch, encoded: Sequence[Encoded], answers: Seque
         row_place += int(answer.predicts.sum())
         place += sum(item.answer_lengths)
     batch.aligned_rows = torch.from_numpy(np.concatenate(rows))
-    batch.aligned_at = batch.sft_rows[torch.from_numpy(np.concatenate(places))]
+    read = batch.sft_rows[torch.from_numpy(np.concatenate(places))]
+    batch.aligned_at = Reads.of(read, *batch.student_inputs["input_ids"].shape)
     batch.aligned_first = torch.from_numpy(np.concatenate(first))
 
 
@@ -483,13 +551,15 @@ def micro_batch_stream(
                 num_workers=workers,
                 prefetch_factor=2 if workers else None,
                 multiprocessing_context="fork" if workers else None,  # processors and readers are shared, not pickled
+                collate_fn=pack if workers else None,
                 worker_init_fn=_ignore_stop_signals,
                 generator=torch.Generator(),  # its own: a draw from the global one would change dropout after a resume
             )
         )
     for step in steps:
         samples = min((step + 1) * global_batch, last_sample) - step * global_batch
-        loaded = [next(loader) for _ in range(-(-samples // (batch_size * world_size)))]
+        handed = [next(loader) for _ in range(-(-samples // (batch_size * world_size)))]
+        loaded: list[Loaded] = [unpack(item) if workers else item for item in handed]
         yield Step(
             batches=[item.batch for item in loaded],
             skipped=[text for item in loaded for text in item.skipped],

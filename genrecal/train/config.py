@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from genrecal.errors import UsageError
+from genrecal.train.objectives import check_target
 
-OBJECTIVES = ("genrecal", "genrecal-aligned", "sft")
 RECIPES = Path(__file__).parents[1] / "recipes"
 ENGINES = ("auto", "none", "ddp", "zero1", "zero2", "zero3")
 
@@ -80,7 +80,8 @@ class LossConfig:
     """Weights of the terms, and what the KL is taken from.
 
     Args:
-        ce_weight, kl_weight: of the Recalibrator's cross-entropy and KL, in every pass.
+        ce_weight, kl_weight: of the Recalibrator's cross-entropy and KL, in every pass; with an objective that compares the
+            student itself with the teacher, of its own cross-entropy and of what it is compared by.
         splice_weight: of the passes that are given the teacher's answer states, the regularisation's included; 0 leaves
             them out (objective genrecal-aligned).
         reg_weight: of the regularisation pass (stage 1).
@@ -89,6 +90,7 @@ class LossConfig:
         first_token_weight: of the first token of each answer, in every term of every stage; the others' is 1.
         target: "topk", the stored logits and one bucket for the rest; "exact", recomputed from the cached state;
             "sample", the stored draws, whose KL is unbiased (a cache made with `--targets sample:K`).
+        skew: of objective skewed-kl: the teacher's share in the mixture that it is compared with.
         chunk_rows: rows of logits that exist at once; 0 for as many as take 256 MiB.
     """
 
@@ -100,11 +102,14 @@ class LossConfig:
     sft_weight: float = 1.0
     first_token_weight: float = 1.0
     target: str = "topk"
+    skew: float = 0.1
     chunk_rows: int = 0
 
     def __post_init__(self) -> None:
         if self.target not in ("topk", "exact", "sample"):
             raise UsageError(f"loss.target {self.target!r}: expected topk, exact or sample")
+        if not 0 < self.skew < 1:
+            raise UsageError(f"loss.skew {self.skew}: expected a share between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,13 +167,26 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """What is measured for the run's report at the start and the end of stage 1 and the end of stage 2, in place.
+
+    Args:
+        samples: of the cache, on which the student's and the teacher's own cross-entropies are measured; ten samples
+            with question states are compared besides. 0 measures nothing.
+    """
+
+    samples: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A whole run.
 
     Args:
         seed: of the order, the Recalibrator's first weights and dropout.
-        objective: "genrecal"; "genrecal-aligned", with a second pass over the student's states alone; or "sft": stages 2
-            and 3 with the student's own cross-entropy alone.
+        objective: one of `genrecal.train.objectives.OBJECTIVES`: "genrecal"; "genrecal-aligned", with a second pass over the
+            student's states alone; "sft" and "seqkd", stages 2 and 3 with the student's own cross-entropy alone; "kl",
+            "reverse-kl", "skewed-kl", "uld" and "dskd", stages 2 and 3 with the student compared with the teacher besides.
         precision: "bf16" computes in bfloat16 with float32 trained weights; "fp32"; "auto" is bf16 on CUDA, else fp32.
         device: "auto", "cpu", "cuda"; under a launcher, each process takes the CUDA device of its local rank.
         engine: "none", one process; "ddp", torch's DistributedDataParallel; "zero1", "zero2", "zero3", DeepSpeed's; "auto"
@@ -203,9 +221,11 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
 
     def __post_init__(self) -> None:
-        choices = {"objective": OBJECTIVES, "precision": ("auto", "bf16", "fp32"), "engine": ENGINES}
+        check_target(self.objective, self.loss.target)
+        choices = {"precision": ("auto", "bf16", "fp32"), "engine": ENGINES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
@@ -237,6 +257,11 @@ def load_config(file: Path | None = None, settings: Sequence[str] = ()) -> Train
 
     Raises UsageError for a key that does not exist (naming the nearest that does) or a value of the wrong type.
     """
+    return config_from(read_settings(file, settings))
+
+
+def read_settings(file: Path | None = None, settings: Sequence[str] = (), *, option: str = "--set") -> dict[str, Any]:
+    """The same as nested tables, their keys not looked at yet. `option` is where the settings come from, for errors."""
     values: dict[str, Any] = {}
     if file is not None:
         recipes = {path.stem: path for path in RECIPES.glob("*.toml")}
@@ -250,15 +275,15 @@ def load_config(file: Path | None = None, settings: Sequence[str] = ()) -> Train
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
-            raise UsageError(f"--set {setting!r}: expected a.b=value")
+            raise UsageError(f"{option} {setting!r}: expected a.b=value")
         *tables, name = key.strip().split(".")
         place = values
         for table in tables:
             place = place.setdefault(table, {})
             if not isinstance(place, dict):
-                raise UsageError(f"--set {setting!r}: {table} is no table")
+                raise UsageError(f"{option} {setting!r}: {table} is no table")
         place[name] = _parse_value(text.strip())
-    return config_from(values)
+    return values
 
 
 def config_from(values: dict[str, Any]) -> TrainConfig:

@@ -41,13 +41,24 @@ from genrecal.train.checkpoint import (
     trained_parameters,
 )
 from genrecal.train.config import StageConfig, TrainConfig
+from genrecal.train.dual_space import DualSpace
 from genrecal.train.engine import Engine, import_deepspeed, resolve_engine, start_engine
 from genrecal.train.logs import RunLog, Wandb, cache_facts, term_means, term_sums
 from genrecal.train.midway import Midway
+from genrecal.train.objectives import OBJECTIVES, TERMS, check_cache, check_pair, shared_with
 from genrecal.train.ranks import Ranks, StopSignals, joined, own_device, world_size
 from genrecal.train.recalibrator import Recalibrator, checkpoint_activations
 from genrecal.train.run import Run
-from genrecal.train.stages import Denominators, Distiller, add_lora, select_trainable, wanted_by
+from genrecal.train.snapshot import take_snapshot
+from genrecal.train.stages import (
+    Denominators,
+    Distiller,
+    add_lora,
+    needs_recalibrator,
+    needs_teacher_head,
+    select_trainable,
+    wanted_by,
+)
 from genrecal.train.warm_start import warm_start
 from genrecal.vlm.loading import VLM, first_line, resolve_device
 
@@ -68,6 +79,11 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
         OtherRankError: on the ranks that leave it to another to say what is wrong.
     """
     with all_ranks(run.config) as ranks, StopSignals() as signals:
+        if ranks.first and (left_out := sorted(set(stages) - set(OBJECTIVES[run.config.objective].stages))):
+            sys.stderr.write(
+                f"genrecal: objective {run.config.objective} has no stage {left_out[0]}, which trains the Recalibrator alone; "
+                "it has none\n"
+            )
         device = ranks.together(lambda: own_device(run.config.device))
         if device.index is not None:
             torch.cuda.set_device(device)
@@ -95,8 +111,8 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
 
 
 def stages_to_train(config: TrainConfig, stages: Sequence[int]) -> list[int]:
-    """In order; objective sft has no Recalibrator to align, and so no stage 1."""
-    return [stage for stage in sorted(set(stages)) if stage > 1 or config.objective != "sft"]
+    """In order; an objective without a Recalibrator has no stage 1."""
+    return [stage for stage in sorted(set(stages)) if stage in OBJECTIVES[config.objective].stages]
 
 
 def _wandb_of(run: Run) -> AbstractContextManager[Wandb | None]:
@@ -125,7 +141,7 @@ def check_stages(run: Run, cache: Cache, stages: Sequence[int], global_batches: 
     for stage in numbers:
         if run.stage_result(stage).exists():
             continue
-        if stage > 1 and run.config.objective != "sft" and stage - 1 not in numbers:
+        if stage > 1 and OBJECTIVES[run.config.objective].recalibrates and stage - 1 not in numbers:
             run.need_result(stage - 1)
         if wanted_by(stage, run.config).questions and not cache.column("has_question").any():
             raise UsageError(
@@ -164,6 +180,8 @@ def open_for(run: Run, stages: Sequence[int]) -> Cache:
             f"--cache {run.cache}: loss.target sample needs sampled targets, and this cache has none; "
             "make one with `genrecal cache --targets sample:50`, or set loss.target to topk or exact"
         )
+    check_cache(run.config.objective, cache)
+    check_pair(run.config.objective, cache, run.student, trust_remote_code=run.trust_remote_code)
     return cache
 
 
@@ -237,7 +255,9 @@ def plan_stage(config: StageConfig, cache: Cache, *, global_batch: int | None = 
 
 def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> None:
     run, stage, ranks, config, settings = job.run, job.stage, job.ranks, job.run.config, job.settings
-    plan, engine, student, stream, first_step = _prepare(job, source)
+    plan, engine, distiller, stream, first_step = _prepare(job, source)
+    if stage == 1 and first_step == 0:
+        _measure(job, distiller, source, plan, "start")
     with (
         RunLog(run.path, stage, first_step=first_step, writes=ranks.first, wandb=job.wandb) as log,
         Progress(f"stage {stage}", plan.num_steps, "steps", done=first_step, shown=ranks.first) as progress,
@@ -247,7 +267,7 @@ def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> N
         started = time.perf_counter()
         for step in range(first_step, plan.num_steps):
             if step in points:
-                _evaluate(job, student, plan, step, log)
+                _evaluate(job, distiller.student, plan, step, log)
                 started = time.perf_counter()
             loaded = next(stream)
             shares = ranks.gather(Share.of(loaded, time.perf_counter() - started, signals.received))
@@ -298,24 +318,23 @@ def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> N
             progress.advance(1, _in_words(values))
             started = time.perf_counter()
         if plan.num_steps in points:
-            _evaluate(job, student, plan, plan.num_steps, log)
+            _evaluate(job, distiller.student, plan, plan.num_steps, log)
     if damaged and ranks.first:
         sys.stderr.write(
             f"genrecal: stage {stage}: {damaged} of {plan.num_samples} samples were skipped since they are damaged; "
             f"metrics.jsonl names them under damaged, and `genrecal verify {job.cache.path}` the shards\n"
         )
+    if stage < 3:
+        _measure(job, distiller, source, plan, "end")
     state = engine.state(moments=False)
     engine.close()
     if state is not None:
         run.save_result(stage, state.weights)
 
 
-SHOWN_TERMS = ("loss", "ce", "kl", "reg_ce", "reg_kl", "aligned_ce", "aligned_kl", "sft")
-
-
 def _in_words(values: dict[str, Any]) -> str:
     """A step's values, for the line of progress."""
-    terms = [f"{name} {values[name]:.3f}" for name in SHOWN_TERMS if name in values]
+    terms = [f"{name} {values[name]:.3f}" for name in ("loss", *TERMS) if name in values]
     return (
         f"{', '.join(terms)}, {values['tokens_per_second']:.0f} tokens/s, {values['data_wait']:.0%} waiting for data, "
         f"{values['memory_gb']:.1f} GB"
@@ -330,8 +349,31 @@ def _evaluate(job: StageJob, student: VLM, plan: StagePlan, step: int, log: RunL
     log.evaluated(step, evaluation, done=step / plan.num_steps, shown=config.evaluate.shown)
 
 
-def _prepare(job: StageJob, source: RecordSource) -> tuple[StagePlan, Engine, VLM, Iterator[Step], int]:
-    """The stage's plan; its engine, where the newest checkpoint left it; the student in it; the samples from there on; and
+def _measure(job: StageJob, distiller: Distiller, source: RecordSource, plan: StagePlan, moment: str) -> None:
+    """A snapshot for the report, which rank 0 takes; the others wait. Not with zero3, where no process has the whole
+    student."""
+    config = job.run.config
+    if distiller.recalibrator is None or not config.measure.samples or config.engine == "zero3":
+        return
+
+    def measure() -> None:
+        if job.ranks.first:
+            take_snapshot(
+                distiller,
+                source,
+                job.cache,
+                plan.indices,
+                samples=config.measure.samples,
+                moment=moment,
+                compute_dtype=resolve_precision(config),
+                max_tokens=config.max_tokens,
+            ).write(job.run.path)
+
+    job.ranks.together(measure)
+
+
+def _prepare(job: StageJob, source: RecordSource) -> tuple[StagePlan, Engine, Distiller, Iterator[Step], int]:
+    """The stage's plan; its engine, where the newest checkpoint left it; what it trains; the samples from there on; and
     the first step."""
     run, cache, stage, ranks, config, settings = job.run, job.cache, job.stage, job.ranks, job.run.config, job.settings
     compute_dtype = resolve_precision(config)
@@ -403,7 +445,7 @@ def _prepare(job: StageJob, source: RecordSource) -> tuple[StagePlan, Engine, VL
         rank=ranks.rank,
         world_size=ranks.size,
     )
-    return plan, engine, distiller.student, stream, first_step
+    return plan, engine, distiller, stream, first_step
 
 
 def _save(job: StageJob, engine: Engine, step: int) -> None:
@@ -491,21 +533,27 @@ def build_distiller(run: Run, cache: Cache, stage: int, device: torch.device, co
     config = run.config
     trains_base = stage == 3 or (stage == 2 and not config.lora.rank)
     dtype = torch.float32 if trains_base else compute_dtype
-    has_teacher = wanted_by(stage, config).teacher
-    before = 2 if stage == 3 and (config.objective != "sft" or run.stage_result(2).exists()) else 0
+    objective = OBJECTIVES[config.objective]
+    before = 2 if stage == 3 and (objective.recalibrates or run.stage_result(2).exists()) else 0
     student = run.student_after(before, dtype, device)
     if stage == 2 and config.lora.rank:
         add_lora(student, config.lora)
     for name in select_trainable(stage, student, config.lora):
         parameter = student.model.get_parameter(name)
         parameter.data = parameter.data.float()
-    recalibrator, head = None, None
-    if has_teacher:
+    recalibrator, dual_space, shared_ids = None, None, 0
+    head = cache.head(str(device)) if needs_teacher_head(stage, config) else None
+    if needs_recalibrator(stage, config):
         recalibrator = Recalibrator.of(config, student.model.config, cache.hidden_size).to(device)
-        head = cache.head(str(device))
         if stage == 1 and config.recalibrator.init == "pseudo-inverse":
+            assert head is not None
             with torch.autocast(device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32):
                 warm_start(recalibrator, student, head, cache)
+    if config.objective == "dskd":
+        dual_space = DualSpace(student.hidden_size, cache.hidden_size).to(device)
+    if objective.one_tokenizer:
+        shared = shared_with(cache, run.student, trust_remote_code=run.trust_remote_code)
+        shared_ids = min(shared.ids, int(cache.description["head_rows"]), student.head.out_features)
     student.model.train(stage > 1)
     if config.gradient_checkpointing:
         checkpoint_activations(student.model if stage > 1 else None, recalibrator)
@@ -517,7 +565,14 @@ def build_distiller(run: Run, cache: Cache, stage: int, device: torch.device, co
         config.loss,
         question_fraction=float(cache.description["question_fraction"]) or 1.0,
         vision_cache_bytes=int(config.data.vision_cache_gb * 1e9),
+        objective=config.objective,
+        shared_ids=shared_ids,
+        dual_space=dual_space,
     )
+    if dual_space is not None and before == 2:
+        parameters = {f"dual_space.{name}": value for name, value in dual_space.named_parameters()}
+        learnt = {name: value for name, value in run.load_result(2).items() if name in parameters}
+        copy_weights(learnt, parameters, where=str(run.stage_result(2)))
     if stage == 2 and recalibrator is not None:
         parameters = {f"recalibrator.{name}": value for name, value in recalibrator.named_parameters()}
         copy_weights(run.load_result(1), parameters, where=str(run.stage_result(1)))

@@ -1,6 +1,7 @@
 """The three stages: what is trained in each, and what one micro-step computes (paper, section 3.3, Algorithms 1-3)."""
 
 import re
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +13,10 @@ from genrecal.errors import ModelError
 from genrecal.shards.head import FrozenHead
 from genrecal.train.batches import MicroBatch, Splice, Wanted
 from genrecal.train.config import LoraConfig, LossConfig, TrainConfig
+from genrecal.train.divergences import Divergence, student_losses
+from genrecal.train.dual_space import DualSpace
 from genrecal.train.losses import Exact, RowLosses, Sampled, Target, TopK, chunked_cross_entropy, head_losses
+from genrecal.train.objectives import OBJECTIVES
 from genrecal.train.recalibrator import Recalibrator
 from genrecal.train.vision_cache import VisionCache
 from genrecal.vlm.loading import VLM
@@ -30,6 +34,10 @@ class Denominators:
     aligned_rows: int = 0
 
 
+Log = Callable[[str, torch.Tensor, torch.Tensor], None]  # a term's name, its rows, which of them are first tokens
+Weighed = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # the same rows -> their weighted sum
+
+
 class StepOutput(NamedTuple):
     """A micro-step's part of the global batch's loss, and sums of its terms over rows for the log.
 
@@ -43,18 +51,35 @@ class StepOutput(NamedTuple):
 
 def wanted_by(stage: int, config: TrainConfig) -> Wanted:
     """What a stage reads of the cache."""
-    if config.objective == "sft" or stage == 3:
+    objective, loss = OBJECTIVES[config.objective], config.loss
+    if not objective.targets or (objective.recalibrates and stage == 3):
         return Wanted(teacher=False, questions=False, splice=False)
-    loss, aligned = config.loss, config.objective == "genrecal-aligned"
+    splice, aligned = objective.recalibrates and loss.splice_weight > 0, config.objective == "genrecal-aligned"
     return Wanted(
         teacher=True,
-        questions=stage == 1 and loss.splice_weight > 0 and loss.reg_weight > 0,
+        questions=stage == 1 and splice and loss.reg_weight > 0,
         last_answer=stage > 1 or aligned,
         exact=loss.target == "exact",
         sampled=loss.target == "sample",
-        splice=loss.splice_weight > 0,
+        splice=splice,
         aligned=aligned,
+        beside=objective.beside,
     )
+
+
+def keeps_pictures(stage: int, body: Any) -> bool:
+    """Whether pictures' embeddings may be kept: nothing that makes them is trained, and the body has pictures."""
+    return stage < 3 and hasattr(body, "get_image_features")
+
+
+def needs_recalibrator(stage: int, config: TrainConfig) -> bool:
+    return OBJECTIVES[config.objective].recalibrates and stage < 3
+
+
+def needs_teacher_head(stage: int, config: TrainConfig) -> bool:
+    """Whether something is read by the teacher's head: what the Recalibrator or the dual space makes, or an exact target."""
+    wanted = wanted_by(stage, config)
+    return wanted.teacher and (wanted.exact or needs_recalibrator(stage, config) or config.objective == "dskd")
 
 
 class Distiller(nn.Module):
@@ -63,7 +88,9 @@ class Distiller(nn.Module):
     Args:
         stage: 1, 2 or 3.
         student: the student; LoRA, if any, is already in its model.
-        recalibrator, head: None in stage 3 and for objective "sft".
+        recalibrator: None in stage 3, and for objectives without one. head: the teacher's, where something is read by it.
+        objective: of OBJECTIVES. shared_ids: the ids that both tokenizers share, for objectives that need one tokenizer.
+        dual_space: of objective "dskd".
         question_fraction: share of samples whose questions are cached; their regularisation terms are weighted by its
             inverse, so that the expected loss is that of a full question tier.
         vision_cache_bytes: room for pictures' embeddings, in stages 1 and 2; stage 3 trains the projector.
@@ -79,8 +106,12 @@ class Distiller(nn.Module):
         *,
         question_fraction: float = 1.0,
         vision_cache_bytes: int = 0,
+        objective: str = "genrecal",
+        shared_ids: int = 0,
+        dual_space: DualSpace | None = None,
     ):
         super().__init__()
+        self.objective, self.shared_ids, self.dual_space = objective, shared_ids, dual_space
         self.stage, self.student, self.loss = stage, student, loss
         self.model = student.model  # registers the student's parameters
         self.recalibrator, self.head = recalibrator, head
@@ -88,7 +119,7 @@ class Distiller(nn.Module):
         for name, module in self.model.named_modules():
             if name.split(".")[-1] in VISION_PARTS:
                 module.eval()  # frozen in every stage: no dropout
-        keeps = vision_cache_bytes and stage < 3 and hasattr(student.body, "get_image_features")
+        keeps = vision_cache_bytes and keeps_pictures(stage, student.body)
         self.vision_cache = VisionCache(student.body, vision_cache_bytes) if keeps else None
 
     def forward(self, batch: MicroBatch, denominators: Denominators) -> StepOutput:
@@ -141,7 +172,10 @@ class Distiller(nn.Module):
             loss = loss + against_teacher("aligned_", rows, batch.aligned_rows, batch.aligned_first, weight)
             sums["aligned_share"] = loss.new_tensor(len(batch.aligned_rows))
             counts["aligned_share"] = len(batch.target_ids)
-        if self.stage > 1:
+        if OBJECTIVES[self.objective].direct:
+            compare = self._against_teacher if self.dual_space is None else self._in_dual_space
+            loss = loss + compare(states[batch.sft_rows], batch, denominators, weighed, log)
+        elif self.stage > 1:
             ce = chunked_cross_entropy(
                 states[batch.sft_rows],
                 self.student.head,
@@ -172,29 +206,117 @@ class Distiller(nn.Module):
         """Recalibrator(splice) at the prediction positions, `[N, D_t]`."""
         assert self.recalibrator is not None
         source = torch.cat([questions.to(answers.dtype), answers])
-        recalibrated: torch.Tensor = self.recalibrator(source[splice.rows], splice.predicts)
+        recalibrated: torch.Tensor = self.recalibrator(source[splice.rows], splice.reads)
         return recalibrated
 
     def _losses(self, rows: torch.Tensor, batch: MicroBatch, which: slice | torch.Tensor) -> RowLosses:
-        assert self.head is not None and batch.target_ids is not None and batch.topk_ids is not None
-        target: Target
-        if batch.exact_states is not None:
-            target = Exact(hidden=batch.exact_states[which])
-        elif batch.sample_ids is not None:
-            assert batch.sample_counts is not None and batch.entropy is not None
-            target = Sampled.of_counts(batch.sample_ids[which], batch.sample_counts[which], batch.entropy[which])
-        else:
-            assert batch.topk_log_probs is not None
-            target = TopK(ids=batch.topk_ids[which], log_probs=batch.topk_log_probs[which])
+        assert self.head is not None and batch.target_ids is not None
         return head_losses(
             rows,
             self.head,
             batch.target_ids[which],
-            target,
+            self._target(batch, which),
             ce_weight=self.loss.ce_weight,
             kl_weight=self.loss.kl_weight,
             chunk_rows=self.loss.chunk_rows,
         )
+
+    def _against_teacher(
+        self, rows: torch.Tensor, batch: MicroBatch, denominators: Denominators, weighed: Weighed, log: Log
+    ) -> torch.Tensor:
+        """The student's own cross-entropy at its rows `[M, D_s]`, and its divergence from the teacher's distribution there."""
+        divergence = Divergence(name=self.objective, shared_ids=self.shared_ids, skew=self.loss.skew)
+        which: slice | torch.Tensor = slice(None)
+        counts = None
+        if batch.teacher_rows is not None:
+            which, counts = batch.teacher_rows.clamp_min(0), (batch.teacher_rows >= 0).float()
+        losses = self._student_losses(rows, batch, self._target(batch, which), divergence, self.head, counts)
+        log("sft", losses.ce, batch.sft_first)
+        (term,) = OBJECTIVES[self.objective].terms
+        compared = slice(None) if counts is None else counts.bool()
+        log(term, losses.kl[compared], batch.sft_first[compared])
+        return weighed(losses.weighted, batch.sft_first) / denominators.student_rows
+
+    def _in_dual_space(
+        self, rows: torch.Tensor, batch: MicroBatch, denominators: Denominators, weighed: Weighed, log: Log
+    ) -> torch.Tensor:
+        """The student's own cross-entropy, and the three terms of dual-space distillation (arXiv 2406.17328).
+
+        Of the projected teacher, its cross-entropy, which trains the projection; the student's KL from it, where it is
+        right; and the projected student's KL from the teacher. Neither head gets a gradient from a projected state.
+        """
+        assert self.dual_space is not None and self.head is not None and batch.target_ids is not None
+        assert batch.teacher_states is not None and batch.token_ids is not None
+        assert batch.sft_turns is not None and batch.turns is not None and batch.first is not None
+        head, weights = self.student.head, self.loss
+        with torch.no_grad():
+            ids = batch.student_inputs["input_ids"].flatten()[batch.sft_rows]
+            student_tokens = self.model.get_input_embeddings()(torch.stack([ids, batch.sft_ids], 1))  # [M, 2, D_s]
+            teacher_tokens = self.head.weight[torch.stack([batch.token_ids, batch.target_ids], 1)]  # [N, 2, D_t]
+        t2s, s2t = self.dual_space(
+            rows, student_tokens, batch.sft_turns, batch.teacher_states, teacher_tokens, batch.turns
+        )
+        own = FrozenHead(
+            weight=head.weight.detach(),
+            bias=None if head.bias is None else head.bias.detach(),
+            transform=self.student.transform,
+            vocab_size=head.out_features,
+        )
+        projected = head_losses(
+            t2s, own, batch.sft_ids, None, ce_weight=weights.kl_weight, chunk_rows=weights.chunk_rows
+        )
+        divergence = Divergence(name="kl", shared_ids=head.out_features, only_where_right=True)
+        losses = self._student_losses(rows, batch, Exact(hidden=t2s.detach()), divergence, own)
+        back = head_losses(
+            s2t,
+            self.head,
+            batch.target_ids,
+            self._target(batch, slice(None)),
+            ce_weight=0.0,
+            kl_weight=weights.kl_weight,
+            chunk_rows=weights.chunk_rows,
+        )
+        log("sft", losses.ce, batch.sft_first)
+        log("t2s_ce", projected.ce, batch.sft_first)
+        log("t2s_kl", losses.kl, batch.sft_first)
+        log("s2t_kl", back.kl, batch.first)
+        in_student = weighed(losses.weighted + projected.weighted, batch.sft_first) / denominators.student_rows
+        return in_student + weighed(back.weighted, batch.first) / denominators.teacher_rows
+
+    def _student_losses(
+        self,
+        rows: torch.Tensor,
+        batch: MicroBatch,
+        target: Target,
+        divergence: Divergence,
+        teacher_head: FrozenHead | None,
+        counts: torch.Tensor | None = None,
+    ) -> RowLosses:
+        return student_losses(
+            rows,
+            self.student.head,
+            self.student.transform,
+            batch.sft_ids,
+            target,
+            divergence,
+            teacher_head=teacher_head,
+            ce_weight=self.loss.ce_weight,
+            kl_weight=self.loss.kl_weight,
+            counts=counts,
+            chunk_rows=self.loss.chunk_rows,
+        )
+
+    @staticmethod
+    def _target(batch: MicroBatch, which: slice | torch.Tensor) -> Target:
+        """What the cache holds of the teacher's distribution at some of its rows."""
+        assert batch.topk_ids is not None
+        if batch.exact_states is not None:
+            return Exact(hidden=batch.exact_states[which])
+        if batch.sample_ids is not None:
+            assert batch.sample_counts is not None and batch.entropy is not None
+            return Sampled.of_counts(batch.sample_ids[which], batch.sample_counts[which], batch.entropy[which])
+        assert batch.topk_log_probs is not None
+        return TopK(ids=batch.topk_ids[which], log_probs=batch.topk_log_probs[which])
 
 
 # ----------------------------------------------------------------------------------------------------- what is trained

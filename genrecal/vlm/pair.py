@@ -64,6 +64,19 @@ class TokenTypes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SharedTokens:
+    """How far two tokenizers are one.
+
+    Args:
+        ids: the ids 0 to `ids` - 1 stand for the same token in both.
+        differences: in words; none where both give an answer the same ids, all of them among those.
+    """
+
+    ids: int
+    differences: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finding:
     """Whether something holds or applies, and the figures that say so."""
 
@@ -81,8 +94,8 @@ class Pair:
         same_splits: tokens that cover the same bytes in both. same_ids: of them, those with the same id.
         aligned: byte positions where a token ends in both, so that the prefixes before them are the same text.
         common_entries: byte strings that are entries of both vocabularies. common_ids: of them, those with the same ids.
+        shared: whether answers have the same tokens, whatever stands before them.
         conditions: of traditional distillation; it is possible where all hold.
-        objectives: of `genrecal train` and of the traditional kind, and whether they apply.
     """
 
     teacher: TokenTypes
@@ -94,8 +107,8 @@ class Pair:
     aligned: list[int]
     common_entries: int
     common_ids: int
+    shared: SharedTokens
     conditions: list[Finding]
-    objectives: list[Finding]
 
     @property
     def traditional(self) -> bool:
@@ -128,7 +141,7 @@ def compare_pair(
         pictures = {
             f"{name} {width}x{height}": Image.new("RGB", (width, height)) for name, (width, height) in SIZES.items()
         }
-    (of_teacher, entries_t), (of_student, entries_s) = (
+    (of_teacher, entries_t, renderer_t), (of_student, entries_s, renderer_s) = (
         _token_types(path, text, pictures, trust_remote_code) for path in (teacher, student)
     )
     spans_t, spans_s = _spans(of_teacher), _spans(of_student)
@@ -142,16 +155,49 @@ def compare_pair(
         "common_entries": len(common),
         "common_ids": sum(entries_t[entry] == entries_s[entry] for entry in common),
     }
-    conditions = _conditions(**figures)
-    aligned = sorted(set(of_teacher.ends) & set(of_student.ends))
     return Pair(
         **figures,
         text=text,
         num_bytes=len(text.encode()),
-        aligned=aligned,
-        conditions=conditions,
-        objectives=_objectives(conditions, of_teacher, of_student, len(aligned)),
+        aligned=sorted(set(of_teacher.ends) & set(of_student.ends)),
+        shared=shared_tokens(renderer_t, renderer_s, text=text),
+        conditions=_conditions(**figures),
     )
+
+
+def shared_tokens(teacher: Renderer, student: Renderer, *, text: str = TEXT) -> SharedTokens:
+    """Whether two tokenizers give every answer the same tokens, and how many leading ids mean the same in both.
+
+    A model may have special tokens of its own behind those: no answer holds one, and heads are padded unlike there.
+    """
+    tokens_t, tokens_s = (
+        {token_id: token for token, token_id in renderer.tokenizer.get_vocab().items()}
+        for renderer in (teacher, student)
+    )
+    end = min(max(tokens_t), max(tokens_s)) + 1
+    ids = next((i for i in range(end) if tokens_t.get(i) != tokens_s.get(i)), end)
+    differences = []
+    for tokens, renderer in ((tokens_t, teacher), (tokens_s, student)):
+        added = renderer.tokenizer.added_tokens_decoder
+        if any(token_id >= ids and token_id not in added for token_id in tokens):
+            differences = [f"id {ids} is {tokens_t.get(ids)!r} and {tokens_s.get(ids)!r}"]
+    closings = teacher.marks.end_of_turn_id, student.marks.end_of_turn_id
+    if closings[0] != closings[1] or closings[0] >= ids:
+        differences.append(
+            f"an answer is closed by {teacher.marks.end_of_turn!r} ({closings[0]}) and {student.marks.end_of_turn!r} "
+            f"({closings[1]})"
+        )
+    answers = []
+    for renderer in (teacher, student):
+        try:
+            answered = [Message(role="user", parts=("Hi",)), Message(role="assistant", parts=(text,))]
+            answers.append(renderer.encode_messages(answered, []).answers[0].ids[:-1].tolist())
+        except SampleError as error:
+            return SharedTokens(ids=ids, differences=(*differences, f"a text cannot be compared: {error}"))
+    if answers[0] != answers[1]:
+        same = sum(a == b for a, b in zip(*answers, strict=False))
+        differences.append(f"a text has {len(answers[0])} and {len(answers[1])} tokens, {same} alike place by place")
+    return SharedTokens(ids=ids, differences=tuple(differences))
 
 
 def _conditions(
@@ -200,38 +246,13 @@ def _same_pictures(teacher: TokenTypes) -> str:
     return "as many for every picture tried"
 
 
-def _objectives(
-    conditions: Sequence[Finding], teacher: TokenTypes, student: TokenTypes, num_aligned: int
-) -> list[Finding]:
-    lacking = [condition.name for condition in conditions[:3] if not condition.holds]
-    rows = teacher.head_rows, student.head_rows
-    heads = f"; of the heads' {rows[0]} and {rows[1]} rows the tokenizer's {teacher.vocabulary} are comparable"
-    return [
-        Finding(name="genrecal", holds=True, why="any pair: the Recalibrator's states run through the teacher's head"),
-        Finding(
-            name="genrecal-aligned",
-            holds=True,
-            why=f"any pair: {num_aligned} of the teacher's {len(teacher.ids)} tokens of the text end where the student's do",
-        ),
-        Finding(name="sft", holds=True, why="any pair: the student's own cross-entropy, in its own tokens"),
-        Finding(
-            name="KL between the heads",
-            holds=not lacking,
-            why=f"needs one tokenizer, and these differ: {', '.join(lacking)}"
-            if lacking
-            else "one tokenizer: answers have the same tokens, whatever stands before them"
-            + heads * (rows[0] != rows[1]),
-        ),
-    ]
-
-
 # ------------------------------------------------------------------------------------------------------------- one model
 
 
 def _token_types(
     path: str | Path, text: str, pictures: dict[str, Image.Image], trust_remote_code: bool
-) -> tuple[TokenTypes, dict[bytes, set[int]]]:
-    """A model's token types, and its vocabulary: the bytes of every entry and the ids that stand for them."""
+) -> tuple[TokenTypes, dict[bytes, set[int]], Renderer]:
+    """A model's token types; its vocabulary, the bytes of every entry and the ids that stand for them; its renderer."""
     folder = model_folder(path)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{path}: expected a model folder, found no config.json in it")
@@ -266,7 +287,7 @@ def _token_types(
         end_of_turn=renderer.marks.end_of_turn,
         special_tokens={str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items()},
     )
-    return types, entries
+    return types, entries, renderer
 
 
 def _spans(types: TokenTypes) -> dict[tuple[int, int], int]:
@@ -324,8 +345,12 @@ def _image_token(config: Any, processor: Any) -> int:
 # ------------------------------------------------------------------------------------------------------------ the report
 
 
-def pair_report(pair: Pair) -> Group:
-    """The comparison as tables for a terminal."""
+def pair_report(pair: Pair, objectives: Sequence[Finding]) -> Group:
+    """The comparison as tables for a terminal.
+
+    Args:
+        objectives: whether each applies (`genrecal.train.objectives.findings`).
+    """
     answer = "possible" if pair.traditional else "not possible"
     return Group(
         _facts(pair),
@@ -338,7 +363,7 @@ def pair_report(pair: Pair) -> Group:
         _findings(pair.conditions, "yes", "NO"),
         "",
         "objectives",
-        _findings(pair.objectives, "applies", "no"),
+        _findings(objectives, "applies", "no"),
     )
 
 

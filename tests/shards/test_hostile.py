@@ -129,8 +129,8 @@ def with_last_buffer(data, payload):
     start = source.tell()
     message = pa.ipc.read_message(source)
     metadata, body, end = message.metadata.to_pybytes(), message.body.to_pybytes(), source.tell()
-    place = arrow_file._record_batch(memoryview(metadata))[1][-1]
-    old, new = struct.pack("<qq", *place), struct.pack("<qq", len(body), len(payload))
+    _, starts, sizes = arrow_file._record_batch(memoryview(metadata))
+    old, new = struct.pack("<qq", starts[-1], sizes[-1]), struct.pack("<qq", len(body), len(payload))
     assert metadata.count(old) == 1
     lengths = struct.pack("<q", len(body)), struct.pack("<q", len(body) + len(payload) + -len(payload) % 64)
     metadata = only_one(metadata, *lengths, lambda said: struct.pack("<q", len(body)) not in said[:64]).replace(

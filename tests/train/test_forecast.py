@@ -27,10 +27,11 @@ from genrecal.train.forecast import (
     ForecastOptions,
     Parameters,
     count_parameters,
+    host_memory,
     make_forecast,
     memory_of,
 )
-from genrecal.train.loop import build_distiller, plan_stage
+from genrecal.train.loop import build_distiller, plan_stage, stages_to_train
 from genrecal.train.run import Run
 from genrecal.train.stages import Denominators, wanted_by
 from genrecal.vlm.loading import load_processor
@@ -55,7 +56,7 @@ def trained(tiny, cache, tmp_path_factory):
     def make(family, stage, *settings):
         config = load_config(None, ["data.workers=0", *settings])
         run = Run(path=tmp_path_factory.mktemp("run"), config=config, student=str(tiny(family)), cache=str(cache.path))
-        for before in range(1, stage):
+        for before in stages_to_train(config, range(1, stage)):
             distiller = build_distiller(run, cache, before, torch.device("cpu"), torch.float32)
             run.save_result(before, {name: p.detach() for name, p in trained_parameters(distiller).items()})
         return run
@@ -87,6 +88,7 @@ def measured_peak(run, cache, stage, dtype, size):
         splice=batch.splice.rows.shape[1] if batch.splice else 0,
         reg_splice=batch.reg_splice.rows.shape[1] if batch.reg_splice else 0,
         answers=len(batch.target_ids) if batch.target_ids is not None else 0,
+        most_answers=batch.splice.reads.positions.shape[1] if batch.splice else 0,
         questions=len(batch.question_states) if batch.reg_splice else 0,
         student_answers=len(batch.sft_ids),
     )
@@ -101,6 +103,8 @@ def measured_peak(run, cache, stage, dtype, size):
         pytest.param(2, "false", torch.bfloat16, ALIGNED, marks=pytest.mark.slow),
         pytest.param(1, "true", torch.float32, [*ALIGNED, "loss.splice_weight=0"], marks=pytest.mark.slow),
         pytest.param(3, "true", torch.float32, [], marks=pytest.mark.slow),
+        pytest.param(2, "true", torch.float32, ["objective=uld"], marks=pytest.mark.slow),
+        pytest.param(3, "true", torch.float32, ["objective=dskd"], marks=pytest.mark.slow),
     ],
 )
 def test_activations_are_those_of_a_real_step(trained, cache, stage, checkpointing, dtype, settings):
@@ -115,14 +119,11 @@ def test_activations_are_those_of_a_real_step(trained, cache, stage, checkpointi
 @pytest.mark.parametrize(
     "stage, settings",
     [
-        (1, []),
-        (1, [*ALIGNED, "loss.splice_weight=0"]),
-        (1, [*ALIGNED, "recalibrator.layers=0"]),
-        (2, []),
-        (2, ["lora.rank=0"]),
-        (3, []),
+        (1, []), (1, [*ALIGNED, "loss.splice_weight=0"]), (1, [*ALIGNED, "recalibrator.layers=0"]),
+        (2, []), (2, ["lora.rank=0"]), (3, []),
+        (2, ["objective=uld"]), (2, ["objective=dskd"]), (3, ["objective=uld", "loss.target=exact"]),
     ],
-)
+)  # fmt: skip
 def test_parameters_and_what_stands_in_memory(trained, cache, stage, settings):
     run = trained("internvl_qwen2", stage, *settings)
     counted = count_parameters(stage, meta_model(run.student), run.config, cache, torch.bfloat16)
@@ -140,7 +141,7 @@ def test_parameters_and_what_stands_in_memory(trained, cache, stage, settings):
     assert memory["weights"] == sum(tensor.nbytes for tensor in [*distiller.parameters(), *head])
     assert memory["gradients"] == sum(parameter.grad.nbytes for parameter in own.values())
     assert memory["optimizer"] == sum(moment.nbytes for moment in moments)
-    assert ("LoRA" in counted.trained) == (stage == 2 and not settings)
+    assert ("LoRA" in counted.trained) == (stage == 2 and "lora.rank=0" not in settings)
 
 
 def test_zero_shares_out_optimizer_gradients_and_weights_in_turn():
@@ -152,6 +153,17 @@ def test_zero_shares_out_optimizer_gradients_and_weights_in_turn():
     assert [memory["weights"] for memory in by_engine.values()] == [352, 352, 352, 352, 32 + 320 // 4]
     assert memory_of("zero3", counted, 0, 4, offload=True)["weights"] == 32
     assert memory_of("zero1", counted, 0, 4, offload=True)["optimizer"] == 0
+
+
+def test_the_cpus_memory_is_counted_too(tiny):
+    model, language_model = (meta_model(tiny(family)) for family in ("internvl_qwen2", "llama3"))
+    counted = Parameters(trained={"student": 8}, frozen={"student": 80}, frozen_bytes=320, head_bytes=32)
+    keeps = load_config(None, ["data.vision_cache_gb=2"])
+    for stage, student, expected in ((1, model, 2e9), (2, model, 2e9), (3, model, 0), (1, language_model, 0)):
+        assert sum(host_memory(stage, student, keeps, counted, 4).values()) == expected
+    assert host_memory(1, model, load_config(None, ["engine=zero2"]), counted, 4) == {}
+    offloads = [load_config(None, [f"engine=zero{stage}", "offload=true"]) for stage in (2, 3)]
+    assert [host_memory(1, model, config, counted, 4) for config in offloads] == [{"offloaded": 24}, {"offloaded": 104}]
 
 
 @pytest.mark.parametrize("objective", ["genrecal", pytest.param("genrecal-aligned", marks=pytest.mark.slow)])
@@ -219,8 +231,21 @@ def test_a_config_and_manifests_are_enough(tmp_path, capsys):
         "--dry-run",
     ]
     with pytest.raises(SystemExit) as stop:
-        main([*words, "--gpu-gigabytes", "4", "--stages", "1", "--set", "precision=bf16"])
+        main(
+            [
+                *words,
+                "--gpu-gigabytes",
+                "4",
+                "--stages",
+                "1",
+                "--set",
+                "precision=bf16",
+                "--set",
+                "data.vision_cache_gb=2",
+            ]
+        )
     text = capsys.readouterr().out
+    assert "host        2 GB of the CPU's memory a process: pictures' embeddings 2 GB\n" in text
     assert stop.value.code == 1 and "NOT enough room" in text and "has no processor" in text
     assert f"{STUDENTS[student][1]} billion parameters" in text and not (tmp_path / "r").exists()
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from genrecal.cli import main
 from genrecal.errors import ModelError, SampleError, UsageError
+from genrecal.train.objectives import OBJECTIVES, findings
 from genrecal.vlm.loading import image_token_id, load_vlm
 from genrecal.vlm.pair import TEXT, Pair, _ids_between, _pieces, compare_pair, pair_report
 
@@ -22,12 +23,12 @@ FEW = {"p": picture(0, 300, 120)}
 
 
 def held(pair: Pair) -> dict[str, bool]:
-    return {finding.name: finding.holds for finding in (*pair.conditions, *pair.objectives)}
+    return {finding.name: finding.holds for finding in (*pair.conditions, *findings(pair))}
 
 
 def printed(pair: Pair) -> str:
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(pair_report(pair))
+    console.print(pair_report(pair, findings(pair)))
     return console.export_text()
 
 
@@ -51,7 +52,8 @@ def test_one_family_can_be_distilled_in_every_way_without_weights(tiny: Tiny, tm
     pair = compare_pair(teacher, tiny("qwen2_vl"), pictures=FEW)
     assert pair.traditional and all(held(pair).values())
     assert (pair.teacher.head_rows, pair.student.head_rows) == (pair.student.vocabulary + 24, pair.student.vocabulary)
-    assert f"the tokenizer's {pair.student.vocabulary} are comparable" in pair.objectives[-1].why
+    shared = f"over the {pair.student.vocabulary} ids in common of the heads' {pair.teacher.head_rows} and"
+    assert [shared in finding.why for finding in findings(pair)] == [o.one_tokenizer for o in OBJECTIVES.values()]
     assert pair.same_ids == pair.same_splits == len(pair.teacher.ids) == len(pair.aligned)
     assert pair.common_ids == pair.common_entries <= pair.teacher.vocabulary
     assert pair.teacher.name == "teacher"
@@ -62,7 +64,7 @@ def test_another_index_order_alone_prevents_it(tiny: Tiny, tmp_path: Path) -> No
     assert not pair.traditional
     assert held(pair) == {
         "vocabulary size": True, "token splits": True, "index order": False, "image tokens": True,
-        "genrecal": True, "genrecal-aligned": True, "sft": True, "KL between the heads": False,
+        **{name: not objective.one_tokenizer for name, objective in OBJECTIVES.items()},
     }  # fmt: skip
     assert pair.common_entries - pair.common_ids == 2 and 0 < pair.same_ids < pair.same_splits
 
@@ -76,7 +78,7 @@ def test_another_number_of_image_tokens_alone_prevents_it_but_answers_still_pair
         file.write_text(json.dumps(content))
     pair = compare_pair(tiny("qwen2_vl"), student, pictures=FEW)
     found = held(pair)
-    assert not pair.traditional and found["KL between the heads"]
+    assert not pair.traditional and found["kl"]
     assert [name for name, holds in found.items() if not holds] == ["image tokens"]
     counts = pair.teacher.image_tokens, pair.student.image_tokens
     assert pair.conditions[-1].why == f"p: {counts[0]['p']} and {counts[1]['p']}" and counts[0]["p"] > counts[1]["p"]
@@ -85,7 +87,9 @@ def test_another_number_of_image_tokens_alone_prevents_it_but_answers_still_pair
 def test_other_tokenizers_share_byte_positions(tiny: Tiny) -> None:
     """Byte-level BPE and sentencepiece with another vocabulary: nothing traditional, and what is shared adds up."""
     pair = compare_pair(tiny("qwen2_vl"), tiny("internvl_llama"), pictures=FEW)
-    assert [name for name, holds in held(pair).items() if holds] == ["genrecal", "genrecal-aligned", "sft"]
+    assert [name for name, holds in held(pair).items() if holds] == [
+        name for name, objective in OBJECTIVES.items() if not objective.one_tokenizer
+    ]
     data = TEXT.encode()
     assert pair.num_bytes == len(data) == pair.teacher.ends[-1] == pair.student.ends[-1] == pair.aligned[-1]
     spans = [set(zip([0, *side.ends], side.ends, strict=False)) for side in (pair.teacher, pair.student)]
@@ -184,7 +188,7 @@ def test_the_command_prints_what_was_found(tiny: Tiny, tmp_path: Path, capsys: p
 
     _, out, _ = run("--text", "What is\nthe total? 図", "--image", tmp_path / "cat.png")
     words = " ".join(out.split())
-    assert "traditional distillation: not possible" in words and "KL between the heads no needs one tokenizer" in words
+    assert "traditional distillation: not possible" in words and "kl no needs one tokenizer" in words
     assert f"image tokens, cat.png 130x70 {expected.teacher.image_tokens['p']} (prompt + " in words
     assert "What is\\n" in out and "special tokens of the teacher alone: <|vision_start|>" in out
 
