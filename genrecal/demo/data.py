@@ -8,7 +8,7 @@ knowledge or reasoning (invented names, sums, comparisons, counting) are left to
 has still to learn when the distillation starts.
 
 Every sample draws from its own random stream, seeded by split, seed and index: the same arguments give the same bytes,
-and a longer data set begins with the shorter one.
+and a longer data set begins with the shorter one. `Flaws` spoil answers or pictures and leave the rest as it is.
 """
 
 import functools
@@ -16,13 +16,13 @@ import json
 import pathlib
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 from sklearn import datasets
 
 Split = Literal["train", "test", "pretrain"]
@@ -105,6 +105,23 @@ HELD_OUT_EVERY = 5
 TEXT_ONLY_SHARE = 0.04
 TWO_IMAGES_SHARE = 0.05
 MULTI_TURN_SHARE = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flaws:
+    """What is wrong with a data set.
+
+    Args:
+        wrong_answers: share of answers that were given to a question of the same kind about another picture.
+        unclear_pictures: share of pictures that do not show their facts well: digits blurred or covered in part, bars
+            that end between two values, blurred shapes. Their answers are right.
+    """
+
+    wrong_answers: float = 0.0
+    unclear_pictures: float = 0.0
+
+
+CLEAN = Flaws()
 
 
 @dataclass(frozen=True)
@@ -194,8 +211,11 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, center: tuple[int, int], 
         draw.line((box[0], box[3], box[2], box[1]), fill=fill, width=6)
 
 
-def shapes_scene(rng: random.Random, split: Split) -> Scene:
-    """Up to four shapes of different colours on a grid of two by two; facts: (colour, shape) or None for each cell."""
+def shapes_scene(rng: random.Random, split: Split, unclear: random.Random | None = None) -> Scene:
+    """Up to four shapes of different colours on a grid of two by two; facts: (colour, shape) or None for each cell.
+
+    Unclear: blurred, so that a square looks like a circle.
+    """
     del split  # drawn, not taken from a pool
     image = Image.new("RGB", (SIZE, SIZE), (245, 245, 245))
     draw = ImageDraw.Draw(image)
@@ -211,11 +231,16 @@ def shapes_scene(rng: random.Random, split: Split) -> Scene:
         x = index % 2 * HALF + HALF // 2 + rng.randint(-1, 1)
         y = index // 2 * HALF + HALF // 2 + rng.randint(-1, 1)
         _draw_shape(draw, cell[1], (x, y), rng.randint(11, 13), _shade(cell[0], rng))
+    if unclear:
+        image = image.filter(ImageFilter.GaussianBlur(unclear.uniform(3, 6)))
     return Scene(KNOWLEDGE, "demo-shapes", image, tuple(cells))
 
 
-def digits_scene(rng: random.Random, split: Split) -> Scene:
-    """Two handwritten digits side by side above a ruled line; facts: the two labels."""
+def digits_scene(rng: random.Random, split: Split, unclear: random.Random | None = None) -> Scene:
+    """Two handwritten digits side by side above a ruled line; facts: the two labels.
+
+    Unclear: each is blurred, or white paper covers its upper, lower, left or right part.
+    """
     images, labels = digit_images()
     indices = rng.choices(pool(len(labels), split), k=2)
     page = np.zeros((SIZE, SIZE), dtype=np.uint8)
@@ -224,11 +249,25 @@ def digits_scene(rng: random.Random, split: Split) -> Scene:
         ink = Image.fromarray((images[index] * (255 / 16)).astype(np.uint8)).resize(
             (side, side), Image.Resampling.BILINEAR
         )
+        if unclear:
+            ink = _spoiled(ink, unclear)
         y, x = 2 + rng.randint(-1, 1), position * HALF + 2 + rng.randint(-1, 1)
         page[y : y + side, x : x + side] = np.asarray(ink)
     page[44:46, 8:56] = 120
     image = Image.fromarray(255 - page).convert("RGB")
     return Scene(SCIENCE, "sklearn-digits", image, tuple(int(labels[index]) for index in indices))
+
+
+def _spoiled(ink: Image.Image, rng: random.Random) -> Image.Image:
+    """A digit, white on black, that is hard to tell from others."""
+    if rng.random() < 0.5:
+        return ink.filter(ImageFilter.GaussianBlur(rng.uniform(2.5, 4.5)))
+    side = ink.width
+    end = round(side * rng.uniform(0.3, 0.5))
+    parts = ((0, 0, side, end), (0, side - end, side, side), (0, 0, end, side), (side - end, 0, side, side))
+    covered = ink.copy()
+    covered.paste(0, rng.choice(parts))
+    return covered
 
 
 class _Chart:
@@ -245,7 +284,7 @@ class _Chart:
         axes.hlines([BASELINE], 0, SIZE, colors="0.3", linewidth=1.5)
         self.bars = axes.bar(range(BAR_SLOTS), [1] * BAR_SLOTS, width=BAR_WIDTH, zorder=3)
 
-    def render(self, bars: list[tuple[int, int, tuple[int, int, int]]]) -> Image.Image:
+    def render(self, bars: list[tuple[int, float, tuple[int, int, int]]]) -> Image.Image:
         """Draw bars given as (left edge, level, colour)."""
         for patch in self.bars:
             patch.set_visible(False)
@@ -260,8 +299,11 @@ class _Chart:
 _chart = functools.cache(_Chart)
 
 
-def chart_scene(rng: random.Random, split: Split) -> Scene:
-    """Two or three rows of a real table as coloured bars; facts: (colour, value) from left to right."""
+def chart_scene(rng: random.Random, split: Split, unclear: random.Random | None = None) -> Scene:
+    """Two or three rows of a real table as coloured bars; facts: (colour, value) from left to right.
+
+    Unclear: a bar ends anywhere between half a value below its own and half a value above.
+    """
     name = rng.choice(list(TABLES))
     levels = table_levels(name)
     feature = rng.randrange(levels.shape[1])
@@ -270,22 +312,26 @@ def chart_scene(rng: random.Random, split: Split) -> Scene:
     colors = rng.sample(list(COLORS), count)
     slots = sorted(rng.sample(range(BAR_SLOTS), count))
     bars = [
-        (slot * (SIZE // BAR_SLOTS) + 1 + rng.randint(0, 1), value, _shade(color, rng))
+        (
+            slot * (SIZE // BAR_SLOTS) + 1 + rng.randint(0, 1),
+            value + (unclear.uniform(-0.5, 0.5) if unclear else 0),
+            _shade(color, rng),
+        )
         for slot, value, color in zip(slots, values, colors, strict=True)
     ]
     return Scene(CHART, f"sklearn-{name}", _chart().render(bars), tuple(zip(colors, values, strict=True)))
 
 
-SCENES: dict[str, Callable[[random.Random, Split], Scene]] = {
+SCENES: dict[str, Callable[[random.Random, Split, random.Random | None], Scene]] = {
     KNOWLEDGE: shapes_scene,
     SCIENCE: digits_scene,
     CHART: chart_scene,
 }
 
 
-def make_scene(category: str, rng: random.Random, split: Split) -> Scene:
-    """Draw one picture of a category."""
-    return SCENES[category](rng, split)
+def make_scene(category: str, rng: random.Random, split: Split, unclear: random.Random | None = None) -> Scene:
+    """Draw one picture of a category; an unclear one if there is a random stream that says how."""
+    return SCENES[category](rng, split, unclear)
 
 
 # -------------------------------------------------------------------------------------------------------- questions
@@ -486,37 +532,62 @@ def dialogue(scenes: list[Scene], turns_per_scene: list[int], rng: random.Random
     return tuple(turns)
 
 
-def make_sample(index: int, split: Split, seed: int) -> Sample:
-    """The sample at a place in a data set: depends on nothing but the three arguments."""
+def spoil_answer(turn: Turn, category: str, rng: random.Random, split: Split) -> Turn:
+    """The turn with an answer to a question of its kind about another picture, which is not the right one here."""
+    while True:
+        if turn.kind == TEXT_KIND:
+            answer = ask_text(rng, split).answer
+        else:
+            asked = KINDS[category][turn.kind][1](make_scene(category, rng, split), rng)
+            answer = turn.answer if asked is None else asked[1]
+        if answer != turn.answer:
+            return replace(turn, answer=answer)
+
+
+def make_sample(index: int, split: Split, seed: int, flaws: Flaws = CLEAN) -> Sample:
+    """The sample at a place in a data set: depends on nothing but the arguments; flaws draw from streams of their own."""
     rng = random.Random(f"genrecal-demo/{split}/{seed}/{index}")
+    flaw = random.Random(f"genrecal-demo/flaws/{split}/{seed}/{index}")
     name = f"{split}-{seed}-{index:06d}"
     form = rng.random()
-    if form < TEXT_ONLY_SHARE:
-        return Sample(name, SCIENCE, "demo-arithmetic", (ask_text(rng, split),))
     category = CATEGORIES[index % len(CATEGORIES)]
-    scenes = [make_scene(category, rng, split)]
-    counts = [1]
-    if form < TEXT_ONLY_SHARE + TWO_IMAGES_SHARE:
-        scenes.append(make_scene(category, rng, split))
-        counts = [rng.choice((1, 2)), 1]
-    elif form < TEXT_ONLY_SHARE + MULTI_TURN_SHARE:
-        counts = [rng.choice((2, 3))]
-    turns = dialogue(scenes, counts, rng, split)
-    return Sample(name, category, scenes[0].source, turns, tuple(scene.image for scene in scenes))
+    scenes: list[Scene] = []
+    turns: tuple[Turn, ...]
+    if form < TEXT_ONLY_SHARE:
+        category, source, turns = SCIENCE, "demo-arithmetic", (ask_text(rng, split),)
+    else:
+        counts = [1]
+        scenes = [_flawed_scene(category, rng, split, flaw, flaws)]
+        if form < TEXT_ONLY_SHARE + TWO_IMAGES_SHARE:
+            scenes.append(_flawed_scene(category, rng, split, flaw, flaws))
+            counts = [rng.choice((1, 2)), 1]
+        elif form < TEXT_ONLY_SHARE + MULTI_TURN_SHARE:
+            counts = [rng.choice((2, 3))]
+        source, turns = scenes[0].source, dialogue(scenes, counts, rng, split)
+    turns = tuple(
+        spoil_answer(turn, category, flaw, split) if flaw.random() < flaws.wrong_answers else turn for turn in turns
+    )
+    return Sample(name, category, source, turns, tuple(scene.image for scene in scenes))
 
 
-def make_samples(num_samples: int, split: Split, seed: int) -> Iterator[Sample]:
+def _flawed_scene(category: str, rng: random.Random, split: Split, flaw: random.Random, flaws: Flaws) -> Scene:
+    return make_scene(category, rng, split, flaw if flaw.random() < flaws.unclear_pictures else None)
+
+
+def make_samples(num_samples: int, split: Split, seed: int, flaws: Flaws = CLEAN) -> Iterator[Sample]:
     """A data set in memory, without files."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: expected one of {SPLITS}")
-    return (make_sample(index, split, seed) for index in range(num_samples))
+    return (make_sample(index, split, seed, flaws) for index in range(num_samples))
 
 
-def write_dataset(folder: pathlib.Path, *, num_samples: int, split: Split, seed: int) -> pathlib.Path:
+def write_dataset(
+    folder: pathlib.Path, *, num_samples: int, split: Split, seed: int, flaws: Flaws = CLEAN
+) -> pathlib.Path:
     """Write a data set as LLaVA lays it out (``data.json`` beside ``images/``) and return the path of ``data.json``."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]] = []
-    for sample in make_samples(num_samples, split, seed):
+    for sample in make_samples(num_samples, split, seed, flaws):
         names = [f"images/{sample.id}-{number}.png" for number in range(len(sample.images))]
         for name, image in zip(names, sample.images, strict=True):
             image.save(folder / name)

@@ -244,6 +244,11 @@ def load_config(file: Path | None = None, settings: Sequence[str] = ()) -> Train
 
     Raises UsageError for a key that does not exist (naming the nearest that does) or a value of the wrong type.
     """
+    return config_from(read_settings(file, settings))
+
+
+def read_settings(file: Path | None = None, settings: Sequence[str] = (), *, option: str = "--set") -> dict[str, Any]:
+    """The same as nested tables, their keys not looked at yet. `option` is where the settings come from, for errors."""
     values: dict[str, Any] = {}
     if file is not None:
         recipes = {path.stem: path for path in RECIPES.glob("*.toml")}
@@ -257,15 +262,15 @@ def load_config(file: Path | None = None, settings: Sequence[str] = ()) -> Train
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
-            raise UsageError(f"--set {setting!r}: expected a.b=value")
+            raise UsageError(f"{option} {setting!r}: expected a.b=value")
         *tables, name = key.strip().split(".")
         place = values
         for table in tables:
             place = place.setdefault(table, {})
             if not isinstance(place, dict):
-                raise UsageError(f"--set {setting!r}: {table} is no table")
+                raise UsageError(f"{option} {setting!r}: {table} is no table")
         place[name] = _parse_value(text.strip())
-    return config_from(values)
+    return values
 
 
 def config_from(values: dict[str, Any]) -> TrainConfig:

@@ -129,6 +129,14 @@ def save_evaluation(evaluation: Evaluation, path: Path) -> None:
     write_whole(path, ("\n".join(lines) + "\n").encode())
 
 
+def read_predictions(path: Path) -> list[Prediction]:
+    """What `save_evaluation` wrote. Raises DataError for anything else."""
+    try:
+        return [Prediction(**json.loads(line)) for line in path.read_text().splitlines()]
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path}: not a file of predictions: {error}") from None
+
+
 @dataclass(frozen=True)
 class _Asked:
     """A sample with its prompts, one a turn, and its teacher-forced rendering."""
@@ -219,8 +227,8 @@ def _score(predictions: Sequence[Prediction]) -> Score:
     groups: dict[str, list[Prediction]] = defaultdict(list)
     for prediction in predictions:
         groups[prediction.key].append(prediction)
-    accuracy, accuracy_error = _clustered([[p.score for p in group] for group in groups.values()])
-    log_loss, log_loss_error = _clustered([[p.log_loss for p in group] for group in groups.values()])
+    accuracy, accuracy_error = clustered_mean([[p.score for p in group] for group in groups.values()])
+    log_loss, log_loss_error = clustered_mean([[p.log_loss for p in group] for group in groups.values()])
     return Score(
         n=len(predictions),
         accuracy=accuracy,
@@ -230,8 +238,8 @@ def _score(predictions: Sequence[Prediction]) -> Score:
     )
 
 
-def _clustered(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """The mean over all values, and its standard error with values of one group taken as dependent."""
+def clustered_mean(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """The mean over all values, and its standard error with values of one group (a conversation) taken as dependent."""
     count = sum(len(group) for group in groups)
     mean = sum(map(sum, groups)) / count
     residuals = np.array([sum(value - mean for value in group) for group in groups])

@@ -139,6 +139,47 @@ def test_bars_have_the_height_of_their_values() -> None:
             assert abs(height - value * data.LEVEL_PIXELS) <= 2
 
 
+def test_wrong_answers_are_wrong_and_leave_the_rest_as_it_is(samples: list[data.Sample]) -> None:
+    spoiled = list(data.make_samples(200, "train", seed=3, flaws=data.Flaws(wrong_answers=0.3)))
+    pairs = [
+        (old, new) for a, b in zip(samples, spoiled, strict=False) for old, new in zip(a.turns, b.turns, strict=True)
+    ]
+    wrong = [(old, new) for old, new in pairs if old.answer != new.answer]
+    assert 0.23 < len(wrong) / len(pairs) < 0.37
+    assert {old.kind for old, _ in wrong} > data.CAPTION_KINDS
+    assert [(old.kind, old.question) for old, _ in pairs] == [(new.kind, new.question) for _, new in pairs]
+    for a, b in zip(samples, spoiled, strict=False):
+        assert [image.tobytes() for image in a.images] == [image.tobytes() for image in b.images]
+    forms = {"exists": {"yes", "no"}, "parity": {"even", "odd"}, "digit": set("0123456789"), "shape": set(data.SHAPES)}
+    found = [(forms[old.kind], new.answer) for old, new in wrong if old.kind in forms]
+    assert len(found) > 5 and all(answer in form for form, answer in found)
+
+
+def test_unclear_pictures_keep_their_answers(samples: list[data.Sample]) -> None:
+    for share in (0.5, 1.0):
+        spoiled = list(data.make_samples(90, "train", seed=3, flaws=data.Flaws(unclear_pictures=share)))
+        assert [b.turns for b in spoiled] == [a.turns for a in samples[:90]]
+        changed = [
+            old.tobytes() != new.tobytes()
+            for a, b in zip(samples, spoiled, strict=False)
+            for old, new in zip(a.images, b.images, strict=True)
+        ]
+        assert abs(sum(changed) / len(changed) - share) < 0.15
+
+
+def test_unclear_bars_end_within_half_a_value() -> None:
+    rng, unclear = random.Random(4), random.Random(5)
+    errors = []
+    for _ in range(20):
+        scene = data.chart_scene(rng, "train", unclear)
+        pixels = np.asarray(scene.image).astype(int)
+        for color, value in scene.facts:
+            near = np.abs(pixels - np.array(data.COLORS[color])).max(axis=-1) <= 22
+            errors.append(near.sum(axis=0).max() / data.LEVEL_PIXELS - value)
+    assert max(map(abs, errors)) < 0.5 + 2 / data.LEVEL_PIXELS
+    assert np.std(errors) > 0.2  # of an even spread it is 0.29
+
+
 @pytest.fixture(scope="module", params=["teacher", "student"])
 def tokenizer(request: pytest.FixtureRequest) -> transformers.PreTrainedTokenizerBase:
     return transformers.AutoTokenizer.from_pretrained(ASSETS / request.param)

@@ -1,0 +1,161 @@
+"""What helps a student: objectives and settings at equal steps, on data that are clean, wrong, few, many or unclear.
+
+    python benchmarks/what_helps.py --out what-helps [--regimes wrong,clean] [--seeds 0,1,2] [--jobs 2]
+
+The demo's teacher and student, and its data with the flaws of a regime (`genrecal.demo.data`). Each regime has one cache
+of the given answers and one of the teacher's own; every variant is trained from one of them for the same steps
+(`genrecal.compare`), and asked the same held-out questions, whose answers are right. Give the command again to go on, or
+to train what was added. It prints and keeps a table for each regime, with what the teacher scores above it.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from genrecal.cache.job import run_cache_job
+from genrecal.cache.options import CacheOptions
+from genrecal.cache.teacher import HFTeacher
+from genrecal.compare import Asking, compare, comparison_text, variants_of
+from genrecal.demo.data import Flaws, write_dataset
+from genrecal.demo.pipeline import ASSETS
+from genrecal.report.summary import plus_minus
+from genrecal.samples import open_samples
+from genrecal.shards.reader import open_cache
+from genrecal.train.evaluate import evaluate, evaluation_of, read_predictions, save_evaluation
+from genrecal.vlm.loading import load_vlm
+
+TEST_SAMPLES = 1100  # 1,504 questions
+STEPS = {"stage1": 144, "stage2": 144, "stage3": 48}
+LR = {"stage1": 3e-3, "stage2": 2e-3, "stage3": 5e-4}  # the demo's
+SETTINGS = [
+    "gradient_checkpointing=false", "data.workers=0", "data.window=4",
+    *(f"{stage}.{setting}" for stage, steps in STEPS.items() for setting in (
+        "batch_size=16", "accumulation=1", "epochs=1000", f"max_steps={steps}", f"lr={LR[stage]}",
+        f"lr_end={LR[stage] / 10}", "checkpoint_every=0")),
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """Settings, in one string as for `genrecal compare --try`; `own`: from the teacher's own answers."""
+
+    name: str
+    settings: str
+    own: bool = False
+
+
+MAIN = [
+    Variant(name="SFT", settings="objective=sft"),
+    Variant(name="SFT, teacher's answers", settings="objective=sft", own=True),
+    Variant(name="GenRecal", settings="objective=genrecal"),
+    Variant(name="GenRecal, teacher's answers", settings="objective=genrecal", own=True),
+    Variant(name="GenRecal, no regularisation", settings="objective=genrecal loss.reg_weight=0"),
+    Variant(name="GenRecal, KL weight 3", settings="objective=genrecal loss.kl_weight=3"),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regime:
+    """What the training data are like, and what is tried on them; held-out pictures are as unclear as these."""
+
+    samples: int = 768
+    flaws: Flaws = field(default_factory=Flaws)
+    variants: tuple[Variant, ...] = tuple(MAIN)
+
+
+REGIMES = {
+    "wrong": Regime(flaws=Flaws(wrong_answers=0.3)),
+    "clean": Regime(),
+    "unclear": Regime(flaws=Flaws(unclear_pictures=1.0)),
+    "little": Regime(samples=192),
+    "much": Regime(samples=3072),
+}
+
+
+def run_regime(regime: Regime, out: Path, seeds: list[int], jobs: int) -> str:
+    """Data, two caches, all runs; the table."""
+    test = write_dataset(
+        out / "test",
+        num_samples=TEST_SAMPLES,
+        split="test",
+        seed=0,
+        flaws=Flaws(unclear_pictures=regime.flaws.unclear_pictures),
+    )
+    train = write_dataset(out / "train", num_samples=regime.samples, split="train", seed=0, flaws=regime.flaws)
+    given, own = out / "cache-given", out / "cache-own"
+    if not _complete(own):
+        teacher = HFTeacher.load(ASSETS / "teacher", dtype=torch.float32)
+        run_cache_job(teacher, open_samples([train]), given, CacheOptions(samples_per_shard=64))
+        run_cache_job(teacher, open_samples([_own_answers(train)]), own, CacheOptions(samples_per_shard=64))
+    variants = variants_of(
+        [f"{v.name}={v.settings} cache={own if v.own else given}" for v in regime.variants],
+        None,
+        cache=str(given),
+        settings=SETTINGS,
+    )
+    asking = Asking(batch_size=60, dtype="float32")
+    found = compare(
+        variants,
+        str(ASSETS / "student"),
+        partial(open_samples, [test]),
+        out / "compare",
+        seeds=seeds,
+        asking=asking,
+        jobs=jobs,
+    )
+    table = f"{_teacher_and_student(out, test)}\n\n{comparison_text(found)}"
+    (out / "table.md").write_text(table + "\n")
+    return table
+
+
+def _complete(cache: Path) -> bool:
+    return (cache / "cache.json").exists() and open_cache(cache).is_complete
+
+
+def _own_answers(data: Path) -> Path:
+    """The data with the teacher's greedy answers in place of the given ones."""
+    path = data.with_name("own.json")
+    teacher = load_vlm(ASSETS / "teacher", dtype=torch.float32)
+    answers = {
+        (p.key, p.turn): p.prediction for p in evaluate(teacher, open_samples([data]), batch_size=60).predictions
+    }
+    records = json.loads(data.read_text())
+    for record, sample in zip(records, open_samples([data]), strict=True):
+        for turn, message in enumerate(record["conversations"][1::2]):
+            message["value"] = answers[sample.key, turn]
+    path.write_text(json.dumps(records, indent=1))
+    return path
+
+
+def _teacher_and_student(out: Path, test: Path) -> str:
+    """What the teacher and the untrained student score on the held-out questions."""
+    lines = []
+    for name, folder in (("teacher", ASSETS / "teacher"), ("student before", ASSETS / "student")):
+        path = out / f"{name.replace(' ', '-')}.jsonl"
+        if not path.exists():
+            save_evaluation(evaluate(load_vlm(folder, dtype=torch.float32), open_samples([test]), batch_size=60), path)
+        score = evaluation_of(read_predictions(path), []).overall
+        accuracy = plus_minus(score.accuracy, score.accuracy_error, percent=True)
+        lines.append(f"{name} {accuracy}, log-loss {plus_minus(score.log_loss, score.log_loss_error)}")
+    return "; ".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--regimes", default=",".join(REGIMES))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in options.regimes.split(","):
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+        print(f"\n{name}\n\n{run_regime(REGIMES[name], options.out / name, seeds, options.jobs)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,479 @@
+"""`genrecal compare`: several trainings of one student at equal steps, each with several seeds, and one table.
+
+OUT/compare.json                    what the students are asked, and how
+OUT/runs/VARIANT/seedN/             a run's folder, as of `genrecal train`; its output.txt where several run side by side
+OUT/predictions/VARIANT/seedN.jsonl what the student that it gave answers; its existence is the mark that it is finished
+OUT/table.md                        the table
+"""
+
+import contextlib
+import json
+import multiprocessing
+import re
+import shlex
+import tomllib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from genrecal.errors import DataError, GenrecalError, SampleError, TrainingError, UsageError
+from genrecal.files import write_whole
+from genrecal.report.summary import markdown_table, plus_minus
+from genrecal.samples import BadRecord, SampleSet, decode_image
+from genrecal.shards.reader import Cache
+from genrecal.train.config import TrainConfig, config_from, read_settings
+from genrecal.train.evaluate import Prediction, clustered_mean, evaluate, read_predictions, save_evaluation
+from genrecal.train.loop import check_stages, open_for, plan_stage, train
+from genrecal.train.ranks import world_size
+from genrecal.train.run import Run, differences
+from genrecal.train.scores import METRICS
+from genrecal.vlm.loading import load_processor, model_folder, resolve_device
+from genrecal.vlm.rendering import Renderer
+
+COMPARE_FILE, TABLE_FILE = "compare.json", "table.md"
+PROBED = 64  # records among which one must be a question that the student can be asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to train: a name for the table, the cache it learns from, and its settings (their seed is not used)."""
+
+    name: str
+    cache: str
+    config: TrainConfig
+
+    @property
+    def folder(self) -> str:
+        """Its name as a folder's."""
+        return re.sub(r"[^\w.+-]+", "-", self.name).strip("-.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How the students are asked, as for `genrecal evaluate`; `dtype` is torch's name, or "auto", the student's own."""
+
+    metric: str = "auto"
+    batch_size: int = 8
+    max_new_tokens: int | None = None
+    dtype: str = "auto"
+
+
+class Mean(NamedTuple):
+    """A mean with its standard error."""
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A variant's scores, and how they differ from the first variant's, pair by pair; None for the first itself."""
+
+    name: str
+    accuracy: Mean
+    log_loss: Mean
+    accuracy_gain: Mean | None
+    log_loss_gain: Mean | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What came out.
+
+    Args:
+        questions: held-out questions that every student was asked.
+        steps: optimizer steps of the student in each of its stages (stage 1 leaves it as it is).
+    """
+
+    rows: list[Row]
+    questions: int
+    seeds: list[int]
+    steps: dict[int, int]
+
+
+# ----------------------------------------------------------------------------------------------------------- variants
+
+
+def variants_of(
+    tries: Sequence[str], file: Path | None, *, cache: str, config: Path | None = None, settings: Sequence[str] = ()
+) -> list[Variant]:
+    """What the command line asks for, in its order: `--try` first, then the tables of a TOML file.
+
+    Args:
+        tries: "NAME=SETTINGS", the settings as for `--set` with spaces between them, `cache=...` one of them for another
+            cache than the others'; or the name of an objective alone.
+        file: TOML with a table of settings for each variant.
+        cache, config, settings: of all variants, where they say nothing else.
+
+    Raises UsageError for settings that do not exist, names that are given twice, and a seed.
+    """
+    common = read_settings(config, settings)
+    tables: list[tuple[str, dict[str, Any]]] = []
+    for text in tries:
+        name, equals, words = text.partition("=")
+        given = shlex.split(words) if equals else [f"objective={name}"]
+        tables.append((name.strip(), read_settings(None, given, option=f"--try {name.strip()}")))
+    if file is not None:
+        try:
+            content = tomllib.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--tries {file}: {error}") from None
+        if loose := [name for name, table in content.items() if not isinstance(table, dict)]:
+            raise UsageError(
+                f"--tries {file}: {loose[0]} stands in no table; expected a table of settings for each variant"
+            )
+        tables += content.items()
+    if not tables:
+        raise UsageError("nothing to compare: expected --try NAME=SETTINGS, or --tries FILE")
+    variants = []
+    for name, table in tables:
+        values = _merged(common, table)
+        own_cache = values.pop("cache", cache)
+        if "seed" in values:
+            raise UsageError(f"{name}: seed is set by --seeds, which are the same for all variants; leave it out")
+        if not isinstance(own_cache, str):
+            raise UsageError(f"{name}: cache: expected a directory or URL, got {own_cache!r}")
+        try:
+            variants.append(Variant(name=name, cache=own_cache, config=config_from(values)))
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from None
+    return variants
+
+
+def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Nested tables over nested tables."""
+    tables = {name for name, value in own.items() if isinstance(value, dict) and isinstance(common.get(name), dict)}
+    return common | own | {name: _merged(common[name], own[name]) for name in tables}
+
+
+# ----------------------------------------------------------------------------------------------------------- the job
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """One run: a variant with one seed. `load_samples` opens the questions, in whatever process asks them."""
+
+    title: str
+    run: Run
+    stages: Sequence[int]
+    load_samples: Callable[[], SampleSet]
+    asking: Asking
+    predictions: Path
+
+
+def compare(
+    variants: Sequence[Variant],
+    student: str,
+    load_samples: Callable[[], SampleSet],
+    out: Path,
+    *,
+    seeds: Sequence[int],
+    stages: Sequence[int] = (1, 2, 3),
+    asking: Asking | None = None,
+    jobs: int = 1,
+    trust_remote_code: bool = False,
+    say: Callable[[str], Any] = print,
+) -> Comparison:
+    """Train every variant with every seed, ask each student the same questions, write the table and return it.
+
+    What an earlier call finished is found again. Runs come seed by seed, so that the variants stay level.
+
+    Args:
+        variants: the first is the baseline.
+        load_samples: opens the held-out questions; for several jobs it must be picklable, such as a partial of
+            `open_samples`.
+        jobs: runs side by side, each in a process of its own; CUDA devices are dealt out to them in turn.
+        say: is told a line after each run.
+
+    Raises:
+        UsageError, DataError: before anything is trained: settings, data or models that cannot serve, variants that take
+            unequal steps of the student, or a folder that holds something else.
+        TrainingError: a run failed; others that had begun are finished.
+    """
+    asking = asking or Asking()
+    if world_size():
+        raise UsageError("compare starts its own processes: expected no launcher; --jobs says how many")
+    _check_names(variants, seeds)
+    if asking.metric != "auto" and asking.metric not in METRICS:
+        raise UsageError(f"--metric {asking.metric!r}: expected auto or one of {', '.join(METRICS)}")
+    samples = load_samples()
+    _check_questions(student, samples, trust_remote_code)
+    runs = {
+        (seed, variant.name): Run(
+            path=out / "runs" / variant.folder / f"seed{seed}",
+            config=replace(variant.config, seed=seed),
+            student=student,
+            cache=variant.cache,
+            trust_remote_code=trust_remote_code,
+        )
+        for seed in seeds
+        for variant in variants
+    }
+    steps = _check_runs(runs, stages)
+    _begin(out, student, samples, asking)
+    jobs_of = {
+        (seed, name): _Job(
+            title=f"{name}, seed {seed}",
+            run=run,
+            stages=stages,
+            load_samples=load_samples,
+            asking=asking,
+            predictions=out / "predictions" / run.path.parent.name / f"seed{seed}.jsonl",
+        )
+        for (seed, name), run in runs.items()
+    }
+    left = [job for job in jobs_of.values() if not job.predictions.exists()]
+    done = len(jobs_of) - len(left)
+    if done:
+        say(f"{out}: {done} of {len(jobs_of)} runs are finished already")
+    for job in _carry_out(left, jobs):
+        done += 1
+        accuracy = np.mean([prediction.score for prediction in read_predictions(job.predictions)])
+        say(f"{job.title}: accuracy {accuracy:.1%}; {done} of {len(jobs_of)} runs")
+    found = {
+        variant.name: [read_predictions(jobs_of[seed, variant.name].predictions) for seed in seeds]
+        for variant in variants
+    }
+    comparison = Comparison(
+        rows=rows_of(found), questions=len(found[variants[0].name][0]), seeds=list(seeds), steps=steps
+    )
+    write_whole(out / TABLE_FILE, f"{comparison_text(comparison)}\n".encode())
+    return comparison
+
+
+def _check_names(variants: Sequence[Variant], seeds: Sequence[int]) -> None:
+    folders = [variant.folder for variant in variants]
+    for variant in variants:
+        if not variant.folder or "|" in variant.name or folders.count(variant.folder) > 1:
+            raise UsageError(f"variant {variant.name!r}: expected a name with letters, and no other variant's")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seeds {','.join(map(str, seeds))}: expected different numbers, such as 0,1,2")
+
+
+def _check_runs(runs: dict[tuple[int, str], Run], stages: Sequence[int]) -> dict[int, int]:
+    """The student's optimizer steps in each of its stages, which all runs have in common.
+
+    Raises UsageError for whatever would stop one of the runs, and for unequal steps or samples.
+    """
+    caches: dict[str, Cache] = {}  # of each variant
+    taken: dict[str, dict[int, tuple[int, int]]] = {}  # likewise, in each stage: steps, samples
+    for (_, name), run in runs.items():
+        try:
+            if name not in caches:
+                resolve_device(run.config.device)
+                caches[name] = open_for(run, stages)
+            batches = run.check(caches[name])["global_batch"]
+            check_stages(run, caches[name], stages, batches)
+        except GenrecalError as error:
+            raise type(error)(f"{name}: {error}") from None
+        plans = {
+            stage: plan_stage(run.config.stage(stage), caches[name], global_batch=batches[f"stage{stage}"])
+            for stage in sorted(set(stages) - {1})
+        }
+        taken[name] = {stage: (plan.num_steps, plan.num_samples) for stage, plan in plans.items()}
+    (baseline, first), *others = taken.items()
+    for name, own in others:
+        for stage, (steps, samples) in own.items():
+            if (steps, samples) != first[stage]:
+                raise UsageError(
+                    f"stage {stage} takes {steps} steps over {samples} samples in {name}, and {first[stage][0]} over "
+                    f"{first[stage][1]} in {baseline}; a comparison is at equal steps: give stage{stage}.max_steps, "
+                    "batch_size and accumulation that all can reach"
+                )
+    return {stage: steps for stage, (steps, _) in first.items()}
+
+
+def _check_questions(student: str, samples: SampleSet, trust_remote_code: bool) -> None:
+    """Raises DataError if the student can be asked none of the first records."""
+    renderer = Renderer(load_processor(model_folder(student), trust_remote_code=trust_remote_code))
+    reasons = []
+    for sample in islice(samples, PROBED):
+        if isinstance(sample, BadRecord):
+            reasons.append(f"{sample.location}: {sample.reason}")
+            continue
+        try:
+            pictures = [decode_image(image.read()) for image in sample.images]
+            renderer.encode_messages(sample.messages, pictures, key=sample.key)
+            return
+        except SampleError as error:
+            reasons.append(f"{sample.location or sample.key}: {error}")
+    raise DataError(f"--data: the student can be asked none of the first {len(reasons)} records: {reasons[0]}")
+
+
+def _begin(out: Path, student: str, samples: SampleSet, asking: Asking) -> None:
+    """Write compare.json. Raises UsageError if the one there is of other questions, or the folder holds something else."""
+    path = out / COMPARE_FILE
+    now = {
+        "student": str(Path(student).resolve()) if Path(student).is_dir() else student,
+        "data": [f"{file.path.name} {file.sha256()}" for file in samples.files],
+        "records": len(samples),
+        "selection": samples.selection.to_json(),
+        "asking": {name: value for name, value in asdict(asking).items() if name != "batch_size"},
+    }
+    if not path.exists():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UsageError(f"--out {out}: holds other things than a comparison; choose another folder")
+        write_whole(path, (json.dumps(now, indent=2, sort_keys=True) + "\n").encode())
+        return
+    try:
+        before = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{path}: {error}; use another --out") from None
+    if different := differences(before, now):
+        raise UsageError(f"--out {out} holds another comparison: {'; '.join(different)}. Use another --out")
+
+
+# ---------------------------------------------------------------------------------------------------------- the runs
+
+
+def _carry_out(left: Sequence[_Job], jobs: int) -> Iterator[_Job]:
+    """Train and ask; each job as it is finished."""
+    if jobs == 1 or len(left) < 2:
+        for job in left:
+            _train_and_ask(job)
+            yield job
+        return
+    context = multiprocessing.get_context("spawn")  # CUDA and thread pools do not survive a fork
+    numbers = context.SimpleQueue()
+    for number in range(jobs):
+        numbers.put(number)
+    pool = ProcessPoolExecutor(jobs, context, _start_process, (numbers, max(1, torch.get_num_threads() // jobs)))
+    try:
+        futures = {pool.submit(_train_and_ask, job, apart=True): job for job in left}
+        for future in as_completed(futures):
+            try:
+                future.result()
+            except BrokenProcessPool:
+                raise TrainingError(
+                    "a process of the comparison was killed (out of memory?); the same command goes on from what is "
+                    "finished; try fewer --jobs"
+                ) from None
+            yield futures[future]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_number = 0  # of this process, among those that run side by side
+
+
+def _start_process(numbers: Any, threads: int) -> None:
+    global _number
+    _number = numbers.get()
+    torch.set_num_threads(threads)
+
+
+def _train_and_ask(job: _Job, *, apart: bool = False) -> None:
+    """One run from its beginning, or from where it stopped, to its student's answers.
+
+    Args:
+        apart: one of several side by side: what it prints goes to a file in its folder.
+    """
+    run = job.run
+    with contextlib.ExitStack() as stack:
+        if apart:
+            run.path.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((run.path / "output.txt").open("a", buffering=1))
+            stack.enter_context(contextlib.redirect_stderr(file))
+            if run.config.device in ("auto", "cuda") and torch.cuda.is_available():
+                device = f"cuda:{_number % torch.cuda.device_count()}"
+                run = replace(run, config=replace(run.config, device=device))
+        try:
+            train(run, stages=job.stages)
+            dtype = job.asking.dtype if job.asking.dtype == "auto" else getattr(torch, job.asking.dtype)
+            student = run.student_after(run.last_finished_stage(), dtype, resolve_device(run.config.device))
+            evaluation = evaluate(
+                student,
+                job.load_samples(),
+                metric=job.asking.metric,
+                batch_size=job.asking.batch_size,
+                max_new_tokens=job.asking.max_new_tokens,
+                title=f"ask {job.title}",
+            )
+        except GenrecalError as error:
+            raise type(error)(f"{job.title}: {error}") from None
+    save_evaluation(evaluation, job.predictions)
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+
+def rows_of(found: dict[str, list[list[Prediction]]]) -> list[Row]:
+    """Means and standard errors of every variant's predictions, a list for each seed; the first is the baseline.
+
+    The error is that of a mean over seeds, and of a gain that of the differences seed by seed. With one seed it is taken
+    over conversations instead, and of a gain over the differences question by question.
+    """
+    baseline = next(iter(found.values()))
+    rows = []
+    for name, runs in found.items():
+        gains: dict[str, Mean | None] = {"score": None, "log_loss": None}
+        if runs is not baseline:
+            pairs = list(zip(runs, baseline, strict=True))
+            gains = {field: _mean([_values(own, field, first) for own, first in pairs]) for field in gains}
+        rows.append(
+            Row(
+                name=name,
+                accuracy=_mean([_values(run, "score") for run in runs]),
+                log_loss=_mean([_values(run, "log_loss") for run in runs]),
+                accuracy_gain=gains["score"],
+                log_loss_gain=gains["log_loss"],
+            )
+        )
+    return rows
+
+
+def _values(run: Sequence[Prediction], field: str, baseline: Sequence[Prediction] | None = None) -> list[list[float]]:
+    """A field of every question, less the baseline's of the same question, grouped by conversation."""
+    before = {(p.key, p.turn): getattr(p, field) for p in baseline} if baseline is not None else {}
+    if before and before.keys() != {(p.key, p.turn) for p in run}:
+        raise DataError("the students were not asked the same questions, so their answers cannot be compared")
+    groups: dict[str, list[float]] = defaultdict(list)
+    for p in run:
+        groups[p.key].append(getattr(p, field) - before.get((p.key, p.turn), 0.0))
+    return list(groups.values())
+
+
+def _mean(seeds: Sequence[Sequence[Sequence[float]]]) -> Mean:
+    """Values of each seed and conversation -> their mean, with its error over seeds, or conversations if there is one."""
+    means = [clustered_mean(groups) for groups in seeds]
+    if len(means) == 1:
+        return Mean(*means[0])
+    values = np.array([mean for mean, _ in means])
+    return Mean(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
+
+
+def comparison_text(comparison: Comparison) -> str:
+    """The table as Markdown, and a line that says what its numbers are."""
+    first = comparison.rows[0].name
+    header = ["variant", "accuracy", "answer log-loss", "accuracy, points more", "log-loss, more"]
+    table = [
+        [
+            row.name,
+            plus_minus(*row.accuracy, percent=True),
+            plus_minus(*row.log_loss),
+            _signed(row.accuracy_gain, 100, 1),
+            _signed(row.log_loss_gain, 1, 3),
+        ]
+        for row in comparison.rows
+    ]
+    one = len(comparison.seeds) == 1
+    steps = " and ".join(f"{steps} in stage {stage}" for stage, steps in comparison.steps.items())
+    return (
+        f"{markdown_table(header, table)}\n\n"
+        f"n = {comparison.questions} held-out questions; seed{'' if one else 's'} {', '.join(map(str, comparison.seeds))}; "
+        f'± one standard error over {"conversations" if one else "seeds"}. "more" is than {first}, '
+        f"{'question by question' if one else 'seed by seed'}. Steps of the student, the same for all: {steps}. Log-loss: "
+        "nats an answer, end of turn included."
+    )
+
+
+def _signed(gain: Mean | None, scale: float, digits: int) -> str:
+    return "" if gain is None else f"{gain.value * scale:+.{digits}f} ± {gain.error * scale:.{digits}f}"

@@ -1,0 +1,230 @@
+"""`genrecal compare`: variants at equal steps, found again when they are finished, and a table that is arithmetic."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import mixed_samples, write_llava
+
+from genrecal.cache.job import run_cache_job
+from genrecal.cache.options import CacheOptions
+from genrecal.cli import main
+from genrecal.compare import rows_of, variants_of
+from genrecal.errors import DataError, UsageError
+from genrecal.samples import open_samples
+from genrecal.train.config import load_config
+from genrecal.train.evaluate import Prediction, evaluate, read_predictions
+from genrecal.train.loop import train
+from genrecal.train.run import Run
+
+SMALL = "batch_size=3 accumulation=1 max_steps=2 epochs=9 lr=1e-2 lr_end=1e-3 checkpoint_every=0".split()
+SETTINGS = ["data.workers=0", *(f"stage{n}.{setting}" for n in (1, 2, 3) for setting in SMALL)]
+TRIES = ["--try", "sft", "--try", "no reg=loss.reg_weight=0"]
+
+
+# --------------------------------------------------------------------------------------------------- what is asked for
+
+
+def test_variants_take_common_settings_and_their_own(tmp_path):
+    file = tmp_path / "tries.toml"
+    file.write_text('["kl 3"]\ncache = "caches/other"\n[sft]\nobjective = "sft"\nstage2.lr = 3e-4\n')
+    tries = ["genrecal", "strong = loss.kl_weight=3 stage2.lr=2e-4"]
+    found = variants_of(tries, file, cache="c", settings=["stage2.lr=1e-3", "stage2.epochs=2"])
+    assert [(v.name, v.folder, v.cache) for v in found] == [
+        ("genrecal", "genrecal", "c"), ("strong", "strong", "c"), ("kl 3", "kl-3", "caches/other"), ("sft", "sft", "c"),
+    ]  # fmt: skip
+    assert [v.config.objective for v in found] == ["genrecal", "genrecal", "genrecal", "sft"]
+    assert [v.config.stage2.lr for v in found] == [1e-3, 2e-4, 1e-3, 3e-4]
+    assert {v.config.stage2.epochs for v in found} == {2} and found[1].config.loss.kl_weight == 3
+
+
+@pytest.mark.parametrize(
+    "tries, content, message",
+    [
+        ([], "", "nothing to compare"),
+        (["bst"], "", "bst: objective 'bst': expected one of"),
+        (["a=loss.kl_wait=3"], "", "a: unknown setting loss.kl_wait; the nearest one is loss.kl_weight"),
+        (["a=objective"], "", "--try a 'objective': expected a.b=value"),
+        (["a=seed=3"], "", "a: seed is set by --seeds"),
+        (["a=cache=3"], "", "a: cache: expected a directory or URL, got 3"),
+        ([], "lr = 1", "lr stands in no table"),
+        ([], "[a", "tries.toml: "),
+    ],
+)
+def test_wrong_variants(tmp_path, tries, content, message):
+    (tmp_path / "tries.toml").write_text(content)
+    with pytest.raises(UsageError) as raised:
+        variants_of(tries, tmp_path / "tries.toml", cache="c")
+    assert message in str(raised.value)
+
+
+# ----------------------------------------------------------------------------------------------------------- the table
+
+
+def answers(*scores, losses=None):
+    """Predictions with these scores: two questions in each conversation."""
+    losses = losses or [1.0] * len(scores)
+    return [
+        Prediction(
+            key=f"{i // 2}", turn=i % 2, category="", question="", answer="", prediction="", metric="exact",
+            score=score, log_loss=loss,
+        )
+        for i, (score, loss) in enumerate(zip(scores, losses, strict=True))
+    ]  # fmt: skip
+
+
+def test_errors_and_gains_over_seeds():
+    base = [answers(0, 1, 0, 0), answers(1, 1, 0, 0), answers(1, 1, 1, 0)]
+    other = [answers(1, 1, 0, 0), answers(1, 1, 1, 0, losses=[3, 1, 1, 1]), answers(0, 1, 1, 0)]
+    first, second = rows_of({"base": base, "other": other})
+    own, gains = np.array([0.5, 0.75, 0.5]), np.array([0.25, 0.25, -0.25])
+    assert first.accuracy_gain is None and first.log_loss_gain is None
+    assert second.accuracy == pytest.approx((own.mean(), own.std(ddof=1) / math.sqrt(3)))
+    assert second.accuracy_gain == pytest.approx((gains.mean(), gains.std(ddof=1) / math.sqrt(3)))
+    assert second.log_loss_gain == pytest.approx((0.5 / 3, np.std([0, 0.5, 0], ddof=1) / math.sqrt(3)))
+
+
+def test_with_one_seed_errors_are_over_conversations():
+    """Two conversations of two questions: their sums' spread about the mean, as `genrecal evaluate` has it."""
+    _, row = rows_of({"base": [answers(0, 1, 0, 0)], "other": [answers(1, 1, 1, 0)]})
+    assert row.accuracy == pytest.approx((0.75, math.sqrt(2 * (0.5**2 + 0.5**2)) / 4))
+    assert row.accuracy_gain == pytest.approx((0.5, 0.0))  # each conversation gained one
+
+
+def test_unlike_questions_are_not_compared():
+    with pytest.raises(DataError, match="not asked the same questions"):
+        rows_of({"base": [answers(0, 1)], "other": [answers(0, 1, 1)]})
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def made(teacher, tmp_path_factory):
+    """A cache of twelve samples, another of six, and questions to ask."""
+    folder = tmp_path_factory.mktemp("compare")
+    for name, count in (("cache", 12), ("six", 6)):
+        data = write_llava(folder / f"{name}-data", mixed_samples(count))
+        run_cache_job(teacher, open_samples([data]), folder / name, CacheOptions(samples_per_shard=8))
+    write_llava(folder / "asked", mixed_samples(3))
+    return folder
+
+
+@pytest.fixture
+def command(made, tiny, capsys):
+    """`genrecal compare` over the cache; its exit status and what it printed."""
+
+    def call(out, *words, data=None):
+        student, data = tiny("internvl_qwen2"), data or made / "asked" / "data.json"
+        settings = [word for setting in SETTINGS for word in ("--set", setting)]
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(
+                ["compare", "--cache", str(made / "cache"), "--student", str(student), "--data", str(data),
+                 "--out", str(out), "--max-new-tokens", "3", "--dtype", "float32", *settings, *map(str, words)]
+            )  # fmt: skip
+        return (stop.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+def test_a_comparison(made, tiny, command, tmp_path):
+    """Its students are those of `genrecal train`, and a second call only adds what is new."""
+    out = tmp_path / "out"
+    status, printed, told = command(out, *TRIES, "--seeds", "0,1")
+    assert status == 0, told
+    assert "no reg, seed 1: accuracy" in told and "4 of 4 runs" in told
+
+    config = load_config(None, [*SETTINGS, "loss.reg_weight=0", "seed=1"])
+    run = Run(path=tmp_path / "run", config=config, student=str(tiny("internvl_qwen2")), cache=str(made / "cache"))
+    train(run)
+    asked = open_samples([made / "asked" / "data.json"])
+    expected = evaluate(run.student_after(3, "float32"), asked, max_new_tokens=3).predictions
+    found = {
+        name: [read_predictions(out / "predictions" / name / f"seed{seed}.jsonl") for seed in (0, 1)]
+        for name in ("sft", "no-reg")
+    }
+    assert found["no-reg"][1] == expected
+    assert [[p.log_loss for p in p_s] for p_s in found["sft"]] != [[p.log_loss for p in p_s] for p_s in found["no-reg"]]
+    first, second = rows_of(found)
+    assert f"| no reg  | {second.accuracy.value:.1%} ± {second.accuracy.error:.1%}" in printed
+    assert f"{second.log_loss_gain.value:+.3f} ± {second.log_loss_gain.error:.3f} |" in printed
+    assert f"n = {len(expected)} held-out questions; seeds 0, 1; ± one standard error over seeds" in printed
+    assert "2 in stage 2 and 2 in stage 3" in printed and printed == (out / "table.md").read_text()
+
+    written = {path: path.stat().st_mtime_ns for path in out.rglob("*.jsonl")}
+    (out / "predictions/no-reg/seed0.jsonl").unlink()  # its run is there still, so it is only asked again
+    status, printed, told = command(out, *TRIES, "--seeds", "0", "--json")
+    assert status == 0 and "1 of 2 runs are finished already" in told
+    assert json.loads(printed)["rows"][1]["log_loss"][0] == pytest.approx(
+        np.mean([p.log_loss for p in found["no-reg"][0]])
+    )
+    changed = [path for path, time in written.items() if path.stat().st_mtime_ns != time]
+    assert [path.parent.name for path in changed] == ["no-reg"]
+
+    status, _, told = command(out, "--try", "sft=objective=sft stage2.lr=1e-3")
+    assert status == 2 and "sft: --out" in told and "holds another run: config.stage2.lr was 0.01, now 0.001" in told
+    status, _, told = command(out, *TRIES, "--limit", "2")
+    assert status == 2 and "holds another comparison: records was 3, now 2. Use another --out" in told
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--try", "a b", "--try", "a-b=seed=1"], "a b: objective 'a b'"),
+        (["--try", "a b=objective=sft", "--try", "a-b=objective=sft"], "no other variant's"),
+        ([*TRIES, "--seeds", "0,0"], "--seeds 0,0: expected different numbers"),
+        ([*TRIES, "--seeds", "one"], "--seeds 'one': expected numbers with commas"),
+        ([*TRIES, "--metric", "best"], "--metric 'best': expected auto or one of"),
+        ([*TRIES, "--dtype", "int8"], "--dtype 'int8'"),
+        (
+            [*TRIES, "--try", "more=stage3.max_steps=3"],
+            "stage 3 takes 3 steps over 9 samples in more, and 2 over 6 in sft",
+        ),
+        ([*TRIES, "--try", "large=stage1.batch_size=200"], "large: stage 1 has 108 samples"),
+        ([*TRIES, "--try", "drawn=loss.target=sample"], "drawn: --cache"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_trained(command, tmp_path, words, message):
+    status, printed, told = command(tmp_path / "out", *words)
+    assert status == 2 and message in told and told.count("\n") == 1 and not printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_unlike_caches_take_equal_steps(made, command, tmp_path):
+    """Six samples in two epochs are twelve: the steps count, not the caches."""
+    words = ["--seeds", "0", "--stages", "2", "--try", "sft", "--try", f"six=objective=sft cache={made / 'six'}"]
+    status, printed, told = command(tmp_path / "out", *words)
+    assert status == 0 and "± one standard error over conversations" in printed, told
+
+
+def test_a_cache_that_is_not_there(command, tmp_path):
+    status, _, told = command(tmp_path / "out", *TRIES, "--try", f"other=cache={tmp_path / 'nowhere'}")
+    assert status == 1 and "error: other: " in told and "nowhere" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_that_can_be_asked(command, tmp_path):
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"id": "x", "conversations": [{"from": "human", "value": "q"}]}]))
+    status, _, told = command(tmp_path / "out", *TRIES, data=data)
+    assert status == 1 and "the student can be asked none of the first 1 records: " in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(command, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("chapter 1")
+    status, _, told = command(tmp_path / "out", *TRIES)
+    assert status == 2 and "holds other things than a comparison" in told
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_are_the_same_runs(command, tmp_path):
+    words = [*TRIES, "--seeds", "0,1"]
+    results = [command(tmp_path / f"jobs{jobs}", *words, "--jobs", jobs) for jobs in (1, 2)]
+    assert [status for status, *_ in results] == [0, 0]
+    assert results[0][1] == results[1][1]
+    assert (tmp_path / "jobs2/runs/sft/seed1/output.txt").read_text().startswith("stage 2: ")
