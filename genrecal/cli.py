@@ -487,6 +487,9 @@ def inspect(
     save_images: Annotated[
         Path | None, typer.Option(help="With --key: write the record's pictures into this folder.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page of the summary and some records, or of the one of --key.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a cache holds: a summary, one record, or what a query finds in the manifest."""
@@ -498,8 +501,15 @@ def inspect(
         raise UsageError("--key and --sql: expected one of the two; --key shows a record, --sql queries the manifest")
     if save_images is not None and key is None:
         raise UsageError("--save-images: expected --key KEY with it, the record whose pictures to write")
+    if html is not None and (sql is not None or json_ or save_images is not None):
+        raise UsageError("--html: expected no --sql, --json or --save-images with it; it writes a page of its own")
     opened = open_cache(cache)
-    if sql is not None:
+    if html is not None:
+        from genrecal.report.cache_page import write_cache_page
+
+        write_cache_page(opened, html, [shards_inspect.find_record(opened, key)] if key is not None else None)
+        console.print(f"{html}: {cache}", markup=False)
+    elif sql is not None:
         result = shards_inspect.run_sql(opened, sql)
         _show(result.to_dicts() if json_ else inspect_text.sql_text(result), json_)
     elif key is not None:
