@@ -4,8 +4,6 @@
 """
 
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from genrecal.errors import UsageError
@@ -157,16 +155,13 @@ def check_pair(name: str, cache: "Cache", student: str, *, trust_remote_code: bo
 
 def shared_with(cache: "Cache", student: str, *, trust_remote_code: bool = False) -> "SharedTokens":
     """What the tokenizers of a cache's teacher and a student have in common."""
-    from genrecal.shards.layout import TEACHER_FOLDER
+    from genrecal.vlm.cached_teacher import teacher_renderer
     from genrecal.vlm.loading import load_processor
     from genrecal.vlm.pair import shared_tokens
     from genrecal.vlm.rendering import Renderer
 
-    with TemporaryDirectory() as folder:  # the cache may be far away
-        for file in (Path(name).name for name in cache.description["teacher"]["files_sha256"]):
-            (Path(folder) / file).write_bytes(cache.store.read(f"{TEACHER_FOLDER}/{file}"))
-        teacher = Renderer(load_processor(folder, trust_remote_code=trust_remote_code))
-    return shared_tokens(teacher, Renderer(load_processor(student, trust_remote_code=trust_remote_code)))
+    own = Renderer(load_processor(student, trust_remote_code=trust_remote_code))
+    return shared_tokens(teacher_renderer(cache), own)
 
 
 def findings(pair: "Pair") -> "list[Finding]":

@@ -8,19 +8,17 @@ the projector of its DSKD (arXiv 2406.17328) in this way. What an entry stands f
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
 from genrecal.errors import SampleError, UsageError
 from genrecal.shards.head import FrozenHead
-from genrecal.shards.layout import TEACHER_FOLDER
 from genrecal.shards.reader import Cache
 from genrecal.train.last_layer import Reads
 from genrecal.train.recalibrator import Recalibrator
-from genrecal.vlm.loading import VLM, load_processor
+from genrecal.vlm.cached_teacher import teacher_renderer
+from genrecal.vlm.loading import VLM
 from genrecal.vlm.rendering import Renderer
 
 CHUNK_ROWS = 8192  # of heads that are float64 at once
@@ -51,14 +49,6 @@ def warm_start(recalibrator: Recalibrator, student: VLM, head: FrozenHead, cache
     projected = torch.cat([recalibrator.projected(states, Reads.of(rows, *states.shape[:2])) for states, rows in seen])
     recalibrator.rec_norm.weight.fill_(projected.float().std(-1, correction=0).mean())
     recalibrator.rec_norm.bias.fill_(projected.float().mean())
-
-
-def teacher_renderer(cache: Cache) -> Renderer:
-    """The cached teacher's, from the files that the cache keeps of it."""
-    with TemporaryDirectory() as folder:  # the cache may be far away
-        for name in cache.description["teacher"]["files_sha256"]:
-            (Path(folder) / Path(name).name).write_bytes(cache.store.read(f"{TEACHER_FOLDER}/{Path(name).name}"))
-        return Renderer(load_processor(folder))
 
 
 def shared_entries(teacher: Renderer, student: Renderer) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,7 @@ import zstandard
 from made_cache import SAMPLES, WIDTH, make_cache, tree
 from PIL import Image
 
-from genrecal.errors import DamageError, FormatError, GenrecalError, SampleError, UsageError
+from genrecal.errors import DamageError, FormatError, GenrecalError, ModelError, SampleError, UsageError
 from genrecal.samples import decode_image
 from genrecal.shards import arrow_file
 from genrecal.shards.codecs import CODECS
@@ -40,6 +40,7 @@ from genrecal.shards.reader import open_cache
 from genrecal.shards.record import QuestionRows, answer_rows, read_table, to_arrow
 from genrecal.shards.storage import open_store
 from genrecal.shards.verify import quarantine, verify_cache
+from genrecal.vlm.cached_teacher import teacher_renderer
 
 MIB = 2**20
 EIGHT_GIB = 2**33
@@ -838,15 +839,23 @@ def test_nothing_of_a_cache_is_run(cache):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run([sys.executable, "-c", AUDIT, str(cache)], capture_output=True, text=True, env=environment)
     assert done.stdout.splitlines() == ["10 58", "True []"], done.stderr[-2000:]
+    with pytest.raises(ModelError):
+        teacher_renderer(open_cache(cache))
+    (cache / "teacher/tokenizer.json").write_text("{}")
+    with pytest.raises(DamageError, match="teacher/tokenizer.json: expected sha256"):
+        teacher_renderer(open_cache(cache))
+    (cache / "teacher/tokenizer.json").unlink()
+    with pytest.raises(DamageError, match="teacher/tokenizer.json: No such file"):
+        teacher_renderer(open_cache(cache))
     assert not ran.exists()
 
 
-def test_the_trainer_does_not_touch_the_teachers_files():
-    """Its template and tokenizer are needed by nobody: records hold ids and states."""
+def test_the_teachers_files_are_read_in_few_places():
+    """Records hold ids and states. Only what compares tokenizers needs the teacher's, and runs none of its code."""
     package = Path(sys.modules["genrecal"].__file__).parent
     users = [path for path in package.rglob("*.py") if "TEACHER_FOLDER" in path.read_text()]
     assert sorted(str(path.relative_to(package)) for path in users) == [
-        "cache/job.py", "shards/inspect_record.py", "shards/layout.py", "shards/verify.py",
+        "cache/job.py", "shards/inspect_record.py", "shards/layout.py", "shards/verify.py", "vlm/cached_teacher.py",
     ]  # fmt: skip
 
 

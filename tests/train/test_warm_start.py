@@ -21,9 +21,9 @@ from genrecal.train.warm_start import (
     head_map,
     head_map_naive,
     shared_entries,
-    teacher_renderer,
     warm_start,
 )
+from genrecal.vlm.cached_teacher import teacher_renderer
 from genrecal.vlm.loading import load_vlm
 
 
