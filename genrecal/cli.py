@@ -141,10 +141,14 @@ def plan(
     question_fraction: Annotated[float, typer.Option(help="As for cache.")] = 1.0,
     question_seed: Annotated[int, typer.Option(help="As for cache.")] = 0,
     samples_per_shard: Annotated[int, typer.Option(help="As for cache.")] = 256,
+    batch_tokens: Annotated[int, typer.Option(help="As for cache.")] = 16384,
     max_tokens: Annotated[int, typer.Option(help="As for cache.")] = 0,
+    generate: Annotated[bool, typer.Option("--generate", help="As for cache.")] = False,
+    max_answer_tokens: Annotated[int, typer.Option(help="As for cache.")] = 1024,
     peak_tflops: Annotated[float, typer.Option(help="Of a GPU, dense, in the teacher's dtype.")] = 989.0,
     utilisation: Annotated[float, typer.Option(help="Share of it that the teacher reaches.")] = 0.4,
     gpu_gigabytes: Annotated[float, typer.Option(help="Memory of a GPU.")] = 80.0,
+    gpu_bandwidth: Annotated[float, typer.Option(help="Of --generate: of that memory, GB/s.")] = 3350.0,
     train_rate: Annotated[float, typer.Option(help="Samples a second that the trainer takes.")] = 64.0,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -163,7 +167,9 @@ def plan(
         question_codec=question_codec,
         question_fraction=question_fraction,
         question_seed=question_seed,
+        answers=_answers(generate, 0.0, 1.0, 0, max_answer_tokens),
         samples_per_shard=samples_per_shard,
+        batch_tokens=batch_tokens,
         max_tokens=max_tokens,
     )
     assumed = PlanOptions(
@@ -172,6 +178,7 @@ def plan(
         peak_tflops=peak_tflops,
         utilisation=utilisation,
         gpu_gigabytes=gpu_gigabytes,
+        gpu_bandwidth=gpu_bandwidth,
         train_rate=train_rate,
     )
     selection = _selection(include_category, exclude_category, split, split_seed)
@@ -315,8 +322,6 @@ def cache(
     )
     work = WorkOptions(workers=workers, worker=worker, threads=threads, status_file=status_file)
     load_teacher: Callable[[], Any]
-    if generate and backend == "vllm":
-        raise UsageError("--generate with --backend vllm: expected --backend hf, which writes answers")
     if backend == "vllm":
         load_teacher = functools.partial(
             _vllm_teacher, teacher, dtype, device, trust_remote_code, tensor_parallel, pipeline_parallel, engine_arg
@@ -482,6 +487,9 @@ def inspect(
     save_images: Annotated[
         Path | None, typer.Option(help="With --key: write the record's pictures into this folder.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page of the summary and some records, or of the one of --key.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a cache holds: a summary, one record, or what a query finds in the manifest."""
@@ -493,8 +501,15 @@ def inspect(
         raise UsageError("--key and --sql: expected one of the two; --key shows a record, --sql queries the manifest")
     if save_images is not None and key is None:
         raise UsageError("--save-images: expected --key KEY with it, the record whose pictures to write")
+    if html is not None and (sql is not None or json_ or save_images is not None):
+        raise UsageError("--html: expected no --sql, --json or --save-images with it; it writes a page of its own")
     opened = open_cache(cache)
-    if sql is not None:
+    if html is not None:
+        from genrecal.report.cache_page import write_cache_page
+
+        write_cache_page(opened, html, [shards_inspect.find_record(opened, key)] if key is not None else None)
+        console.print(f"{html}: {cache}", markup=False)
+    elif sql is not None:
         result = shards_inspect.run_sql(opened, sql)
         _show(result.to_dicts() if json_ else inspect_text.sql_text(result), json_)
     elif key is not None:

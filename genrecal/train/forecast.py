@@ -601,6 +601,9 @@ def forecast_text(forecast: Forecast) -> str:
     return "\n".join(lines)
 
 
+TOO_FEW = "  NOT enough samples for one step: lower the stage's accumulation or train more epochs; `genrecal train` would stop"
+
+
 def _stage_lines(stage: StageForecast, forecast: Forecast) -> list[str]:
     shape, parameters = stage.shape, stage.parameters
     other = "without" if forecast.gradient_checkpointing else "with"
@@ -608,6 +611,7 @@ def _stage_lines(stage: StageForecast, forecast: Forecast) -> list[str]:
     lines = [
         f"stage {stage.stage}   {stage.samples} samples, {stage.steps} steps of {stage.global_batch}; longest micro-step: "
         f"{shape.samples} samples of {shape.student_tokens} tokens{spliced}",
+        *([TOO_FEW] if stage.samples < stage.global_batch else []),
         "  trained     " + (", ".join(f"{name} {count:,}" for name, count in parameters.trained.items())),
         "  frozen      " + (", ".join(f"{name} {count:,}" for name, count in parameters.frozen.items())),
         "  memory      " + "".join(f"{name:>12}" for name in (*stage.memory[forecast.engine], "in all")),

@@ -66,7 +66,7 @@ def words(cache, student, out, *settings, steps, batch_size=2, accumulation=2, s
     """Of `genrecal train`; the defaults are those of two processes with a global batch of 8."""
     stage = f"batch_size={batch_size} accumulation={accumulation} max_steps={steps} epochs=9 lr=1e-3 lr_end=1e-4"
     every = [f"stage{n}.{setting}" for n in (1, 2, 3) for setting in [*stage.split(), "checkpoint_every=3"]]
-    chosen = ["data.workers=0", "lora.dropout=0", "loss.chunk_rows=16", *every, *settings]
+    chosen = ["data.workers=0", "measure.samples=0", "lora.dropout=0", "loss.chunk_rows=16", *every, *settings]
     start = ["--cache", str(cache), "--student", str(student), "--out", str(out), "--stages", stages]
     return start + [word for setting in chosen for word in ("--set", setting)]
 
