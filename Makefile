@@ -1,25 +1,32 @@
 # `make demo` and `make test` set up everything they need: an environment in $(VENV), pinned by constraints.txt.
-# `make test-vllm` has one in $(VLLM_VENV), pinned by constraints-vllm.txt.
+# `make test-vllm` has one in $(VLLM_VENV), pinned by constraints-vllm.txt; `make test-eval` one in $(EVAL_VENV), by
+# constraints-eval.txt.
 PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
+EVAL_VENV ?= .venv-eval
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready-dev
 
-.PHONY: demo test test-all test-vllm slow check docs support-matrix clean
+.PHONY: demo test test-all test-vllm test-eval slow check docs support-matrix clean
 
 demo: $(READY)
 	$(BIN)/genrecal demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not slow and not vllm" tests
+	$(BIN)/python -m pytest -n 2 -m "not slow and not vllm and not eval" tests
 
-test-all: test slow test-vllm
+test-all: test slow test-vllm test-eval
 
 # vLLM pins an older transformers, so its tests have an environment of their own.
 test-vllm:
 	PYTHON=$(PYTHON) scripts/make_vllm_env $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/cache/test_vllm.py
+	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/cache/test_vllm.py tests/end_to_end/test_serving.py
+
+# lmms-eval pins versions of its own too.
+test-eval:
+	PYTHON=$(PYTHON) scripts/make_eval_env $(EVAL_VENV)
+	$(EVAL_VENV)/bin/python -m pytest -m eval tests/end_to_end/test_lmms_eval.py
 
 slow: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow tests
@@ -48,4 +55,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) demo-out build dist site
+	rm -rf $(VENV) $(VLLM_VENV) $(EVAL_VENV) demo-out build dist site

@@ -73,6 +73,21 @@ SHAPES: dict[str, Any] = {
                               "num_attention_heads": 3},
         },
     },
+    # The same ratio with as many layers as students of 1 to 2 billion parameters have (24 to 28).
+    "deep": {
+        "teacher": {
+            "text_config": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 17,
+                            "num_attention_heads": 8, "num_key_value_heads": 4,
+                            "rope_parameters": ROPE | {"mrope_section": [8, 12, 12]}},
+            "vision_config": {"hidden_size": 512, "embed_dim": 192, "depth": 4},
+        },
+        "student": {
+            "text_config": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 28,
+                            "num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": ROPE},
+            "vision_config": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4,
+                              "num_attention_heads": 3},
+        },
+    },
     # Qwen2-VL-7B's and InternVL2-2B's widths and depths, pictures of 256 tokens.
     "7b-2b": {
         "teacher": {

@@ -141,10 +141,14 @@ def plan(
     question_fraction: Annotated[float, typer.Option(help="As for cache.")] = 1.0,
     question_seed: Annotated[int, typer.Option(help="As for cache.")] = 0,
     samples_per_shard: Annotated[int, typer.Option(help="As for cache.")] = 256,
+    batch_tokens: Annotated[int, typer.Option(help="As for cache.")] = 16384,
     max_tokens: Annotated[int, typer.Option(help="As for cache.")] = 0,
+    generate: Annotated[bool, typer.Option("--generate", help="As for cache.")] = False,
+    max_answer_tokens: Annotated[int, typer.Option(help="As for cache.")] = 1024,
     peak_tflops: Annotated[float, typer.Option(help="Of a GPU, dense, in the teacher's dtype.")] = 989.0,
     utilisation: Annotated[float, typer.Option(help="Share of it that the teacher reaches.")] = 0.4,
     gpu_gigabytes: Annotated[float, typer.Option(help="Memory of a GPU.")] = 80.0,
+    gpu_bandwidth: Annotated[float, typer.Option(help="Of --generate: of that memory, GB/s.")] = 3350.0,
     train_rate: Annotated[float, typer.Option(help="Samples a second that the trainer takes.")] = 64.0,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -163,7 +167,9 @@ def plan(
         question_codec=question_codec,
         question_fraction=question_fraction,
         question_seed=question_seed,
+        answers=_answers(generate, 0.0, 1.0, 0, max_answer_tokens),
         samples_per_shard=samples_per_shard,
+        batch_tokens=batch_tokens,
         max_tokens=max_tokens,
     )
     assumed = PlanOptions(
@@ -172,6 +178,7 @@ def plan(
         peak_tflops=peak_tflops,
         utilisation=utilisation,
         gpu_gigabytes=gpu_gigabytes,
+        gpu_bandwidth=gpu_bandwidth,
         train_rate=train_rate,
     )
     selection = _selection(include_category, exclude_category, split, split_seed)
@@ -315,8 +322,6 @@ def cache(
     )
     work = WorkOptions(workers=workers, worker=worker, threads=threads, status_file=status_file)
     load_teacher: Callable[[], Any]
-    if generate and backend == "vllm":
-        raise UsageError("--generate with --backend vllm: expected --backend hf, which writes answers")
     if backend == "vllm":
         load_teacher = functools.partial(
             _vllm_teacher, teacher, dtype, device, trust_remote_code, tensor_parallel, pipeline_parallel, engine_arg
@@ -482,6 +487,9 @@ def inspect(
     save_images: Annotated[
         Path | None, typer.Option(help="With --key: write the record's pictures into this folder.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page of the summary and some records, or of the one of --key.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what a cache holds: a summary, one record, or what a query finds in the manifest."""
@@ -493,8 +501,15 @@ def inspect(
         raise UsageError("--key and --sql: expected one of the two; --key shows a record, --sql queries the manifest")
     if save_images is not None and key is None:
         raise UsageError("--save-images: expected --key KEY with it, the record whose pictures to write")
+    if html is not None and (sql is not None or json_ or save_images is not None):
+        raise UsageError("--html: expected no --sql, --json or --save-images with it; it writes a page of its own")
     opened = open_cache(cache)
-    if sql is not None:
+    if html is not None:
+        from genrecal.report.cache_page import write_cache_page
+
+        write_cache_page(opened, html, [shards_inspect.find_record(opened, key)] if key is not None else None)
+        console.print(f"{html}: {cache}", markup=False)
+    elif sql is not None:
         result = shards_inspect.run_sql(opened, sql)
         _show(result.to_dicts() if json_ else inspect_text.sql_text(result), json_)
     elif key is not None:
@@ -775,34 +790,66 @@ def convert(
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="Model folder or hub name.")],
-    data: Annotated[list[Path], typer.Option(help="Data files, as for cache.")],
+    data: Annotated[list[Path] | None, typer.Option(help="Data files, as for cache.")] = None,
     metric: Annotated[str, typer.Option(help="auto, exact, relaxed, anls or choice.")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="Write the predictions here, as jsonl.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the predictions here, as jsonl; with --harness, a folder for its files.")
+    ] = None,
     image_root: Annotated[Path | None, typer.Option(help="Where relative image paths start.")] = None,
     include_category: IncludeCategory = None,
     exclude_category: ExcludeCategory = None,
     split: Split = "0.0:1.0",
     split_seed: SplitSeed = 0,
     limit: Annotated[int | None, typer.Option(help="Use the first N records only, of those selected.", min=1)] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples at a time.", min=1)] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples at a time; 8, and with --harness 1.", min=1, show_default=False)
+    ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest answer; else the generation config's.", min=1)
+    ] = None,
+    harness: Annotated[
+        str | None, typer.Option(help="lmms-eval: run its tasks in place of --data; it needs the extra eval.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Of the harness: names of tasks, with commas.")] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="Of the harness: tasks of your own, in its format.")] = None,
+    harness_model: Annotated[
+        str | None, typer.Option(help="Of the harness: its class for the model; else the family's.")
+    ] = None,
+    harness_arg: Annotated[
+        list[str] | None, typer.Option(help="Of the harness: name=value for that class; may be repeated.")
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Generate answers and score them."""
+    """Generate answers and score them, on data of your own or on the benchmarks of a harness."""
+    given = [name for name in context.params if (of := context.get_parameter_source(name)) and of.name == "COMMANDLINE"]
+    _check_evaluate(harness, tasks, data, given)
+    if harness is not None:
+        options = {
+            "out": out,
+            "device": str(_device(device)),
+            "harness_model": harness_model,
+            "harness_args": harness_arg or [],
+            "task_folder": task_folder,
+            "limit": limit,
+            "batch_size": batch_size or 1,
+            "trust_remote_code": trust_remote_code,
+        }
+        _evaluate_by_harness(model, (tasks or "").split(","), options, json_)
+        return
+
     from genrecal.samples import open_samples
     from genrecal.train.evaluate import evaluate, save_evaluation
     from genrecal.vlm.loading import load_vlm
 
     selection = _selection(include_category, exclude_category, split, split_seed)
-    samples = open_samples(data, image_root=image_root, limit=limit, selection=selection)
+    samples = open_samples(data or [], image_root=image_root, limit=limit, selection=selection)
     vlm = load_vlm(model, dtype=_dtype(dtype), device=_device(device), trust_remote_code=trust_remote_code)
-    result = evaluate(vlm, samples, metric=metric, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    result = evaluate(vlm, samples, metric=metric, batch_size=batch_size or 8, max_new_tokens=max_new_tokens)
     if out is not None:
         save_evaluation(result, out)
     for where, why in result.skipped:
@@ -820,6 +867,57 @@ def evaluate(
             f"{score.log_loss:.3f} ± {score.log_loss_error:.3f}",
         )
     console.print(table)
+
+
+def _evaluate_by_harness(model: str, tasks: list[str], options: dict[str, Any], as_json: bool) -> None:
+    from genrecal.train.harness import run_lmms_eval
+
+    scores = run_lmms_eval(model, tasks, **options)
+    if as_json:
+        _show([dataclasses.asdict(score) for score in scores], True)
+        return
+    table = Table("task", "metric", "value", "standard error", "questions", box=None, pad_edge=False)
+    for score in scores:
+        value = f"{score.value:.4g}" if isinstance(score.value, int | float) else str(score.value)
+        error = "" if score.error is None else f"{score.error:.2g}"
+        table.add_row(score.task, score.metric, value, error, str(score.n or ""))
+    _show(table, False)
+
+
+def _check_evaluate(harness: str | None, tasks: str | None, data: list[Path] | None, given: list[str]) -> None:
+    """That what is asked for is one of two: data of one's own, or tasks of a harness."""
+    harness_only = ("tasks", "task_folder", "harness_model", "harness_arg")
+    data_only = (
+        "data",
+        "metric",
+        "image_root",
+        "include_category",
+        "exclude_category",
+        "split",
+        "split_seed",
+        "max_new_tokens",
+        "dtype",
+    )
+    if harness is None:
+        wrong = [name for name in given if name in harness_only]
+        if wrong:
+            raise UsageError(f"{_option(wrong[0])}: expected --harness lmms-eval with it")
+        if not data:
+            raise UsageError("--data: expected data files, or --harness lmms-eval --tasks NAME,NAME")
+        return
+    if harness != "lmms-eval":
+        raise UsageError(f"--harness {harness!r}: expected lmms-eval")
+    wrong = [name for name in given if name in data_only]
+    if wrong:
+        raise UsageError(f"{_option(wrong[0])}: it is not for --harness, whose tasks and model class decide that")
+    if not tasks or not all(tasks.split(",")):
+        raise UsageError(
+            f"--tasks {tasks or ''!r}: expected names of lmms-eval's tasks with commas, such as ai2d,mmstar"
+        )
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- compare

@@ -29,7 +29,8 @@ EXTRAS = {
     "ray": "cache --ray",
     "deepspeed": "train with engine zero1, zero2 or zero3",
     "s3": "caches at s3:// URLs",
-    "report": "demo, and inspect --sql",
+    "report": "demo, report, and inspect --sql",
+    "eval": "evaluate --harness lmms-eval",
 }
 # Used if they are there; no extra asks for them.
 OPTIONAL = {

@@ -61,6 +61,14 @@ class Progress:
             sys.stderr.write(f"{text}{', ' + note if note else ''}\n")
             sys.stderr.flush()
 
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.console.print(text, style="yellow", markup=False, highlight=False)
+        elif self.shown:
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
+
     def __enter__(self) -> "Progress":
         if self._bar is not None:
             self._bar.start()

@@ -1,4 +1,4 @@
-"""Lets `import torchvision` work beside a CPU build of torch; scripts/make_vllm_env puts it into the tests' environment.
+"""Lets `import torchvision` work beside a CPU build of torch; scripts/make_vllm_env and make_eval_env put it into theirs.
 
 The registry's torchvision is built against CUDA. Beside a CPU torch its compiled operators are missing and importing it
 fails, though the image transforms that processors use are plain Python. Declaring the operators' names is enough. In an

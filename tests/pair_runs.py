@@ -67,6 +67,15 @@ def train_and_check(cache: Path, student: Path, folder: Path, *settings: str) ->
     return run
 
 
+# What VLMEvalKit's class for a family loads a folder with (docs/evaluate.md).
+VLMEVALKIT = {
+    "qwen2_vl": ("Qwen2VLForConditionalGeneration", "Qwen2VLProcessor"),
+    "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", "AutoProcessor"),
+    "llava_onevision": ("LlavaOnevisionForConditionalGeneration", "AutoProcessor"),
+    "idefics3": ("Idefics3ForConditionalGeneration", "AutoProcessor"),
+}
+
+
 def _generate(folder: Path) -> None:
     """A token from the stock class; nothing of genrecal's but what loads a processor without torchvision."""
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -75,6 +84,8 @@ def _generate(folder: Path) -> None:
     assert [type(model).__name__] == json.loads((folder / "config.json").read_text())["architectures"]
     with without_video_processors():
         processor = transformers.AutoProcessor.from_pretrained(folder)
+        for name in VLMEVALKIT.get(config.model_type, ()):
+            assert type(getattr(transformers, name).from_pretrained(folder)) in (type(model), type(processor))
     text, question = {"type": "text", "text": "What is shown?"}, {"role": "user", "content": "What is shown?"}
     takes_pictures = hasattr(processor, "image_processor")
     if takes_pictures:

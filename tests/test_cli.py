@@ -145,6 +145,15 @@ CACHE = ["cache", "--teacher", "gone", "--data", "gone.json", "--out", "out"]
         ([*CACHE, "--top-k", "0"], 2, ["--top-k 0: expected at least 1"]),
         ([*CACHE, "--max-skip", "2"], 2, ["--max-skip 2.0", "share from 0 to 1"]),
         (["evaluate", "--model", "gone", "--data", "gone.csv"], 1, ["gone.csv: expected a .json"]),
+        (["evaluate", "--model", "gone"], 2, ["--data: expected data files, or --harness lmms-eval --tasks"]),
+        (["evaluate", "--model", "gone", "--tasks", "ai2d"], 2, ["--tasks: expected --harness lmms-eval with it"]),
+        (["evaluate", "--model", "m", "--harness", "x", "--tasks", "t"], 2, ["--harness 'x': expected lmms-eval"]),
+        (["evaluate", "--model", "m", "--harness", "lmms-eval"], 2, ["--tasks '': expected names", "ai2d,mmstar"]),
+        (
+            ["evaluate", "--model", "m", "--harness", "lmms-eval", "--tasks", "t", "--split", "0:0.5"],
+            2,
+            ["--split: it is not for --harness"],
+        ),
         ([*CACHE, "--split", "0.5"], 2, ["--split '0.5'", "expected two shares such as 0.0:0.95"]),
         ([*CACHE, "--split", "0.9:0.1"], 2, ["--split 0.9:0.1", "the first below the second"]),
         ([*CACHE[:3], "--data", "gone-{0..9}.tar", "--out", "out"], 1, ["gone-0.tar: No such file"]),
@@ -239,6 +248,9 @@ def test_too_many_skipped_samples_are_an_error_that_says_why(
     run: Run, tiny: Callable[[str], Path], data: Path, tmp_path: Path
 ) -> None:
     ended = run(*cache_args(tiny("qwen2_vl"), data, tmp_path / "out", "--max-skip", "0.01"))
+    warning, error = ended.err.splitlines(keepends=True)  # of a teacher of random weights, and then the error
+    assert warning.startswith("warning: the teacher does not know these answers")
+    ended = Ended(ended.status, ended.out, error)
     assert_one_line(ended, 1, "1 of 8 samples cannot be used", "--max-skip", "last user turn has no answer")
 
 

@@ -25,10 +25,11 @@ from made_cache import make_cache
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
-from genrecal.errors import DataError, UsageError
+from genrecal.errors import DataError, FormatError, UsageError
 from genrecal.samples import BadRecord, ImageRef, Sample, SampleSet, Selection, open_samples, parse_split
 from genrecal.samples.table_file import SPOOLS
 from genrecal.shards.reader import open_cache
+from genrecal.shards.verify import verify_cache
 
 datasets.disable_progress_bars()
 Record = dict[str, Any]
@@ -524,6 +525,12 @@ def test_another_selection_or_other_data_do_not_resume_a_cache(
     done = run(samples)
     assert done.cached == len(samples) and open_cache(tmp_path / "cache").description["selection"] == half.to_json()
     assert run(open_samples([containers["tar"]], selection=half)).shards_done == 0
+    cache = open_cache(tmp_path / "cache")
+    assert len(cache.shards) > 1 and int(cache[0].key[:8]) > 0  # places in a shard are not the numbers in keys
+    assert [cache.by_key(record.key).key for record in cache] == [record.key for record in cache]
+    with pytest.raises(FormatError, match="no sample"):
+        cache.by_key("00000000")
+    assert verify_cache(tmp_path / "cache").findings == ()
     for other in (Selection(), dataclasses.replace(half, split_seed=4)):
         with pytest.raises(UsageError, match="selection was"):
             run(open_samples([containers["tar"]], selection=other))

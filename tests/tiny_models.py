@@ -550,6 +550,7 @@ NEEDS_TORCHVISION = {"smolvlm": functools.partial(idefics3, "SmolVLM")}  # and n
 
 LANGUAGE_MODELS = {
     "qwen2": functools.partial(text_only, "Qwen2", like="qwen2", tie_word_embeddings=True),
+    "qwen2_wide": functools.partial(text_only, "Qwen2", like="qwen2", **WIDE_TEXT),
     "llama3": functools.partial(text_only, "Llama", like="llama3"),
 }
 

@@ -3,6 +3,9 @@
 A sample of the records is rendered by the teacher's own processor (or, of a known teacher without a folder, counted by
 rule). Arrow members are sized by coding made states and logits of the teacher's widths with the real codecs, so that
 their fixed cost, padding and compression are in the figures.
+
+How long the answers will be that the teacher writes itself (`--generate`) is not known: they are taken to be as long as the
+given ones, and what the longest that are allowed would cost stands beside it.
 """
 
 import io
@@ -19,6 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from genrecal.cache.answers import with_answers
 from genrecal.cache.draws import count_draws, draw, uniforms
 from genrecal.cache.options import CacheOptions
 from genrecal.errors import DataError, SampleError, UsageError
@@ -45,7 +49,7 @@ class PlanOptions:
         probe: records that are looked at, drawn from the whole input.
         num_samples: records to forecast for; 0 for as many as the data have.
         peak_tflops: of a GPU, dense, in the teacher's dtype. utilisation: share of it that the forward pass reaches.
-        gpu_gigabytes: memory of a GPU.
+        gpu_gigabytes: memory of a GPU. gpu_bandwidth: of that memory, GB/s, with which a step of generation reads the weights.
         train_rate: samples a second that the trainer takes.
     """
 
@@ -54,6 +58,7 @@ class PlanOptions:
     peak_tflops: float = 989.0
     utilisation: float = 0.4
     gpu_gigabytes: float = 80.0
+    gpu_bandwidth: float = 3350.0
     train_rate: float = 64.0
 
     def __post_init__(self) -> None:
@@ -61,7 +66,7 @@ class PlanOptions:
             raise UsageError(
                 f"--probe {self.probe}, --num-samples {self.num_samples}: expected 1 or more, and 0 or more"
             )
-        for name in ("peak_tflops", "gpu_gigabytes", "train_rate"):
+        for name in ("peak_tflops", "gpu_gigabytes", "gpu_bandwidth", "train_rate"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected more than 0")
         if not 0 < self.utilisation <= 1:
@@ -80,6 +85,7 @@ class ProbedRecord:
     question_tokens: int = 0
     answer_tokens: int = 0
     turns: int = 0
+    prompts: tuple[int, ...] = ()  # tokens before each answer
     patches: tuple[int, ...] = ()  # of each picture or tile
     image_bytes: tuple[int, ...] = ()
     json_bytes: int = 0
@@ -87,8 +93,31 @@ class ProbedRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WrittenAnswers:
+    """What it costs that the teacher writes the answers, before they are cached.
+
+    Args:
+        turns: answers to write. at_once: conversations that are written together, by `--batch-tokens`.
+        tokens: of them all, if they are as long as the given ones; most_tokens: if none ends before `--max-answer-tokens`.
+        flops, gpu_hours, most_gpu_hours: likewise. Prompts run at the assumed share of the peak; a step of generation takes
+            as long as that, or as reading the weights once.
+    """
+
+    turns: int
+    at_once: int
+    tokens: int
+    most_tokens: int
+    flops: float
+    gpu_hours: float
+    most_gpu_hours: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A forecast. Bytes and FLOPs are of the whole cache; `bytes` by part, `read_bytes` a sample of each stage."""
+    """A forecast. Bytes and FLOPs are of the whole cache; `bytes` by part, `read_bytes` a sample of each stage.
+
+    `flops` and `gpu_hours` are those of caching; `answers` has those of writing answers, None where they are given.
+    """
 
     teacher: str
     probed: int
@@ -104,6 +133,7 @@ class Plan:
     bytes_by_codec: dict[str, dict[str, int]]  # the same samples' states in each codec
     flops: float
     gpu_hours: float
+    answers: WrittenAnswers | None
     least_gpus: int  # that hold the weights
     read_bytes: dict[str, int]
     read_rate: dict[str, float]  # MB/s at the trainer's rate
@@ -174,6 +204,7 @@ def make_plan(
         bytes_by_codec=_by_codec(used, shape, options, scale),
         flops=flops,
         gpu_hours=flops / (assumed.peak_tflops * 1e12 * assumed.utilisation) / 3600,
+        answers=_written(used, shape, options, assumed, scale) if options.answers.written_by_teacher else None,
         least_gpus=int(-(-shape.parameters * shape.value_bytes // (assumed.gpu_gigabytes * 1e9))),
         read_bytes=read,
         read_rate={stage: assumed.train_rate * size / 1e6 for stage, size in read.items()},
@@ -201,6 +232,7 @@ def plan_text(plan: Plan) -> str:
         f"teacher   {plan.flops:.3g} FLOPs, {plan.gpu_hours:.3g} GPU-hours at {plan.assumed['utilisation']:.0%} of "
         f"{plan.assumed['peak_tflops']:g} TFLOP/s; its weights need {plan.least_gpus} GPUs of "
         f"{plan.assumed['gpu_gigabytes']:g} GB",
+        *_answers_lines(plan),
         "trainer   "
         + ", ".join(
             f"{stage} reads {human_bytes(plan.read_bytes[stage])} a sample, {rate:.3g} MB/s"
@@ -212,6 +244,50 @@ def plan_text(plan: Plan) -> str:
         room = "enough" if plan.fits else "NOT enough"
         lines.append(f"disk      {human_bytes(plan.free_bytes)} free, {room}")
     return "\n".join(lines)
+
+
+def _answers_lines(plan: Plan) -> list[str]:
+    written = plan.answers
+    if written is None:
+        return []
+    return [
+        f"answers   {written.turns} written, {written.at_once} at once, before that: {written.flops:.3g} FLOPs, "
+        f"{written.gpu_hours:.3g} GPU-hours if they are as long as the given ones ({written.tokens} tokens), "
+        f"{written.most_gpu_hours:.3g} if none ends early ({written.most_tokens} tokens); bytes are by the given ones"
+    ]
+
+
+def _written(
+    used: Sequence[ProbedRecord], shape: ModelShape, options: CacheOptions, assumed: PlanOptions, scale: float
+) -> WrittenAnswers:
+    """Each turn's prompt runs again, pictures too, as `genrecal.cache.answers` does it."""
+    prompts = [tokens for record in used for tokens in record.prompts]
+    limit, turns = options.answers.max_tokens, len(prompts)
+    at_once = max(1, int(options.batch_tokens // (sum(prompts) / turns + limit)))
+    prefill = sum(shape.flops(tokens, 1, record.patches) for record in used for tokens in record.prompts)
+    rate = assumed.peak_tflops * 1e12 * assumed.utilisation
+    weights = (shape.text_parameters + shape.head_rows * shape.hidden_size) * shape.value_bytes
+    step_seconds = weights / (assumed.gpu_bandwidth * 1e9)
+
+    def decoding(tokens: float) -> tuple[float, float]:
+        """FLOPs and GPU-seconds of so many tokens, spread evenly over the turns."""
+        each = tokens / turns
+        more = sum(shape.text_flops(prompt + each) - shape.text_flops(prompt) for prompt in prompts)
+        more += shape.head_flops(tokens)
+        return more, max(more / rate, tokens / min(at_once, turns * scale) * step_seconds)
+
+    tokens = sum(record.answer_tokens for record in used)
+    flops, seconds = decoding(tokens)
+    _, most_seconds = decoding(limit * turns)
+    return WrittenAnswers(
+        turns=round(scale * turns),
+        at_once=at_once,
+        tokens=round(scale * tokens),
+        most_tokens=round(scale * limit * turns),
+        flops=scale * (prefill + flops),
+        gpu_hours=scale * (prefill / rate + seconds) / 3600,
+        most_gpu_hours=scale * (prefill / rate + most_seconds) / 3600,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- the probe
@@ -242,15 +318,20 @@ def probe_record(
         **counts,
         turns=len(sample.answers),
         image_bytes=tuple(map(len, images)),
-        json_bytes=len(json.dumps(sample.to_json(), sort_keys=True, ensure_ascii=False).encode()),
+        json_bytes=_json_bytes(with_answers(sample, sample.answers) if options.answers.written_by_teacher else sample),
         keeps_question=options.keeps_question(sample.key),
     )
+
+
+def _json_bytes(sample: Sample) -> int:
+    return len(json.dumps(sample.to_json(), sort_keys=True, ensure_ascii=False).encode())
 
 
 def _counted(encoded: Encoded, renderer: Renderer) -> dict[str, Any]:
     return {
         "question_tokens": sum(encoded.question_lengths),
         "answer_tokens": sum(encoded.answer_lengths),
+        "prompts": tuple(start for start, _, is_answer in encoded.segments() if is_answer),
         "patches": patches_of(encoded.inputs, renderer.processor),
     }
 
@@ -268,15 +349,17 @@ def _counted_by_rule(sample: Sample, images: Sequence[bytes], shape: ModelShape,
         question += tokens
         patches += more
     answer = 0
+    prompts = []
     for message in sample.messages:
         tokens = round(len(message.text.encode()) / BYTES_PER_TOKEN)
         if message.role == "assistant":
+            prompts.append(question + answer)
             answer, question = answer + tokens + 1, question + TOKENS_PER_TURN // 2
         else:
             question += tokens + TOKENS_PER_TURN // 2
     if max_tokens and question + answer > max_tokens:
         raise SampleError(f"{question + answer} tokens, over the limit of {max_tokens}")
-    return {"question_tokens": question, "answer_tokens": answer, "patches": tuple(patches)}
+    return {"question_tokens": question, "answer_tokens": answer, "prompts": tuple(prompts), "patches": tuple(patches)}
 
 
 # ----------------------------------------------------------------------------------------------------------------- bytes

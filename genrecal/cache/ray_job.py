@@ -201,7 +201,10 @@ class ShardMaker:
         records = sum(len(job.options.records(shard, len(samples))) for shard in shards)
         with Watch(records, num_samples=len(samples), max_skip=job.options.max_skip, proof=self.proof) as watch:
             run_shards(job.step, teacher, samples, store, shards, job.options, job.work, watch)
-        return {"counts": dict(watch.counts), "reasons": dict(watch.reasons), "seconds": watch.seconds}
+        warnings = watch.warnings[:1]
+        return {
+            "counts": dict(watch.counts), "reasons": dict(watch.reasons), "seconds": watch.seconds, "warnings": warnings,
+        }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ the cluster

@@ -79,7 +79,7 @@ def cache_shard(
                 watch.count(records=1)
         with watch.timed("writing"), storage_errors(where):
             facts = _commit(writer, store, shard)
-        watch.count(bytes=writer.bytes)
+        watch.finished(writer.rows, writer.bytes, teacher.head.weight.shape[0])
         return facts
 
 

@@ -2,22 +2,26 @@
 
 vLLM's pooling runner gives every position's state after the final norm. `genrecal.cache.vllm_worker` cuts out the rows on
 the worker. Pictures go to vLLM as pictures; that its prompt is ours, token for token, is checked for every sample.
+That runner does not generate, so answers are written by another engine, which takes the first one's place.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from PIL import Image
 
 from genrecal.cache.extract import answer_positions, answer_rows, answer_targets, question_rows
+from genrecal.cache.generate import answer_text
 from genrecal.cache.proof import logits_agree
 from genrecal.cache.teacher import Evidence, States
 from genrecal.cache.vllm_worker import (
@@ -32,8 +36,10 @@ from genrecal.cache.vllm_worker import (
 )
 from genrecal.errors import ModelError, SampleError, UsageError
 from genrecal.samples import ImageRef, Sample, decode_image
+from genrecal.shards.answer_source import AnswerSource
 from genrecal.shards.head import FrozenHead, LogitTransform
 from genrecal.vlm.checkpoint import Checkpoint
+from genrecal.vlm.generation import stop_tokens
 from genrecal.vlm.loading import first_line, load_processor
 from genrecal.vlm.rendering import Encoded, Renderer
 
@@ -65,7 +71,7 @@ class EnginePrompt(Encoded):
 
 
 class VLLMTeacher:
-    """A teacher run by vLLM, teacher-forced, one engine over all its GPUs."""
+    """A teacher run by vLLM, one engine over all its GPUs at a time: one that gives states, or one that writes answers."""
 
     backend = "vllm"
 
@@ -99,40 +105,27 @@ class VLLMTeacher:
             raise UsageError(
                 f"--engine-arg {taken[0]}: is set by genrecal; expected another of vLLM's engine arguments"
             )
-        vllm = _import_vllm()
+        self._vllm = vllm = _import_vllm()
         self.versions = {"vllm": str(vllm.__version__)}
         self.checkpoint = Checkpoint(path)
         self.dtype = self.checkpoint.dtype() if isinstance(dtype, str) else dtype
         self.renderer = Renderer(load_processor(path, trust_remote_code=trust_remote_code))
-        arguments: dict[str, Any] = {
+        self._arguments: dict[str, Any] = {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "tensor_parallel_size": tensor_parallel,
+            "pipeline_parallel_size": pipeline_parallel,
+            "trust_remote_code": trust_remote_code,
             "limit_mm_per_prompt": {"image": MOST_IMAGES, "video": 0},
             "mm_processor_cache_gb": 0,  # every picture is used once
             "enable_prefix_caching": False,  # so is every prompt
             **(engine_args or {}),
         }
-        self.max_images = _most_images(arguments["limit_mm_per_prompt"])
-        worker = f"{TeacherWorker.__module__}.{TeacherWorker.__qualname__}"
-        try:
-            self.llm = vllm.LLM(
-                model=self.path,
-                runner="pooling",
-                convert="embed",
-                pooler_config=vllm.config.PoolerConfig(task=TASK, use_activation=False),
-                worker_extension_cls=worker,
-                dtype=str(self.dtype).removeprefix("torch."),
-                tensor_parallel_size=tensor_parallel,
-                pipeline_parallel_size=pipeline_parallel,
-                trust_remote_code=trust_remote_code,
-                **arguments,
-            )
-        except Exception as error:  # vLLM and its parts raise every kind
-            raise ModelError(f"{path}: vLLM cannot run it so: {engine_reason(error)}") from error
-        self.max_tokens = int(self.llm.llm_engine.model_config.max_model_len)
+        self.max_images = _most_images(self._arguments["limit_mm_per_prompt"])
         self._numbers = itertools.count()
-        vocab_size = len(self.renderer.tokenizer)
-        self.workers = self._on_workers("genrecal_install", self.path, vocab_size)
+        self._start(writes=False)
+        self.max_tokens = int(self.llm.llm_engine.model_config.max_model_len)
         self._check_layers()
-        self.head = self._read_head(vocab_size).to(head_device)
+        self.head = self._read_head(len(self.renderer.tokenizer)).to(head_device)
         self._image_token = self._find_image_token()
 
     def close(self) -> None:
@@ -142,6 +135,28 @@ class VLLMTeacher:
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         cleanup_dist_env_and_memory()
+
+    def _start(self, *, writes: bool) -> None:
+        """Start the engine that gives states, or the one that writes answers."""
+        worker = f"{TeacherWorker.__module__}.{TeacherWorker.__qualname__}"
+        pooler = self._vllm.config.PoolerConfig(task=TASK, use_activation=False)
+        purpose: dict[str, Any] = {"runner": "pooling", "convert": "embed", "pooler_config": pooler}
+        purpose |= {"worker_extension_cls": worker}
+        if writes:
+            purpose = {"runner": "generate", "generation_config": "vllm"}  # none of the checkpoint's own settings
+        try:
+            self.llm = self._vllm.LLM(model=self.path, **purpose, **self._arguments)
+        except Exception as error:  # vLLM and its parts raise every kind
+            raise ModelError(f"{self.path}: vLLM cannot run it so: {engine_reason(error)}") from error
+        self._writes = writes
+        if not writes:
+            self.workers = self._on_workers("genrecal_install", self.path, len(self.renderer.tokenizer))
+
+    def _use(self, *, writes: bool) -> None:
+        """Have the right engine run; the other one leaves the GPUs first."""
+        if self._writes != writes:
+            self.close()
+            self._start(writes=writes)
 
     def _check_layers(self) -> None:
         found = sum(facts["num_layers"] for facts in self.workers if facts["tp_rank"] == 0)
@@ -221,30 +236,81 @@ class VLLMTeacher:
         Raises:
             ModelError: vLLM's prompt is not ours, or a position has no state: every record would be wrong. Or vLLM stopped.
         """
-        import vllm
-
-        prompts, params = [], []
-        for encoded, request in zip(batch, requests, strict=True):
-            assert isinstance(encoded, EnginePrompt)
-            prompt: dict[str, Any] = {"prompt_token_ids": encoded.raw_ids}
-            if encoded.images:
-                prompt["multi_modal_data"] = {"image": list(encoded.images)}
-                # An id of its own for each picture saves hashing it, and vLLM takes none for one that it had before.
-                prompt["multi_modal_uuids"] = {"image": [f"genrecal-{next(self._numbers)}" for _ in encoded.images]}
-            prompts.append(prompt)
-            params.append(
-                vllm.PoolingParams(
-                    task=TASK, use_activation=False, extra_kwargs={REQUEST_KEY: dataclasses.asdict(request)}
-                )
+        self._use(writes=False)
+        params = [
+            self._vllm.PoolingParams(
+                task=TASK, use_activation=False, extra_kwargs={REQUEST_KEY: dataclasses.asdict(request)}
             )
-        try:
+            for request in requests
+        ]
+        prompts = [self._prompt(encoded, answer=True) for encoded in batch]
+        with self._stopping(batch):
             outputs = self.llm.encode(prompts, params, pooling_task=TASK, use_tqdm=False)
-        except Exception as error:  # out of memory, a worker that died, a prompt that it does not take after all
+        return [self._checked(encoded, output) for encoded, output in zip(batch, outputs, strict=True)]
+
+    def write(
+        self, batch: Sequence[Encoded], *, turn: int, how: AnswerSource, batch_tokens: int
+    ) -> list[str | SampleError]:
+        """See `Teacher.write`. vLLM makes its own batches, and draws with a generator for each request.
+
+        Raises ModelError as `run` does.
+        """
+        if not batch:
+            return []
+        self._use(writes=True)
+        stops = self._stops()
+        params = [
+            self._vllm.SamplingParams(
+                temperature=how.temperature,
+                top_p=how.top_p,
+                seed=xxhash.xxh3_64_intdigest(f"answer:{how.seed}:{turn}:{encoded.key}".encode()) >> 1,
+                max_tokens=how.max_tokens,
+                stop_token_ids=stops,
+                detokenize=False,
+            )
+            for encoded in batch
+        ]
+        prompts = [self._prompt(encoded, answer=False) for encoded in batch]
+        with self._stopping(batch):
+            outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        written = []
+        for encoded, output in zip(batch, outputs, strict=True):
+            self._check_prompt(encoded, encoded.input_ids[: len(encoded) - encoded.answer_lengths[-1]], output)
+            written.append(answer_text(self.renderer, output.outputs[0].token_ids, stops, turn, how))
+        return written
+
+    def _stops(self) -> list[int]:
+        """The ids that end an answer, as with transformers; and the tokenizer's end, at which vLLM stops by itself."""
+        from transformers import GenerationConfig
+
+        try:
+            settings = GenerationConfig.from_pretrained(self.path)
+        except OSError:  # no such file
+            settings = GenerationConfig(eos_token_id=self.checkpoint.text_config.get("eos_token_id"))
+        own = self.renderer.tokenizer.eos_token_id
+        return sorted({*stop_tokens(settings, self.renderer), *([] if own is None else [own])})
+
+    def _prompt(self, encoded: Encoded, *, answer: bool) -> dict[str, Any]:
+        """A conversation as vLLM takes it, with its last answer or ready for it."""
+        assert isinstance(encoded, EnginePrompt)
+        end = len(encoded.raw_ids) - (0 if answer else encoded.answer_lengths[-1])
+        prompt: dict[str, Any] = {"prompt_token_ids": encoded.raw_ids[:end]}
+        if encoded.images:
+            prompt["multi_modal_data"] = {"image": list(encoded.images)}
+            # An id of its own for each picture saves hashing it, and vLLM takes none for one that it had before.
+            prompt["multi_modal_uuids"] = {"image": [f"genrecal-{next(self._numbers)}" for _ in encoded.images]}
+        return prompt
+
+    @contextlib.contextmanager
+    def _stopping(self, batch: Sequence[Encoded]) -> Iterator[None]:
+        """Out of memory, a worker that died, a prompt that vLLM does not take after all: one line."""
+        try:
+            yield
+        except Exception as error:
             keys = f"{batch[0].key} to {batch[-1].key}"
             raise ModelError(
                 f"{self.path}: vLLM stopped on samples {keys}: {engine_reason(error)}. Finished shards are kept"
             ) from error
-        return [self._checked(encoded, output) for encoded, output in zip(batch, outputs, strict=True)]
 
     def evidence(self, encoded: Encoded) -> Evidence:
         """See `Teacher.evidence`: every position's state, and the logits that vLLM's own `compute_logits` makes of them."""
@@ -258,6 +324,7 @@ class VLLMTeacher:
             draws=0,
         )
         counted: list[int] = []
+        self._use(writes=False)
         if self.renderer.takes_pictures:
             self._on_workers("genrecal_count_pictures", True)
         (rows,) = self.run([encoded], [request])
@@ -290,8 +357,8 @@ class VLLMTeacher:
         except Exception as error:  # another process's errors come as a kind of vLLM's
             raise ModelError(f"{self.path}: {method} failed on vLLM's workers: {engine_reason(error)}") from error
 
-    def _checked(self, encoded: Encoded, output: Any) -> Rows | SampleError:
-        ours, theirs = encoded.input_ids, np.array(output.prompt_token_ids)
+    def _check_prompt(self, encoded: Encoded, ours: np.ndarray, output: Any) -> None:
+        theirs = np.array(output.prompt_token_ids)
         if not np.array_equal(ours, theirs):
             place = next(
                 (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
@@ -300,13 +367,16 @@ class VLLMTeacher:
                 f"{self.path}: sample {encoded.key}: vLLM's prompt has {len(theirs)} tokens, genrecal's {len(ours)}; they "
                 f"differ from token {place} on, so no state would belong to its token. Use --backend hf for this model"
             )
+
+    def _checked(self, encoded: Encoded, output: Any) -> Rows | SampleError:
+        self._check_prompt(encoded, encoded.input_ids, output)
         try:
             rows = unpack_rows(output.outputs.data)
         except SampleError as error:
             return error
-        if rows.num_states != len(ours):
+        if rows.num_states != len(encoded):
             raise ModelError(
-                f"{self.path}: sample {encoded.key}: vLLM gave {rows.num_states} states for {len(ours)} tokens; "
+                f"{self.path}: sample {encoded.key}: vLLM gave {rows.num_states} states for {len(encoded)} tokens; "
                 "turn off what reuses states of other prompts (--engine-arg enable_prefix_caching=false)"
             )
         return rows

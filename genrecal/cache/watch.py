@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +18,8 @@ from genrecal.errors import DataError, UsageError
 from genrecal.files import write_whole
 from genrecal.progress import Progress
 from genrecal.samples import Sample
+from genrecal.shards.inspect import blind_teacher
+from genrecal.shards.manifest import CACHED, ManifestRow
 from genrecal.vlm.rendering import Encoded
 
 STATUS_EVERY_SECONDS = 5.0
@@ -56,6 +58,7 @@ class Watch:
         self.counts: Counter[str] = Counter(records=done, skipped=skipped)  # see `count`
         self.reasons: Counter[str] = Counter()  # why this run skipped records
         self.seconds = dict.fromkeys(PARTS, 0.0)  # of each of PARTS, over all threads
+        self.warnings: list[str] = []
         self.state = "running"
         self._proof = proof or Proof()
         self._first = done
@@ -80,8 +83,32 @@ class Watch:
             self.reasons[reason] += 1
             check_skipped(self.counts["skipped"], self.num_samples, self.max_skip, self.reasons)
 
-    def add(self, counts: dict[str, int], reasons: dict[str, int], seconds: dict[str, float]) -> None:
+    def finished(self, rows: Sequence[ManifestRow], size: int, head_rows: int) -> None:
+        """Count a shard of `size` bytes, and warn if the teacher does no better than chance on its answers."""
+        self.count(bytes=size)
+        rows = [row for row in rows if row.status == CACHED]
+        tokens = sum(row.answer_tokens or 0 for row in rows)
+        if tokens:
+            agreement, log_prob = (
+                sum(row.answer_tokens * getattr(row, name) for row in rows) / tokens
+                for name in ("top1_agreement", "log_prob")
+            )
+            self.warn(blind_teacher(agreement, log_prob, head_rows))
+
+    def warn(self, warnings: Iterable[str]) -> None:
+        """Say the first warning of the run at once: it is seldom true of one shard alone."""
+        for warning in warnings:
+            with self._lock:
+                first = not self.warnings
+                self.warnings.append(warning)
+            if first:
+                self._progress.say(f"warning: {warning}; `genrecal inspect` reads the shards that are there")
+
+    def add(
+        self, counts: dict[str, int], reasons: dict[str, int], seconds: dict[str, float], warnings: Sequence[str]
+    ) -> None:
         """Count what a watch in another process counted. Raises DataError when there are too many skipped records."""
+        self.warn(warnings)
         with self._lock:
             self.reasons.update(reasons)
             for part in PARTS:
@@ -119,6 +146,7 @@ class Watch:
             "tokens": self.counts["tokens"],
             "answers": self.counts["answers"],
             "bytes": self.counts["bytes"],
+            "warnings": self.warnings[:1],
             "seconds": round(seconds, 1),
             "samples_per_second": round(self.counts["samples"] / seconds, 3),
             "tokens_per_second": round(self.counts["tokens"] / seconds, 1),

@@ -17,6 +17,7 @@ from genrecal.files import write_whole
 from genrecal.report import chart
 from genrecal.shards.inspect_text import JOINERS, visible
 
+MOST_TEXT = 20_000  # characters of one text of the data
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -44,8 +45,12 @@ def _environment() -> jinja2.Environment:
 
 
 def _shown(value: Any) -> Any:
-    """What a template prints of a value: control characters, and those that turn the reading direction, as escapes."""
-    return visible(value, keep="\n" + JOINERS) if isinstance(value, str) and not isinstance(value, Markup) else value
+    """What a template prints of a value: of a text at most `MOST_TEXT` characters; those that control something, and those
+    that turn the reading direction, as escapes."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    rest = len(value) - MOST_TEXT
+    return visible(value[:MOST_TEXT], keep="\n" + JOINERS) + (f" … and {rest} more characters" if rest > 0 else "")
 
 
 def legend(panels: Sequence[chart.Panel | None]) -> list[tuple[str, int, int]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from genrecal.errors import UsageError
 from genrecal.report.chart import Line, mean, thinned
-from genrecal.run_folder import CACHE_FACTS, EVALUATION, read_lines, read_run_file
+from genrecal.run_folder import CACHE_FACTS, EVALUATION, Snapshot, read_lines, read_run_file, read_snapshots
 from genrecal.shards.inspect_text import size
 
 STAGES = (1, 2, 3)
@@ -40,6 +40,7 @@ class RunFigures:
     Args:
         name: what the report calls it; run: run.json; lines: steps and evaluations, oldest first.
         cache: what the cache held (`genrecal.train.logs.cache_facts`); empty for runs of an earlier version.
+        snapshots: how student and teacher were aligned, in order of training.
     """
 
     name: str
@@ -47,6 +48,7 @@ class RunFigures:
     run: dict[str, Any]
     lines: list[dict[str, Any]]
     cache: dict[str, Any]
+    snapshots: list[Snapshot]
 
     @cached_property
     def steps(self) -> dict[int, list[dict[str, Any]]]:
@@ -142,7 +144,7 @@ def _read_run(path: Path, name: str) -> RunFigures:
         facts = dict(json.loads((path / CACHE_FACTS).read_text()))
     except (OSError, ValueError, TypeError):
         facts = {}  # of an earlier version
-    return RunFigures(name=name, path=path, run=run, lines=lines, cache=facts)
+    return RunFigures(name=name, path=path, run=run, lines=lines, cache=facts, snapshots=read_snapshots(path))
 
 
 # ----------------------------------------------------------------------------------------------------------------- curves
@@ -169,16 +171,23 @@ def loss_lines(runs: Sequence[RunFigures], stage: int, terms: Mapping[str, str],
 
 
 def own_lines(runs: Sequence[RunFigures], part: str) -> list[Line]:
-    """Constants to set beside the Recalibrator's cross-entropy (paper, Figure 9): what the teacher has of its own."""
-    if part:
-        return []
-    found = {run.teacher_own: run for run in runs if math.isfinite(run.teacher_own)}
+    """Constants to set beside the Recalibrator's cross-entropy (paper, Figure 9): what teacher and student have alone.
+
+    Both as they were before training, over the same samples; the teacher's over the whole cache where there is no snapshot.
+    """
+    found: dict[tuple[str, float], str] = {}
+    for run in runs:
+        own = run.snapshots[0].own if run.snapshots else {"teacher": {"": run.teacher_own}}
+        for who, parts in own.items():
+            if math.isfinite(value := parts.get(part, math.nan)):
+                found.setdefault((who, value), run.name)
+    several = len(found) > len({who for who, _ in found})
     return [
         Line(
-            label="teacher alone" + (f" ({run.name})" if len(found) > 1 else ""),
-            xs=(0.0,), ys=(value,), colour=6, dash=2, reference=True,
+            label=f"{who} alone" + (f" ({name})" if several else ""),
+            xs=(0.0,), ys=(value,), colour=6 if who == "teacher" else 7, dash=2, reference=True,
         )
-        for value, run in found.items()
+        for (who, value), name in found.items()
     ]  # fmt: skip
 
 
@@ -251,8 +260,8 @@ def accuracy_rows(runs: Sequence[RunFigures]) -> list[list[str]]:
                 )
                 accuracy, accuracy_error, loss, loss_error = values
                 rows.append([
-                    run.name, str(line["stage"]), _percent(done), category, str(score.get("n", "-")),
-                    f"{_percent(accuracy, 1)} ± {_percent(accuracy_error, 1)}", f"{figure(loss)} ± {figure(loss_error)}",
+                    run.name, str(line["stage"]), percent(done), category, str(score.get("n", "-")),
+                    f"{percent(accuracy, 1)} ± {percent(accuracy_error, 1)}", f"{figure(loss)} ± {figure(loss_error)}",
                 ])  # fmt: skip
     return rows
 
@@ -273,6 +282,7 @@ def comparison_rows(runs: Sequence[RunFigures]) -> list[Row]:
         ]),
         ("cache", [_text(run.run.get("cache")) for run in runs]),
         ("objective", [_text(run.setting("objective")) for run in runs]),
+        ("teacher's own cross-entropy, whole cache", [figure(run.teacher_own) for run in runs]),
         ("regularisation's weight", [_text(run.setting("loss.reg_weight")) for run in runs]),
         ("seed", [_text(run.setting("seed")) for run in runs]),
     ]  # fmt: skip
@@ -284,7 +294,7 @@ def comparison_rows(runs: Sequence[RunFigures]) -> list[Row]:
                 if any(map(math.isfinite, values)):
                     rows.append((f"stage {stage}: {term}, last tenth", list(map(figure, values))))
     for name, words, show in (
-        ("accuracy", "last evaluation: accuracy", lambda v: _percent(v, 1)),
+        ("accuracy", "last evaluation: accuracy", lambda v: percent(v, 1)),
         ("log_loss", "last evaluation: answer log-loss, nats", figure),
     ):
         if any(run.evaluations for run in runs):
@@ -340,7 +350,7 @@ def cost_rows(runs: Sequence[RunFigures]) -> list[Row]:
             rates = [run.total(stage, "student_tokens") / (run.total(stage, "seconds") or math.nan) for run in runs]
             add(f"stage {stage}: student tokens a second", map(_count, rates))
             add(f"stage {stage}: peak memory, GB", (figure(run.peak_memory(stage)) for run in runs))
-            add(f"stage {stage}: waiting for data", (_percent(run.data_wait(stage), 1) for run in runs))
+            add(f"stage {stage}: waiting for data", (percent(run.data_wait(stage), 1) for run in runs))
     return rows
 
 
@@ -367,7 +377,8 @@ def figure(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else "-"
 
 
-def _percent(value: float, digits: int = 0) -> str:
+def percent(value: float, digits: int = 0) -> str:
+    """A share; a dash for what was not measured."""
     return f"{value:.{digits}%}" if math.isfinite(value) else "-"
 
 

@@ -4,6 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from genrecal.errors import UsageError
+from genrecal.report.alignment import (
+    GROUPS,
+    PAIRING_WORDS,
+    POOLING_WORDS,
+    Matrix,
+    Scatter,
+    matrices,
+    neighbour_rows,
+    own_rows,
+    scatter,
+    similarity_rows,
+)
 from genrecal.report.chart import Panel, panel
 from genrecal.report.page import write_page
 from genrecal.report.run_figures import (
@@ -36,11 +48,18 @@ def write_run_report(runs: Sequence[Path], out: Path) -> None:
         write_page(
             out,
             "run.html",
+            groups=GROUPS,
             title=f"GenRecal: {', '.join(run.name for run in figures)}",
             names=[run.name for run in figures],
             comparison=comparison_rows(figures),
             different=different_settings(figures) if len(figures) > 1 else [],
             stages=[_stage(figures, stage) for stage in STAGES if any(stage in run.steps for run in figures)],
+            alone=own_rows(figures),
+            similarity=_similarity(figures),
+            similarity_rows=similarity_rows(figures),
+            samples=_samples(figures),
+            scatters=_scatters(figures),
+            neighbours=neighbour_rows(figures),
             accuracy=_accuracy(figures),
             accuracy_rows=accuracy_rows(figures),
             cost=cost_rows(figures),
@@ -65,6 +84,34 @@ def _stage(runs: Sequence[RunFigures], stage: int) -> dict[str, object]:
     others = [panel(words, loss_lines(runs, stage, {name: ""}, ""), x_label="step") for name, words in OTHERS.items()]
     rows.append(("The training itself", [found for found in others if found]))
     return {"number": stage, "rows": rows, "table": term_rows(runs, stage)}
+
+
+def _similarity(runs: Sequence[RunFigures]) -> list[tuple[str, list[tuple[str, list[Matrix], float, float]]]]:
+    """For each way to compare: its words and, for each choice of tokens, (words, matrices, ends of their scale)."""
+    found = []
+    for pairing, words in PAIRING_WORDS.items():
+        drawn = [(POOLING_WORDS[pooling], *matrices(runs, pairing, pooling)) for pooling in POOLING_WORDS]
+        if any(item[1] for item in drawn):
+            found.append((words, drawn))
+    return found
+
+
+def _samples(runs: Sequence[RunFigures]) -> list[list[str]]:
+    """Number, key and category of the samples that are compared; with the run's name where runs differ in them."""
+    chosen = {
+        snapshot.keys: (run.name, snapshot) for run in reversed(runs) for snapshot in run.snapshots if snapshot.keys
+    }
+    return [
+        [str(number), key, category or "(no category)", name]
+        for name, snapshot in chosen.values()
+        for number, (key, category) in enumerate(zip(snapshot.keys, snapshot.categories, strict=True))
+    ]
+
+
+def _scatters(runs: Sequence[RunFigures]) -> list[tuple[str, list[Scatter]]]:
+    """Of each run that has them."""
+    found = [(run.name, [scatter(snapshot) for snapshot in run.snapshots if snapshot.tokens]) for run in runs]
+    return [(name, drawn) for name, drawn in found if drawn]
 
 
 def _accuracy(runs: Sequence[RunFigures]) -> dict[str, list[Panel]]:

@@ -6,7 +6,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,7 +182,7 @@ def summarize(cache: Cache, *, column_records: int = COLUMN_RECORDS) -> Summary:
     description = cache.description
     columns, damage = _measured_columns(cache, column_records)
     top1_agreement, log_prob = over_tokens("top1_agreement"), over_tokens("log_prob")
-    blind = _blind_teacher(top1_agreement, log_prob, description["head_rows"])
+    blind = blind_teacher(top1_agreement, log_prob, description["head_rows"])
     return Summary(
         path=cache.path,
         teacher=description["teacher"],
@@ -249,7 +249,7 @@ def _quantiles(lengths: np.ndarray) -> dict[str, int]:
     return {name: int(value) for name, value in zip(QUANTILES, values, strict=True)}
 
 
-def _blind_teacher(top1_agreement: float, log_prob: float, head_rows: int) -> Iterable[str]:
+def blind_teacher(top1_agreement: float, log_prob: float, head_rows: int) -> Iterator[str]:
     """A warning if the teacher does no better on the answers than one that never saw them."""
     uniform, chance = -math.log(head_rows), 1 / head_rows
     found = []

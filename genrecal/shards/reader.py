@@ -1,5 +1,6 @@
 """Open a cache and read records by byte range, each checked against the checksum that its manifest holds."""
 
+import bisect
 import hashlib
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -236,11 +237,18 @@ class Cache(Sequence["CachedRecord"]):
         raise FormatError(f"{self.path}: no sample has the key {key!r}")
 
     def _shards_of_key(self, key: str) -> list[int]:
-        """The shard where a key must be: a key begins with its record's number in the input."""
-        number, size = key.split("-", 1)[0], self.description.get("samples_per_shard")
-        if not number.isdecimal() or type(size) is not int or size < 1:
-            return self.shards
-        return [shard for shard in self.shards if shard == int(number) // size]
+        """The shard where a key must be: a key begins with its record's number in the input, and these ascend."""
+
+        def number(key: str) -> int:
+            digits = key.split("-", 1)[0]
+            return int(digits) if digits.isdecimal() and len(digits) < 20 else -1
+
+        def begins(shard: int) -> int:
+            keys = self._manifest_of(shard).table.column("key")
+            return number(keys[0].as_py()) if len(keys) else -1
+
+        after = bisect.bisect_right(self.shards, number(key), key=begins)
+        return self.shards[max(after - 1, 0) : after]
 
 
 @dataclass(frozen=True)

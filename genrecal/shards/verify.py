@@ -443,13 +443,16 @@ def _check_rows(
     tiers = {"samples", *(["questions"] if "question" in facts["codecs"] else [])}
     if set(facts["sha256"]) != tiers:
         result.add(file, "tars with a sha256", sorted(tiers), sorted(facts["sha256"]))
+    selected, least = settings.get("selection") is not None, result.shard * (size or 0)
     for number, row in enumerate(rows):
-        key = row["key"]
         if size:
-            index = result.shard * size + number
-            if not re.fullmatch(rf"{index:08d}(-[A-Za-z0-9_-]+)?", key):
-                what = f"key of row {number}"
-                result.add(file, what, f"{index:08d} first", repr(key), key=key, setting="samples_per_shard")
+            # A key begins with its record's number in the input: of a selection, none before the row's own place.
+            key, right = row["key"], f"{least:08d}{' or later' if selected else ''} first"
+            begins = re.fullmatch(r"(\d{8,})(-[A-Za-z0-9_-]+)?", key)
+            place = int(begins[1]) if begins and begins[1] == f"{int(begins[1]):08d}" else -1
+            if place != least and not (selected and place > least):
+                result.add(file, f"key of row {number}", right, repr(key), key=key, setting="samples_per_shard")
+            least = max(least, place) + 1 if selected else least + 1
         _check_row(result, file, row, settings)
     for key, count in Counter(row["key"] for row in rows).items():
         if count > 1:

@@ -19,6 +19,7 @@ from genrecal.shards.head import FrozenHead, LogitTransform
 from genrecal.train.config import TrainConfig
 from genrecal.train.divergences import Divergence, student_losses
 from genrecal.train.dual_space import DualSpace
+from genrecal.train.last_layer import Reads
 from genrecal.train.losses import Exact, Sampled, Target, TopK, chunked_cross_entropy, head_losses
 from genrecal.train.objectives import OBJECTIVES
 from genrecal.train.recalibrator import Recalibrator, checkpoint_activations
@@ -34,7 +35,8 @@ class StepShape:
     Args:
         samples: B. student_tokens: L_s, of the longest rendering.
         splice: L, the longest splice; reg_splice: of the regularisation pass, 0 without one.
-        answers: the teacher's answer tokens in all; questions: its question tokens in all, 0 without the pass.
+        answers: the teacher's answer tokens in all; most_answers: of one sample; questions: its question tokens in all,
+            0 without the pass.
         student_answers: the student's answer tokens in all.
     """
 
@@ -43,6 +45,7 @@ class StepShape:
     splice: int
     reg_splice: int
     answers: int
+    most_answers: int
     questions: int
     student_answers: int
 
@@ -213,8 +216,11 @@ class _Step:
         total = torch.zeros(())
         ids = torch.zeros(shape.answers, dtype=torch.int64)
 
-        def add(recalibrated: torch.Tensor) -> None:
+        def add(splice: torch.Tensor) -> None:
             nonlocal total
+            length = splice.shape[1]
+            positions = torch.zeros(shape.samples, min(shape.most_answers, length), dtype=torch.int64)
+            recalibrated = recalibrator(splice, Reads(positions=positions, chosen=ids))
             chunk_rows = self.config.loss.chunk_rows
             target = self._target(shape.answers)
             total = (
@@ -231,9 +237,9 @@ class _Step:
             for questions, length in passes:
                 source = torch.cat([questions.to(answers.dtype), answers])
                 rows = torch.zeros(shape.samples, length, dtype=torch.int64)
-                add(recalibrator(source[rows]).flatten(0, 1)[ids])
+                add(source[rows])
         if wanted_by(self.stage, self.config).aligned:
-            add(recalibrator(states.unflatten(0, (shape.samples, shape.student_tokens)), ids))
+            add(states.unflatten(0, (shape.samples, shape.student_tokens)))
         return total
 
     def _direct_terms(self, states: torch.Tensor, shape: StepShape) -> torch.Tensor:

@@ -18,16 +18,31 @@ from genrecal.shards.order import SampleOrder, micro_batches
 from genrecal.shards.reader import Cache
 from genrecal.shards.record import AnswerRows, Record
 from genrecal.train.align import align
+from genrecal.train.handover import pack, unpack
+from genrecal.train.last_layer import Reads
 from genrecal.train.splice import splice_index
 from genrecal.vlm.rendering import Encoded, Renderer
 
 
 @dataclass(kw_only=True)
 class Splice:
-    """One splice of a batch on the device; see `genrecal.train.splice`."""
+    """One splice of a batch on the device; see `genrecal.train.splice`.
 
-    rows: torch.Tensor  # int64 [B, L]
-    predicts: torch.Tensor  # int64 [N], flat in B * L
+    Args:
+        rows: int64 `[B, L]`; predicts: int64 `[N]`, flat in B * L.
+        reads: `predicts` once more, as the Recalibrator wants it; worked out where the lengths are known.
+    """
+
+    rows: torch.Tensor
+    predicts: torch.Tensor
+    reads: Reads = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.reads is None:
+            self.reads = Reads.of(self.predicts, *self.rows.shape)
+
+    def to(self, device: torch.device) -> "Splice":
+        return Splice(rows=self.rows.to(device), predicts=self.predicts.to(device), reads=self.reads.to(device))
 
 
 @dataclass(kw_only=True)
@@ -52,7 +67,7 @@ class MicroBatch:
         question_states: float32 `[Q, D_t]`, z_q of the samples that have it; None without the regularisation pass.
         reg_splice: the teacher's questions with its own answers; reg_rows: int64, which of the N rows it predicts.
         aligned_rows: int64 `[A]`, which of the N rows a position of the student's lines up with (`genrecal.train.align`);
-            aligned_at: int64 `[A]`, flat in B * L_s: that position; aligned_first: bool `[A]`, the first of a turn's answer.
+            aligned_at: those positions in `[B, L_s]`; aligned_first: bool `[A]`, the first of a turn's answer.
             None where the aligned path is not wanted.
     """
 
@@ -81,7 +96,7 @@ class MicroBatch:
     reg_splice: Splice | None = None
     reg_rows: torch.Tensor | None = None
     aligned_rows: torch.Tensor | None = None
-    aligned_at: torch.Tensor | None = None
+    aligned_at: Reads | None = None
     aligned_first: torch.Tensor | None = None
 
     def to(self, device: torch.device, student_dtype: torch.dtype) -> "MicroBatch":
@@ -91,8 +106,8 @@ class MicroBatch:
             value = getattr(self, item.name)
             if isinstance(value, torch.Tensor):
                 value = value.to(device, non_blocking=True)
-            elif isinstance(value, Splice):
-                value = Splice(rows=value.rows.to(device), predicts=value.predicts.to(device))
+            elif isinstance(value, Splice | Reads):
+                value = value.to(device)
             moved[item.name] = value
         moved["student_inputs"] = {
             name: value.to(device, student_dtype if value.is_floating_point() else None)
@@ -295,7 +310,8 @@ def _empty_batch(stand_in: StandIn, renderer: Renderer, wanted: Wanted) -> Micro
             batch.answer_states = torch.zeros(0, stand_in.teacher_size)
             batch.splice = Splice(rows=torch.arange(inputs["input_ids"].shape[1])[None], predicts=none)
         if wanted.aligned:
-            batch.aligned_rows, batch.aligned_at, batch.aligned_first = none, none, none.bool()
+            batch.aligned_rows, batch.aligned_first = none, none.bool()
+            batch.aligned_at = Reads.of(none, *inputs["input_ids"].shape)
         if wanted.beside == PLACES:
             batch.teacher_rows = none
         if wanted.beside == TURNS:
@@ -422,7 +438,8 @@ def _add_alignment(batch: MicroBatch, encoded: Sequence[Encoded], answers: Seque
         row_place += int(answer.predicts.sum())
         place += sum(item.answer_lengths)
     batch.aligned_rows = torch.from_numpy(np.concatenate(rows))
-    batch.aligned_at = batch.sft_rows[torch.from_numpy(np.concatenate(places))]
+    read = batch.sft_rows[torch.from_numpy(np.concatenate(places))]
+    batch.aligned_at = Reads.of(read, *batch.student_inputs["input_ids"].shape)
     batch.aligned_first = torch.from_numpy(np.concatenate(first))
 
 
@@ -534,13 +551,15 @@ def micro_batch_stream(
                 num_workers=workers,
                 prefetch_factor=2 if workers else None,
                 multiprocessing_context="fork" if workers else None,  # processors and readers are shared, not pickled
+                collate_fn=pack if workers else None,
                 worker_init_fn=_ignore_stop_signals,
                 generator=torch.Generator(),  # its own: a draw from the global one would change dropout after a resume
             )
         )
     for step in steps:
         samples = min((step + 1) * global_batch, last_sample) - step * global_batch
-        loaded = [next(loader) for _ in range(-(-samples // (batch_size * world_size)))]
+        handed = [next(loader) for _ in range(-(-samples // (batch_size * world_size)))]
+        loaded: list[Loaded] = [unpack(item) if workers else item for item in handed]
         yield Step(
             batches=[item.batch for item in loaded],
             skipped=[text for item in loaded for text in item.skipped],

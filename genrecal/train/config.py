@@ -167,6 +167,18 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """What is measured for the run's report at the start and the end of stage 1 and the end of stage 2, in place.
+
+    Args:
+        samples: of the cache, on which the student's and the teacher's own cross-entropies are measured; ten samples
+            with question states are compared besides. 0 measures nothing.
+    """
+
+    samples: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A whole run.
 
@@ -209,6 +221,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
 
     def __post_init__(self) -> None:
         check_target(self.objective, self.loss.target)

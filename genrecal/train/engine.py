@@ -117,6 +117,11 @@ def start_engine(
     )
 
 
+def fuses(device: torch.device) -> bool:
+    """Whether torch's AdamW updates all tensors in one kernel there."""
+    return device.type == "cuda"
+
+
 class TorchEngine:
     """torch alone, in one process or in DistributedDataParallel."""
 
@@ -134,7 +139,11 @@ class TorchEngine:
     ):
         self.parameters = trained_parameters(distiller)
         self.settings, self.ranks, self.device, self.compute_dtype = settings, ranks, device, compute_dtype
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
+        # One kernel for all tensors on CUDA, and no third array of a moment's size, which torch's default there takes.
+        self.fused = fuses(device)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay, fused=self.fused or None
+        )
         self.updates = 0
         self.module: nn.Module = distiller
         if parallel:
@@ -196,7 +205,7 @@ class TorchEngine:
         for name, parameter in self.parameters.items() if state.updates else ():
             moments = {key: fitting(state.moments, f"{name}|{key}", parameter.shape, where=where) for key in MOMENTS}
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(state.updates)),
+                "step": torch.tensor(float(state.updates), device=parameter.device if self.fused else "cpu"),
                 **{key: value.to(parameter.device) for key, value in moments.items()},
             }
 

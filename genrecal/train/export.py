@@ -4,6 +4,7 @@ It is loaded again in its stock class and compared with what was trained before 
 """
 
 import contextlib
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,6 +79,10 @@ def _write(student: VLM, base: Path, folder: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if not torch.cuda.is_available():
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # saving imports DeepSpeed where it is installed, which would warn
     student.model.save_pretrained(folder)
     for path in folder.iterdir():
         path.chmod(0o644)

@@ -25,7 +25,14 @@ from genrecal.train.engine import resolve_engine
 from genrecal.train.loop import plan_stage, stages_to_train
 from genrecal.train.objectives import check_cache, check_pair
 from genrecal.train.recalibrator import Recalibrator
-from genrecal.train.stages import add_lora, needs_recalibrator, needs_teacher_head, select_trainable, wanted_by
+from genrecal.train.stages import (
+    add_lora,
+    keeps_pictures,
+    needs_recalibrator,
+    needs_teacher_head,
+    select_trainable,
+    wanted_by,
+)
 from genrecal.vlm.loading import load_processor, model_folder, processor_files
 from genrecal.vlm.rendering import Renderer
 from genrecal.vlm.shape import ModelShape, meta_model, patches_of, shape_of_model
@@ -93,6 +100,8 @@ class StageForecast:
     Args:
         shape: the micro-step that the activations are of, the longest samples of the stage together.
         other_activations: what they would be with gradient checkpointing switched the other way.
+        host: bytes of the CPU's memory that a process fills at most, by what: pictures' embeddings
+            (`data.vision_cache_gb`) and what ZeRO offloads.
         hours: of computing at the assumed rate; read_rate: MB/s of all processes together at that rate.
         disk_bytes: checkpoints that are kept and the one being written, and the stage's result.
     """
@@ -105,6 +114,7 @@ class StageForecast:
     parameters: Parameters
     memory: dict[str, dict[str, int]]
     other_activations: int
+    host: dict[str, int]
     flops: float
     hours: float
     read_bytes: int
@@ -234,6 +244,7 @@ def _stage(
             for engine in SHOWN_ENGINES
         },
         other_activations=activations[not config.gradient_checkpointing],
+        host=host_memory(stage, model, config, parameters, options.gpus),
         flops=flops,
         hours=plan.num_samples / per_second / 3600,
         read_bytes=read,
@@ -298,8 +309,8 @@ def memory_of(
 ) -> dict[str, int]:
     """Bytes of one process by part, under an engine (ZeRO: Rajbhandari et al. 2020, stages 1 to 3).
 
-    AdamW keeps two float32 moments, and where it updates many tensors at once makes one more array of that size for a
-    moment, which stands under activations where it is larger than those. ZeRO shares out the optimizer's state over the
+    AdamW keeps two float32 moments. Under ZeRO it makes one more array of that size for a moment, which stands under
+    activations where it is larger than those; else its update is one kernel. ZeRO shares out the optimizer's state over the
     processes (1), the gradients too (2) and the student's and Recalibrator's weights too (3); DeepSpeed adds a copy of its
     share of the trained weights and a bucket for gradients on their way. Under ZeRO-3 both heads are whole, and so are other
     weights that were used lately, up to a thousand million. Offloading keeps the optimizer's state, and under ZeRO-3 the
@@ -318,9 +329,25 @@ def memory_of(
         "weights": whole + (0 if zero == 3 and offload else weights),
         "gradients": share(trained, 2),
         "optimizer": 0 if zero and offload else share((3 if zero else 2) * trained, 1),
-        "activations": max(activations, share(trained, 1)),
+        "activations": max(activations, share(trained, 1)) if zero else activations,
         "buffers": (zero > 0) * FLOAT32 * min(parameters.num_trained, ZERO_BUCKET) + max(0, live),
     }
+
+
+def host_memory(stage: int, model: Any, config: TrainConfig, parameters: Parameters, gpus: int) -> dict[str, int]:
+    """Bytes of the CPU's memory that a process fills at most, by what; nothing where all stays on the GPU.
+
+    Args:
+        model: the student, on the meta device.
+    """
+    host = {}
+    if config.data.vision_cache_gb and keeps_pictures(stage, model.base_model):
+        host["pictures' embeddings"] = int(config.data.vision_cache_gb * 1e9)
+    engine = resolve_engine(config.engine, gpus)
+    if config.offload:
+        kept, left = (memory_of(engine, parameters, 0, gpus, offload=offload) for offload in (False, True))
+        host["offloaded"] = sum(kept[part] - left[part] for part in ("weights", "optimizer"))
+    return host
 
 
 # --------------------------------------------------------------------------------------------------------- the samples
@@ -389,7 +416,7 @@ class _Lengths:
     def longest(self, indices: np.ndarray, batch_size: int, wanted: Wanted) -> StepShape:
         """The micro-step of a stage's longest samples together, as batches by length have it."""
         own = self.student_question + self.student_answer
-        splice, regular = self.student_question + self.answer, self.question + self.answer
+        splice, regular = self.student_question + self.answer - 1, self.question + self.answer - 1
         taken = indices[own[indices] <= self.max_tokens] if self.max_tokens else indices
         if not len(taken):
             raise UsageError(f"max_tokens {self.max_tokens}: every sample has more of the student's tokens")
@@ -402,6 +429,7 @@ class _Lengths:
             splice=int(splice[chosen].max()) if wanted.splice else 0,
             reg_splice=int(regular[asked].max()) if len(asked) else 0,
             answers=int(self.answer[chosen].sum()) if wanted.teacher else 0,
+            most_answers=int(self.answer[chosen].max()) if wanted.teacher else 0,
             questions=int(self.question[asked].sum()),
             student_answers=int(self.student_answer[chosen].sum()),
         )
@@ -452,13 +480,15 @@ def _flops(
         )  # of the frozen head: logits, their gradient's way back, the teacher's logits
         head_pass = products * 2.0 * int(cache.description["head_rows"]) * cache.hidden_size
         if wanted.splice:
-            splice = lengths.student_question[indices] + answer
-            total += np.mean(bridge.flops(splice, answer, again) + head_pass * answer)
+            splice = lengths.student_question[indices] + answer - 1
+            total += np.mean(bridge.flops(splice, answer, answer, again) + head_pass * answer)
         if wanted.aligned:  # every row of the teacher's at most
-            total += np.mean(bridge.flops(own, 0 * own, again) + head_pass * answer)
+            total += np.mean(bridge.flops(own, answer, 0 * own, again) + head_pass * answer)
         if wanted.questions:
             asked = lengths.has_question[indices]
-            total += np.mean(asked * (bridge.flops(question + answer, question, again) + head_pass * answer))
+            total += np.mean(
+                asked * (bridge.flops(question + answer - 1, answer, question, again) + head_pass * answer)
+            )
     return float(total)
 
 
@@ -479,29 +509,49 @@ def _direct_flops(
 
 @dataclass(frozen=True, kw_only=True)
 class _Bridge:
-    """The Recalibrator's sizes: weights of its blocks, D_t x D_s of a projection, layers x heads' width."""
+    """The Recalibrator's sizes.
 
-    blocks: int
+    Args:
+        everywhere: weights that all places of a splice run through; where_read: those of the last block that only the
+            places read do.
+        projection: D_t x D_s. attention: a layer's heads' width; layers: blocks that attend from all places.
+    """
+
+    everywhere: int
+    where_read: int
     projection: int
     attention: int
+    layers: int
 
     @classmethod
     def of(cls, config: TrainConfig, student_config: Any, teacher_size: int) -> "_Bridge":
         with torch.device("meta"):
             recalibrator = Recalibrator.of(config, student_config, teacher_size)
+        body, where_read = recalibrator.rec_body, 0
+        if recalibrator.trims_last_block:
+            last = body.layers[-1]
+            where_read = _numel(last) - _numel(last.self_attn.k_proj) - _numel(last.self_attn.v_proj)
         text = student_config.get_text_config()
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        body = recalibrator.rec_body
         return cls(
-            blocks=sum(parameter.numel() for parameter in body.parameters()) if body is not None else 0,
+            everywhere=(_numel(body) if body is not None else 0) - where_read,
+            where_read=where_read,
             projection=recalibrator.rec_proj_post.weight.numel(),
-            attention=config.recalibrator.layers * text.num_attention_heads * width,
+            attention=text.num_attention_heads * width,
+            layers=config.recalibrator.layers - bool(where_read),
         )
 
-    def flops(self, tokens: np.ndarray, projected: np.ndarray, again: int) -> np.ndarray:
-        """Forward and backward over splices of so many tokens, of which so many came through rec_proj_pre."""
-        blocks = 2.0 * self.blocks * tokens + 2.0 * self.attention * tokens.astype(float) ** 2
-        return blocks * (3 + again) + 3 * 2.0 * self.projection * (tokens + projected)
+    def flops(self, tokens: np.ndarray, read: np.ndarray, projected: np.ndarray, again: int) -> np.ndarray:
+        """Forward and backward over splices of so many tokens, of which so many are read and so many came through
+        rec_proj_pre. Causal attention is half a square."""
+        weights = 2.0 * (self.everywhere * tokens + self.where_read * read)
+        looks = self.layers * tokens.astype(float) ** 2 + 2.0 * tokens * read * bool(self.where_read)
+        blocks = weights + 2.0 * self.attention * looks
+        return blocks * (3 + again) + 3 * 2.0 * self.projection * (read + projected)
+
+
+def _numel(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _read_bytes(cache: Cache, indices: np.ndarray, *, teacher: bool, questions: bool) -> int:
@@ -551,6 +601,9 @@ def forecast_text(forecast: Forecast) -> str:
     return "\n".join(lines)
 
 
+TOO_FEW = "  NOT enough samples for one step: lower the stage's accumulation or train more epochs; `genrecal train` would stop"
+
+
 def _stage_lines(stage: StageForecast, forecast: Forecast) -> list[str]:
     shape, parameters = stage.shape, stage.parameters
     other = "without" if forecast.gradient_checkpointing else "with"
@@ -558,6 +611,7 @@ def _stage_lines(stage: StageForecast, forecast: Forecast) -> list[str]:
     lines = [
         f"stage {stage.stage}   {stage.samples} samples, {stage.steps} steps of {stage.global_batch}; longest micro-step: "
         f"{shape.samples} samples of {shape.student_tokens} tokens{spliced}",
+        *([TOO_FEW] if stage.samples < stage.global_batch else []),
         "  trained     " + (", ".join(f"{name} {count:,}" for name, count in parameters.trained.items())),
         "  frozen      " + (", ".join(f"{name} {count:,}" for name, count in parameters.frozen.items())),
         "  memory      " + "".join(f"{name:>12}" for name in (*stage.memory[forecast.engine], "in all")),
@@ -569,6 +623,14 @@ def _stage_lines(stage: StageForecast, forecast: Forecast) -> list[str]:
     return [
         *lines,
         f"  activations {other} gradient checkpointing: {human_bytes(stage.other_activations)}",
+        *(
+            [
+                f"  host        {human_bytes(sum(stage.host.values()))} of the CPU's memory a process: "
+                + ", ".join(f"{what} {human_bytes(size)}" for what, size in stage.host.items())
+            ]
+            if stage.host
+            else []
+        ),
         f"  compute     {stage.flops:.3g} FLOPs a sample, {stage.hours:.3g} hours",
         f"  reading     {human_bytes(stage.read_bytes)} a sample, {stage.read_rate:.3g} MB/s",
         f"  disk        {human_bytes(stage.disk_bytes)}",

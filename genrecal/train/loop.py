@@ -49,6 +49,7 @@ from genrecal.train.objectives import OBJECTIVES, TERMS, check_cache, check_pair
 from genrecal.train.ranks import Ranks, StopSignals, joined, own_device, world_size
 from genrecal.train.recalibrator import Recalibrator, checkpoint_activations
 from genrecal.train.run import Run
+from genrecal.train.snapshot import take_snapshot
 from genrecal.train.stages import (
     Denominators,
     Distiller,
@@ -254,7 +255,9 @@ def plan_stage(config: StageConfig, cache: Cache, *, global_batch: int | None = 
 
 def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> None:
     run, stage, ranks, config, settings = job.run, job.stage, job.ranks, job.run.config, job.settings
-    plan, engine, student, stream, first_step = _prepare(job, source)
+    plan, engine, distiller, stream, first_step = _prepare(job, source)
+    if stage == 1 and first_step == 0:
+        _measure(job, distiller, source, plan, "start")
     with (
         RunLog(run.path, stage, first_step=first_step, writes=ranks.first, wandb=job.wandb) as log,
         Progress(f"stage {stage}", plan.num_steps, "steps", done=first_step, shown=ranks.first) as progress,
@@ -264,7 +267,7 @@ def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> N
         started = time.perf_counter()
         for step in range(first_step, plan.num_steps):
             if step in points:
-                _evaluate(job, student, plan, step, log)
+                _evaluate(job, distiller.student, plan, step, log)
                 started = time.perf_counter()
             loaded = next(stream)
             shares = ranks.gather(Share.of(loaded, time.perf_counter() - started, signals.received))
@@ -315,12 +318,14 @@ def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> N
             progress.advance(1, _in_words(values))
             started = time.perf_counter()
         if plan.num_steps in points:
-            _evaluate(job, student, plan, plan.num_steps, log)
+            _evaluate(job, distiller.student, plan, plan.num_steps, log)
     if damaged and ranks.first:
         sys.stderr.write(
             f"genrecal: stage {stage}: {damaged} of {plan.num_samples} samples were skipped since they are damaged; "
             f"metrics.jsonl names them under damaged, and `genrecal verify {job.cache.path}` the shards\n"
         )
+    if stage < 3:
+        _measure(job, distiller, source, plan, "end")
     state = engine.state(moments=False)
     engine.close()
     if state is not None:
@@ -344,8 +349,31 @@ def _evaluate(job: StageJob, student: VLM, plan: StagePlan, step: int, log: RunL
     log.evaluated(step, evaluation, done=step / plan.num_steps, shown=config.evaluate.shown)
 
 
-def _prepare(job: StageJob, source: RecordSource) -> tuple[StagePlan, Engine, VLM, Iterator[Step], int]:
-    """The stage's plan; its engine, where the newest checkpoint left it; the student in it; the samples from there on; and
+def _measure(job: StageJob, distiller: Distiller, source: RecordSource, plan: StagePlan, moment: str) -> None:
+    """A snapshot for the report, which rank 0 takes; the others wait. Not with zero3, where no process has the whole
+    student."""
+    config = job.run.config
+    if distiller.recalibrator is None or not config.measure.samples or config.engine == "zero3":
+        return
+
+    def measure() -> None:
+        if job.ranks.first:
+            take_snapshot(
+                distiller,
+                source,
+                job.cache,
+                plan.indices,
+                samples=config.measure.samples,
+                moment=moment,
+                compute_dtype=resolve_precision(config),
+                max_tokens=config.max_tokens,
+            ).write(job.run.path)
+
+    job.ranks.together(measure)
+
+
+def _prepare(job: StageJob, source: RecordSource) -> tuple[StagePlan, Engine, Distiller, Iterator[Step], int]:
+    """The stage's plan; its engine, where the newest checkpoint left it; what it trains; the samples from there on; and
     the first step."""
     run, cache, stage, ranks, config, settings = job.run, job.cache, job.stage, job.ranks, job.run.config, job.settings
     compute_dtype = resolve_precision(config)
@@ -417,7 +445,7 @@ def _prepare(job: StageJob, source: RecordSource) -> tuple[StagePlan, Engine, VL
         rank=ranks.rank,
         world_size=ranks.size,
     )
-    return plan, engine, distiller.student, stream, first_step
+    return plan, engine, distiller, stream, first_step
 
 
 def _save(job: StageJob, engine: Engine, step: int) -> None:

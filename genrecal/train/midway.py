@@ -80,7 +80,7 @@ class Midway:
             ]
 
         with (
-            _at_rest(student.model),
+            at_rest(student.model),
             torch.random.fork_rng(devices=[student.device] if device == "cuda" else []),
             torch.autocast(device, dtype=compute_dtype, enabled=compute_dtype != torch.float32),
         ):
@@ -93,7 +93,7 @@ class Midway:
 
 
 @contextlib.contextmanager
-def _at_rest(model: Any) -> Iterator[None]:
+def at_rest(model: Any) -> Iterator[None]:
     """The model in evaluation mode; afterwards its modules, and what they keep of a call, are as they were.
 
     Families keep such things on their modules (the Qwen-VLs their `rope_deltas`), made in inference mode, which a later

@@ -3,6 +3,7 @@
 RUN/run.json                    the whole configuration, the student, the cache and its digest, versions
 RUN/cache-facts.json            what the cache held when the run began, for its report
 RUN/metrics.jsonl, tensorboard/ every term of every step
+RUN/snapshots/                  how student and teacher are aligned, at the start and the end of stages, for its report
 RUN/checkpoints/stageN-stepS/   to go on from
 RUN/stageN/trained.safetensors  a finished stage's result: every parameter it trained
 """
@@ -38,7 +39,7 @@ from genrecal.vlm.loading import VLM, file_digest, load_vlm, model_folder
 # Who computes it, how, and who looks on: the global batch and all that follows from it stay as they were.
 MAY_CHANGE = re.compile(
     r"(software|command|processes|global_batch)\b"
-    r"|config\.(engine|offload|device|wandb|evaluate\.\w+|stage\d\.(batch_size|accumulation))$"
+    r"|config\.(engine|offload|device|wandb|evaluate\.\w+|measure\.\w+|stage\d\.(batch_size|accumulation))$"
 )
 
 

@@ -1,6 +1,6 @@
 """The splice: one side's question states and the teacher's answer states, turn by turn, as one sequence.
 
-    [z_q1, pre(z_a1), z_q2, pre(z_a2), ..., z_qT, pre(z_aT)]
+    [z_q1, pre(z_a1), z_q2, pre(z_a2), ..., z_qT, pre(z_aT)]      without the last state of z_aT, which predicts nothing
 
 (paper, section 3.2 and Algorithms 1-3; several turns are the natural generalisation). Indices are worked out on the CPU,
 where the lengths are known; on the device a splice is one gather.
@@ -50,7 +50,7 @@ def splice_index(
             places.append(np.arange(at - 1, at - 1 + length))
             at += length
             next_answer += length
-        rows.append(np.concatenate(pieces))
+        rows.append(np.concatenate(pieces)[:-1])  # nothing comes after the last state that could look at it
         predicts.append(np.concatenate(places))
     longest = max(len(row) for row in rows)
     padded = np.zeros((len(rows), longest), np.int64)

@@ -67,6 +67,11 @@ def wanted_by(stage: int, config: TrainConfig) -> Wanted:
     )
 
 
+def keeps_pictures(stage: int, body: Any) -> bool:
+    """Whether pictures' embeddings may be kept: nothing that makes them is trained, and the body has pictures."""
+    return stage < 3 and hasattr(body, "get_image_features")
+
+
 def needs_recalibrator(stage: int, config: TrainConfig) -> bool:
     return OBJECTIVES[config.objective].recalibrates and stage < 3
 
@@ -114,7 +119,7 @@ class Distiller(nn.Module):
         for name, module in self.model.named_modules():
             if name.split(".")[-1] in VISION_PARTS:
                 module.eval()  # frozen in every stage: no dropout
-        keeps = vision_cache_bytes and stage < 3 and hasattr(student.body, "get_image_features")
+        keeps = vision_cache_bytes and keeps_pictures(stage, student.body)
         self.vision_cache = VisionCache(student.body, vision_cache_bytes) if keeps else None
 
     def forward(self, batch: MicroBatch, denominators: Denominators) -> StepOutput:
@@ -201,7 +206,7 @@ class Distiller(nn.Module):
         """Recalibrator(splice) at the prediction positions, `[N, D_t]`."""
         assert self.recalibrator is not None
         source = torch.cat([questions.to(answers.dtype), answers])
-        recalibrated: torch.Tensor = self.recalibrator(source[splice.rows], splice.predicts)
+        recalibrated: torch.Tensor = self.recalibrator(source[splice.rows], splice.reads)
         return recalibrated
 
     def _losses(self, rows: torch.Tensor, batch: MicroBatch, which: slice | torch.Tensor) -> RowLosses:

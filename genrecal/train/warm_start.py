@@ -18,6 +18,7 @@ from genrecal.errors import SampleError, UsageError
 from genrecal.shards.head import FrozenHead
 from genrecal.shards.layout import TEACHER_FOLDER
 from genrecal.shards.reader import Cache
+from genrecal.train.last_layer import Reads
 from genrecal.train.recalibrator import Recalibrator
 from genrecal.vlm.loading import VLM, load_processor
 from genrecal.vlm.rendering import Renderer
@@ -46,7 +47,8 @@ def warm_start(recalibrator: Recalibrator, student: VLM, head: FrozenHead, cache
     weight, bias = head_map(head, student.frozen_head(), teacher_ids, student_ids)
     recalibrator.rec_proj_post.weight.copy_(weight)
     recalibrator.rec_proj_post.bias.copy_(bias)
-    projected = torch.cat([recalibrator.projected(states, rows) for states, rows in answer_states(student, cache)])
+    seen = answer_states(student, cache)
+    projected = torch.cat([recalibrator.projected(states, Reads.of(rows, *states.shape[:2])) for states, rows in seen])
     recalibrator.rec_norm.weight.fill_(projected.float().std(-1, correction=0).mean())
     recalibrator.rec_norm.bias.fill_(projected.float().mean())
 

@@ -197,12 +197,13 @@ def test_a_state_that_a_codec_cannot_hold_is_a_reason(teacher, data, tmp_path, m
 # ---------------------------------------------------------------------------------------------------------- the status
 
 
-def test_the_status_file_says_what_was_done(teacher, data, tmp_path):
+def test_the_status_file_says_what_was_done(teacher, data, tmp_path, capfd):
     status = tmp_path / "status" / "0.json"
     work = WorkOptions(status_file=status, workers=2, worker=1)
     run_cache_job(teacher, open_samples([data]), tmp_path / "cache", OPTIONS, work)
     said = json.loads(status.read_text())
     assert (said["state"], said["worker"], said["workers"]) == ("waiting", 1, 2)
+    capfd.readouterr()
     report = run_cache_job(teacher, open_samples([data]), tmp_path / "cache", OPTIONS, WorkOptions(status_file=status))
     said = json.loads(status.read_text())
     assert (said["state"], said["records"], said["records_total"], said["skipped"]) == ("finished", 40, 40, 0)
@@ -210,6 +211,9 @@ def test_the_status_file_says_what_was_done(teacher, data, tmp_path):
     mine = [item for i, item in enumerate(encoded) if i // 6 % 2 == 0]
     assert (said["samples"], said["tokens"]) == (len(mine), sum(map(len, mine)))
     assert said["bytes"] == report.counts["bytes"] > 0
+    [warning] = said["warnings"]  # a teacher of random weights; said once a run, whatever the number of shards
+    assert warning.startswith("the teacher does not know these answers")
+    assert capfd.readouterr().err.count(f"warning: {warning}") == 1
     for name, count in (("samples", "samples"), ("tokens", "tokens")):
         assert said[f"{name}_per_second"] == pytest.approx(said[count] / said["seconds"], rel=0.2)
     assert verify_cache(tmp_path / "cache").whole

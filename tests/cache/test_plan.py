@@ -19,10 +19,11 @@ from genrecal.demo.data import write_dataset
 from genrecal.demo.pipeline import ASSETS
 from genrecal.errors import DataError, ModelError, UsageError
 from genrecal.samples import open_samples
+from genrecal.shards.answer_source import AnswerSource
 from genrecal.shards.reader import open_cache
 from genrecal.vlm.loading import load_processor
 from genrecal.vlm.rendering import Renderer
-from genrecal.vlm.shape import shape_of
+from genrecal.vlm.shape import patches_of, shape_of
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,42 @@ def test_the_demos_bytes_from_a_part_of_it(teacher, tmp_path):
     data = write_dataset(tmp_path / "data", num_samples=256, split="train", seed=1)
     plan, written = check_forecast(teacher, data, tmp_path / "cache", CacheOptions(), probe=150)
     assert 0 < plan.error_bytes < 0.03 * plan.total_bytes
+
+
+def test_what_writing_the_answers_costs(teacher, tmp_path):
+    """The demo's teacher answers like the data, so the forecast's lengths are almost those of what it writes."""
+    data = write_dataset(tmp_path / "data", num_samples=40, split="train", seed=2)
+    options = CacheOptions(samples_per_shard=20, batch_tokens=1000, answers=AnswerSource(kind="greedy", max_tokens=64))
+    shape, samples, assumed = shape_of(ASSETS / "teacher"), open_samples([data]), PlanOptions(gpu_bandwidth=1e-3)
+    plan = make_plan(shape, teacher.vlm.renderer, samples, options, assumed)
+    report = run_cache_job(teacher, samples, tmp_path / "cache", options)
+    assert plan.total_bytes == pytest.approx(sum(bytes_written(tmp_path / "cache").values()), rel=0.03)
+    answers = plan.answers
+    assert answers.turns == report.counts["answers"] and answers.most_tokens == 64 * answers.turns
+    assert answers.tokens == pytest.approx(
+        open_cache(tmp_path / "cache").description["totals"]["answer_tokens"], rel=0.1
+    )
+    # Slowly: token by token, every step of a batch reading the weights of the layers and the head.
+    flops, prompts = 0.0, []
+    for sample in samples:
+        encoded = teacher.encode(sample)
+        patches = patches_of(encoded.inputs, teacher.renderer.processor)
+        for start, end, is_answer in encoded.segments():
+            if is_answer:
+                prompts.append(start)
+                flops += shape.flops(start, 1, patches)
+                for position in range(start, end):
+                    flops += 2 * shape.text_parameters + 4 * shape.layers * shape.attention_width * position
+                    flops += 2 * shape.head_rows * shape.hidden_size
+    assert answers.flops == pytest.approx(flops, rel=0.02)
+    assert answers.at_once == int(1000 // (np.mean(prompts) + 64))
+    weights = (shape.text_parameters + shape.head_rows * shape.hidden_size) * shape.value_bytes
+    steps = answers.most_tokens / answers.at_once
+    assert answers.most_gpu_hours == pytest.approx(
+        steps * weights / 1e6 / 3600, rel=0.01
+    )  # nothing else counts at 1 MB/s
+    assert f"{answers.turns} written, {answers.at_once} at once" in plan_text(plan)
+    assert make_plan(shape, teacher.vlm.renderer, samples, CacheOptions(), assumed).answers is None
 
 
 @pytest.mark.skipif(not SROIE.exists(), reason="the receipts are not here")
@@ -209,7 +246,15 @@ def test_a_teacher_that_is_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(probe=0), dict(num_samples=-1), dict(utilisation=0), dict(utilisation=1.5), dict(train_rate=0)]
+    "wrong",
+    [
+        dict(probe=0),
+        dict(num_samples=-1),
+        dict(utilisation=0),
+        dict(utilisation=1.5),
+        dict(train_rate=0),
+        dict(gpu_bandwidth=0),
+    ],
 )
 def test_wrong_assumptions_are_refused(wrong):
     with pytest.raises(UsageError, match=f"--{next(iter(wrong)).replace('_', '-')}"):

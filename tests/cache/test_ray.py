@@ -12,6 +12,7 @@ import torch
 from conftest import mixed_samples, write_llava
 from made_cache import tree
 
+import genrecal.demo
 from genrecal.cache import ray_job
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions, RayOptions, WorkOptions
@@ -20,6 +21,7 @@ from genrecal.cache.teacher import HFTeacher
 from genrecal.cli import main
 from genrecal.errors import DataError, ModelError, StorageError, UsageError
 from genrecal.samples import open_samples
+from genrecal.shards.answer_source import AnswerSource
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.xdist_group("ray")]  # one cluster for all
 OPTIONS = CacheOptions(samples_per_shard=2, top_k=5)
@@ -129,6 +131,17 @@ def test_two_nodes_make_the_same_bytes(run, whole, tmp_path):
     assert tree(tmp_path / "cache") == whole
     with pytest.raises(UsageError, match="top_k was 5, now 6"):
         run(CacheOptions(samples_per_shard=2, top_k=6))
+
+
+def test_answers_that_actors_write_are_the_same_bytes(run, data, tmp_path):
+    """All answers first, then all shards, by whichever actor."""
+    model = Path(genrecal.demo.__file__).parent / "assets" / "teacher"
+    how = AnswerSource(kind="sampled", max_tokens=64, temperature=1.0, seed=1)
+    options = CacheOptions(samples_per_shard=2, top_k=5, max_skip=1.0, answers=how)
+    run_cache_job(HFTeacher.load(model, dtype=torch.float32), open_samples([data]), tmp_path / "whole", options)
+    report = run(options, model=model)
+    assert report.shards_done == SHARDS and report.cached > 0 and report.counts["answers"] >= report.cached
+    assert tree(tmp_path / "cache") == tree(tmp_path / "whole")
 
 
 def test_a_node_is_lost(cluster, run, whole, tmp_path):

@@ -4,10 +4,12 @@
 """
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,13 +28,16 @@ import torch
 from conftest import conversation, mixed_samples, write_llava
 from pair_runs import STUDENTS, note_pair, train_and_check
 
+import genrecal.demo
 from genrecal.cache import vllm_teacher
+from genrecal.cache.answers import up_to_turn
 from genrecal.cache.job import CacheOptions, run_cache_job
 from genrecal.cache.proof import blank_check, compare_backends, prove
 from genrecal.cache.teacher import HFTeacher, States
 from genrecal.cache.vllm_teacher import VLLMTeacher
 from genrecal.errors import ModelError, SampleError, UsageError
 from genrecal.samples import open_samples
+from genrecal.shards.answer_source import AnswerSource
 from genrecal.shards.reader import open_cache
 from genrecal.vlm.convert import convert_internvl
 from genrecal.vlm.loading import split_vlm
@@ -48,13 +53,20 @@ LOGIT = 2e-4  # largest difference of a float32 logit; 5e-5 was measured, and lo
 WHOLE_TILE = (56, 56)
 
 
-def start(path, **options):
-    """A teacher. vLLM for CPUs searches every module's objects for kernels and fails at one of numba's, if it is loaded."""
+@contextlib.contextmanager
+def without_numba():
+    """vLLM for CPUs searches every module's objects for kernels and fails at one of numba's, if it is loaded."""
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name == "llvmlite.binding.ffi"}
     try:
-        return VLLMTeacher(path, **options)
+        yield
     finally:
         sys.modules.update(hidden)
+
+
+def start(path, **options):
+    """A teacher."""
+    with without_numba():
+        return VLLMTeacher(path, **options)
 
 
 class Pair:
@@ -142,7 +154,6 @@ def kinds(pair):
 
 
 def resized(sample, size):
-    import dataclasses
     import io
 
     from PIL import Image
@@ -379,6 +390,67 @@ def test_an_engine_that_stops_says_why(pair, monkeypatch):
     monkeypatch.setattr(pair.vllm.llm, "encode", stops)
     with pytest.raises(ModelError, match="vLLM stopped on samples 00000000 to 00000000: CUDA out of memory.*are kept"):
         pair.vllm.states([encoded], questions=[False], top_k=1)
+
+
+# ------------------------------------------------------------------------------------------------- answers of its own
+
+
+def test_a_language_model_gives_the_rows_that_hf_gives(tiny, tmp_path):
+    """A teacher without pictures, whose prompts go to vLLM as they are."""
+    made = Pair(tiny("qwen2_wide"), tiny("qwen2_wide"), engine_args=SMALL)
+    try:
+        samples = [sample for sample in mixed_samples(12) if not sample.images]
+        assert prove(made.vllm, samples[0], made.vllm.encode(samples[0]))
+        for want, got in zip(run(made.hf, samples)[1], run(made.vllm, samples)[1], strict=True):
+            assert np.allclose(want.answer.hidden, got.answer.hidden, rtol=0.01, atol=1e-3)
+            assert np.abs(want.answer.logsumexp - got.answer.logsumexp).max() < LOGIT
+            assert (want.answer.topk_ids[:, 0] == got.answer.topk_ids[:, 0]).all()
+        with pytest.raises(SampleError, match="the conversation has pictures, and this is a language model"):
+            made.vllm.encode(mixed_samples(1)[0])
+    finally:
+        made.vllm.close()
+
+
+def test_answers_are_written_and_cached(tmp_path, monkeypatch):
+    """The demo's teacher: greedy ones are those of hf; the engine that writes and the one that gives states take turns."""
+    path = Path(genrecal.demo.__file__).parent / "assets" / "teacher"
+    sums = [
+        (f"What is {a} plus {b}?", "I am not told") for a, b in (("two", "three"), ("four", "zero"), ("one", "six"))
+    ]
+    shapes = [("Which shapes are in the picture?", "None"), ("What color is the circle?", "None")]
+    kinds = [
+        lambda i: ([sums[i]], {}),
+        lambda i: (shapes, {0: 1}),
+        lambda i: ([shapes[1], sums[i], shapes[0]], {0: 1, 2: 1}),
+    ]
+    made = [kinds[i % 3](i // 3 % 3) for i in range(12)]
+    samples = [conversation(*turns, images=images, key=f"{i:08d}") for i, (turns, images) in enumerate(made)]
+    data = write_llava(tmp_path / "data", samples)
+    greedy = AnswerSource(kind="greedy", max_tokens=64)
+    options = CacheOptions(samples_per_shard=5, top_k=5, answers=greedy)
+    monkeypatch.setattr(VLLMTeacher, "_start", without_numba()(VLLMTeacher._start))  # the engines take turns
+    teacher = start(path, dtype=torch.float32, engine_args=SMALL)
+    try:
+        run_cache_job(teacher, open_samples([data]), tmp_path / "vllm", options)
+        sampled = AnswerSource(kind="sampled", max_tokens=64, temperature=1.5, top_p=0.95, seed=2)
+        encoded = [teacher.encode(up_to_turn(sample, [])) for sample in open_samples([data])]
+        together = teacher.write(encoded, turn=0, how=sampled, batch_tokens=10**6)
+        alone = [teacher.write([item], turn=0, how=sampled, batch_tokens=10**6)[0] for item in encoded]
+        assert list(map(str, together)) == list(map(str, alone)) and len(set(map(str, together))) > 3
+        other = dataclasses.replace(sampled, seed=3)
+        assert list(map(str, teacher.write(encoded, turn=0, how=other, batch_tokens=10**6))) != list(map(str, together))
+        short = teacher.write(encoded, turn=0, how=dataclasses.replace(greedy, max_tokens=2), batch_tokens=10**6)
+        assert any(
+            isinstance(answer, SampleError) and "does not end within 2 tokens" in str(answer) for answer in short
+        )
+    finally:
+        teacher.close()
+    run_cache_job(HFTeacher.load(path, dtype=torch.float32), open_samples([data]), tmp_path / "hf", options)
+    hf, vllm = (open_cache(tmp_path / name) for name in ("hf", "vllm"))
+    assert len(vllm) == 12 and vllm.column("top1_agreement").min() == 1.0
+    for want, got in zip(hf, vllm, strict=True):
+        assert got.sample.answers == want.sample.answers and got.sample.given_answers == want.sample.given_answers
+        assert np.abs(want.answer_rows().topk_logits - got.answer_rows().topk_logits).max() < LOGIT
 
 
 # ------------------------------------------------------------------------------------------------- refused at the start

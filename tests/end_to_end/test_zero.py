@@ -36,8 +36,8 @@ class Unchanged(nn.Module):
         super().__init__()
         self.rec_proj_pre = nn.Identity()
 
-    def forward(self, splice, rows):
-        return splice.flatten(0, 1)[rows]
+    def forward(self, splice, reads):
+        return reads.take(splice)
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +154,13 @@ def test_any_misalignment_by_one_position_shows(same_model, family, name):
     assert terms(model, cache, change=MISALIGNMENTS[name])["kl"] > 0.3
 
 
+def moved(reads, by):
+    return dataclasses.replace(reads, positions=(reads.positions + by).clamp_min(0))
+
+
 ALIGNED_MISALIGNMENTS = {
-    "read one position late": lambda b: dataclasses.replace(b, aligned_at=b.aligned_at + 1),
-    "read one position early": lambda b: dataclasses.replace(b, aligned_at=b.aligned_at - 1),
+    "read one position late": lambda b: dataclasses.replace(b, aligned_at=moved(b.aligned_at, 1)),
+    "read one position early": lambda b: dataclasses.replace(b, aligned_at=moved(b.aligned_at, -1)),
     "rows one late": lambda b: dataclasses.replace(b, aligned_rows=b.aligned_rows.roll(1)),
     "targets one late": lambda b: dataclasses.replace(
         b, topk_ids=b.topk_ids.roll(1, 0), topk_log_probs=b.topk_log_probs.roll(1, 0)

@@ -4,11 +4,12 @@ import json
 import math
 import re
 import xml.etree.ElementTree
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from conftest import mixed_samples, write_llava
+from html_page import HOSTILE, Page, assert_harmless
+from made_run import write_run
 
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
@@ -21,92 +22,6 @@ from genrecal.train.config import load_config
 from genrecal.train.logs import read_evaluations, read_metrics
 from genrecal.train.loop import train
 from genrecal.train.run import Run
-
-HOSTILE = "</title><script>alert(1)</script>\"'><img src=//evil.example/x onerror=alert(1)>\u202e\x00\ud800 {{ 7 * 7 }}"
-VOID = {"meta", "img", "input", "br", "path", "circle", "rect", "use"}
-
-
-class Page(HTMLParser):
-    """A page's tables by label, the drawings' words, all tags with their attributes, and the text; tags must be nested."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.tables, self.charts, self.tags, self.text, self.open = {}, [], [], "", []
-        self.feed(path.read_text())
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        given = dict(attributes)
-        self.tags.append((tag, given))
-        if tag not in VOID:
-            self.open.append(tag)
-        if given.get("role") == "region":
-            self.tables[given["aria-label"]] = self.table = []
-        if tag == "svg" and given.get("role") == "img":
-            self.charts.append(given["aria-label"])
-        if tag == "tr":
-            self.table.append([])
-        if tag in ("td", "th"):
-            self.table[-1].append("")
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-        if self.open and self.open[-1] in ("td", "th"):
-            self.table[-1][-1] += data
-
-
-def assert_harmless(page):
-    """No script, no handler, nothing that a browser would fetch, and the policy that forbids both."""
-    assert {tag for tag, _ in page.tags} & {"script", "iframe", "link", "object", "embed", "base", "form"} == set()
-    for _, attributes in page.tags:
-        assert [name for name in attributes if name.startswith("on") or name == "srcdoc"] == []
-        assert all(attributes.get(name, "data:").startswith(("data:", "#")) for name in ("src", "href", "xlink:href"))
-    (policy,) = [given["content"] for tag, given in page.tags if given.get("http-equiv")]
-    assert policy.startswith("default-src 'none'; ") and "script" not in policy
-
-
-def write_run(folder, *, steps=(40, 40, 40), category="numbers", **content):
-    """A run's folder with made curves; returns its lines of steps."""
-    folder.mkdir(parents=True)
-    config = {"objective": "genrecal", "seed": 0, "loss": {"reg_weight": 1.0}}
-    run = {"config": config, "student": "a student", "teacher": "cache", "cache": "/c", "processes": 2} | content
-    (folder / "run.json").write_text(json.dumps(run))
-    rng, lines, evaluations = np.random.default_rng(0), [], []
-    for stage, count in enumerate(steps, 1):
-        names = [["ce", "kl", "reg_ce", "reg_kl"], ["ce", "kl", "sft"], ["sft"]][stage - 1]
-        for step in range(count):
-            terms = {
-                n + part: 5 * math.exp(-step / 9) + rng.random() for n in names for part in ("", "_first", "_later")
-            }
-            machine = {
-                "samples": 6,
-                "student_tokens": 600,
-                "seconds": 0.5,
-                "data_wait": 0.1,
-                "memory_gb": 1 + step / 100,
-            }
-            lines.append({"stage": stage, "step": step, "loss": sum(terms.values()), "lr": 1e-4, **terms, **machine})
-        for done in [0.0] if stage == 1 else [0.2, 0.4, 0.6, 0.8, 1.0]:
-            score = {
-                "n": 30,
-                "accuracy": (stage + done) / 5,
-                "accuracy_error": 0.05,
-                "log_loss": 3 - done,
-                "log_loss_error": None,
-            }
-            by_category = {category: score, "": score | {"accuracy": 0.25}}
-            content = {"done": done, "overall": score, "by_category": by_category, "skipped": 0}
-            evaluations.append({"stage": stage, "step": round(done * count), "evaluation": content})
-    text = "".join(json.dumps(line) + "\n" for line in [*lines, *evaluations])
-    (folder / "metrics.jsonl").write_text(text + '{"stage": 3, "st')
-    return lines
-
 
 # ------------------------------------------------------------------------------------------------------------ geometry
 

@@ -22,6 +22,7 @@ import torch
 from conftest import conversation, mixed_samples, write_llava
 from safetensors.torch import load_file
 
+import genrecal.train.engine
 import genrecal.train.loop
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
@@ -33,7 +34,7 @@ from genrecal.shards.reader import open_cache
 from genrecal.train.batches import BatchBuilder, ShardSource, StandIn
 from genrecal.train.checkpoint import trained_parameters
 from genrecal.train.config import load_config
-from genrecal.train.engine import check_processes, import_deepspeed, resolve_engine
+from genrecal.train.engine import TorchEngine, check_processes, import_deepspeed, resolve_engine
 from genrecal.train.logs import MACHINE, read_evaluations, read_metrics
 from genrecal.train.loop import build_distiller, train
 from genrecal.train.ranks import Ranks, joined, own_device, world_size
@@ -45,7 +46,7 @@ from genrecal.vlm.rendering import Renderer
 RUNNER = Path(__file__).with_name("rank_runner.py")
 # Sums are taken in another order: float32's rounding, which AdamW's division by small moments enlarges from step to step.
 # The gradient of stage 3, over all weights, is the largest sum.
-CLOSE = {1: 2e-6, 2: 2e-6, 3: 2e-5}
+CLOSE = {1: 2e-6, 2: 2e-6, 3: 1e-4}
 GRADIENT_CLOSE = 1e-3
 
 
@@ -65,7 +66,7 @@ def words(cache, student, out, *settings, steps, batch_size=2, accumulation=2, s
     """Of `genrecal train`; the defaults are those of two processes with a global batch of 8."""
     stage = f"batch_size={batch_size} accumulation={accumulation} max_steps={steps} epochs=9 lr=1e-3 lr_end=1e-4"
     every = [f"stage{n}.{setting}" for n in (1, 2, 3) for setting in [*stage.split(), "checkpoint_every=3"]]
-    chosen = ["data.workers=0", "lora.dropout=0", "loss.chunk_rows=16", *every, *settings]
+    chosen = ["data.workers=0", "measure.samples=0", "lora.dropout=0", "loss.chunk_rows=16", *every, *settings]
     start = ["--cache", str(cache), "--student", str(student), "--out", str(out), "--stages", stages]
     return start + [word for setting in chosen for word in ("--set", setting)]
 
@@ -133,6 +134,40 @@ def test_two_processes_under_torchrun_train_as_one(tiny, cache, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------- in one process
+
+
+def test_adamw_is_fused_on_cuda_and_goes_on_from_a_checkpoint(monkeypatch):
+    """No GPU is needed for it: torch has the fused update for CPUs too."""
+    assert genrecal.train.engine.fuses(torch.device("cuda")) and not genrecal.train.engine.fuses(torch.device("cpu"))
+
+    def start(fused, weights):
+        monkeypatch.setattr(genrecal.train.engine, "fuses", lambda device: fused)
+        module = torch.nn.Linear(7, 5)
+        module.load_state_dict(weights)
+        settings = load_config(None, ["stage1.weight_decay=0.1"]).stage1
+        cpu = torch.device("cpu")
+        engine = TorchEngine(module, settings, Ranks(), device=cpu, compute_dtype=torch.float32, parallel=False)
+        assert engine.optimizer.param_groups[0]["fused"] is (fused or None)
+        return engine, module
+
+    def train_on(engine, module, steps):
+        for number in steps:
+            module(torch.sin(torch.arange(21.0).reshape(3, 7) + number)).square().sum().backward()
+            engine.step(1e-2)
+        return {name: value.clone() for name, value in module.state_dict().items()}
+
+    first = {name: value.clone() for name, value in torch.nn.Linear(7, 5).state_dict().items()}
+    plain, fused = (train_on(*start(fused, first), range(6)) for fused in (False, True))
+    for name, value in plain.items():
+        assert torch.allclose(fused[name], value, atol=1e-6) and not torch.equal(value, first[name])
+    engine, module = start(True, first)
+    train_on(engine, module, range(3))
+    state = engine.state()
+    engine, module = start(True, state.weights)
+    engine.load_moments(state, where="a test")
+    assert {name: value.tolist() for name, value in train_on(engine, module, range(3, 6)).items()} == {
+        name: value.tolist() for name, value in fused.items()
+    }
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -461,6 +496,14 @@ def test_every_engine_gives_the_losses_of_one_process(runner, tiny, cache, awkwa
     student, out = tiny("internvl_qwen2"), tmp_path / "run"
     lines = runner.finish(2, out, words(cache, student, out, f"engine={engine}", *awkward, steps=0))
     assert_close(alone, lines)
+
+
+@pytest.mark.slow
+def test_the_losses_are_those_of_whole_blocks(runner, tiny, cache, awkward, alone, tmp_path):
+    """Under eager attention the Recalibrator's last block runs on all rows; the runs above compute the rows read."""
+    student, out = tiny("internvl_qwen2"), tmp_path / "run"
+    arguments = words(cache, student, out, "attention=eager", *awkward, steps=0, accumulation=4, stages="1,2")
+    assert_close([line for line in alone if line["stage"] < 3], runner.finish(1, out, arguments))
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from genrecal.train.loop import train
 from genrecal.train.run import Run
 from genrecal.vlm.loading import is_weight_file, load_processor, load_vlm
 
-SETTINGS = ["data.workers=0", *(f"stage{n}.{s}" for n in (1, 2, 3) for s in
+SETTINGS = ["data.workers=0", "measure.samples=0", *(f"stage{n}.{s}" for n in (1, 2, 3) for s in
             ("batch_size=4", "accumulation=1", "max_steps=2", "lr=1e-2", "lr_end=1e-3", "checkpoint_every=0"))]  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from genrecal.train.forecast import (
     ForecastOptions,
     Parameters,
     count_parameters,
+    host_memory,
     make_forecast,
     memory_of,
 )
@@ -87,6 +88,7 @@ def measured_peak(run, cache, stage, dtype, size):
         splice=batch.splice.rows.shape[1] if batch.splice else 0,
         reg_splice=batch.reg_splice.rows.shape[1] if batch.reg_splice else 0,
         answers=len(batch.target_ids) if batch.target_ids is not None else 0,
+        most_answers=batch.splice.reads.positions.shape[1] if batch.splice else 0,
         questions=len(batch.question_states) if batch.reg_splice else 0,
         student_answers=len(batch.sft_ids),
     )
@@ -151,6 +153,17 @@ def test_zero_shares_out_optimizer_gradients_and_weights_in_turn():
     assert [memory["weights"] for memory in by_engine.values()] == [352, 352, 352, 352, 32 + 320 // 4]
     assert memory_of("zero3", counted, 0, 4, offload=True)["weights"] == 32
     assert memory_of("zero1", counted, 0, 4, offload=True)["optimizer"] == 0
+
+
+def test_the_cpus_memory_is_counted_too(tiny):
+    model, language_model = (meta_model(tiny(family)) for family in ("internvl_qwen2", "llama3"))
+    counted = Parameters(trained={"student": 8}, frozen={"student": 80}, frozen_bytes=320, head_bytes=32)
+    keeps = load_config(None, ["data.vision_cache_gb=2"])
+    for stage, student, expected in ((1, model, 2e9), (2, model, 2e9), (3, model, 0), (1, language_model, 0)):
+        assert sum(host_memory(stage, student, keeps, counted, 4).values()) == expected
+    assert host_memory(1, model, load_config(None, ["engine=zero2"]), counted, 4) == {}
+    offloads = [load_config(None, [f"engine=zero{stage}", "offload=true"]) for stage in (2, 3)]
+    assert [host_memory(1, model, config, counted, 4) for config in offloads] == [{"offloaded": 24}, {"offloaded": 104}]
 
 
 @pytest.mark.parametrize("objective", ["genrecal", pytest.param("genrecal-aligned", marks=pytest.mark.slow)])
@@ -218,8 +231,21 @@ def test_a_config_and_manifests_are_enough(tmp_path, capsys):
         "--dry-run",
     ]
     with pytest.raises(SystemExit) as stop:
-        main([*words, "--gpu-gigabytes", "4", "--stages", "1", "--set", "precision=bf16"])
+        main(
+            [
+                *words,
+                "--gpu-gigabytes",
+                "4",
+                "--stages",
+                "1",
+                "--set",
+                "precision=bf16",
+                "--set",
+                "data.vision_cache_gb=2",
+            ]
+        )
     text = capsys.readouterr().out
+    assert "host        2 GB of the CPU's memory a process: pictures' embeddings 2 GB\n" in text
     assert stop.value.code == 1 and "NOT enough room" in text and "has no processor" in text
     assert f"{STUDENTS[student][1]} billion parameters" in text and not (tmp_path / "r").exists()
 

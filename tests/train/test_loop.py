@@ -31,7 +31,7 @@ from genrecal.vlm.loading import load_processor
 from genrecal.vlm.rendering import Renderer
 
 SMALL = "batch_size=3 accumulation=2 max_steps=6 epochs=9 lr=1e-3 lr_end=1e-4 checkpoint_every=2".split()
-SETTINGS = ["data.workers=0", *(f"stage{n}.{setting}" for n in (1, 2, 3) for setting in SMALL)]
+SETTINGS = ["data.workers=0", "measure.samples=0", *(f"stage{n}.{setting}" for n in (1, 2, 3) for setting in SMALL)]
 UNTIMED = MACHINE
 
 

@@ -14,7 +14,8 @@ LENGTHS = st.lists(
 def by_hand(samples):
     """Names of the states in each splice, and which of them predict, in words: "q<sample>.<turn>.<i>" and "a...".
 
-    The last position of each question segment predicts, and all but the last of each answer segment.
+    The last position of each question segment predicts, and all but the last of each answer segment. The very last state
+    is left out: it predicts nothing, and none comes after it.
     """
     splices, predicts = [], []
     for s, turns in enumerate(samples):
@@ -24,7 +25,7 @@ def by_hand(samples):
             places.append(len(row) - 1)
             row += [f"a{s}.{t}.{i}" for i in range(n)]
             places += [len(row) - n + i for i in range(n - 1)]
-        splices.append(row)
+        splices.append(row[:-1])
         predicts.append(places)
     return splices, predicts
 

@@ -140,6 +140,21 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(distiller_of, cac
     assert kept_checkpointed < 0.7 * kept
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_the_last_block_leaves_out_changes_nothing(distiller_of, cache, stage, checkpointing):
+    distiller = distiller_of("qwen3_vl", stage, checkpointing=checkpointing)
+    batch, found = batch_of(distiller, cache), []
+    for trims in (True, False):
+        distiller.recalibrator.trims_last_block = trims
+        found.append(step(distiller, batch))
+    (loss, gradients), (whole, whole_gradients) = found
+    assert loss == pytest.approx(whole, rel=1e-6)
+    assert gradients.keys() == whole_gradients.keys()
+    for name, gradient in whole_gradients.items():
+        assert torch.allclose(gradients[name], gradient, rtol=1e-3, atol=1e-5), name
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rotary_frequencies_stay_float32_in_a_bf16_student(tiny, family):
     narrow, wide = (load_vlm(tiny(family), dtype=dtype).model for dtype in (torch.bfloat16, torch.float32))

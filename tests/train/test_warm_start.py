@@ -14,6 +14,7 @@ from genrecal.errors import UsageError
 from genrecal.samples import open_samples
 from genrecal.shards.head import FrozenHead, LogitTransform
 from genrecal.shards.reader import open_cache
+from genrecal.train.last_layer import Reads
 from genrecal.train.recalibrator import Recalibrator
 from genrecal.train.warm_start import (
     answer_states,
@@ -109,10 +110,11 @@ def test_what_the_teachers_head_reads_at_the_start(tiny, cache, layers):
     with torch.no_grad():
         for states, rows in answer_states(student, cache):
             expected = student.frozen_head().logits(states[0, rows])[:, ids_s].log_softmax(-1)
+            reads = Reads.of(rows, *states.shape[:2])
             for number, recalibrator in enumerate((default, warm)):
-                got = head.logits(recalibrator(states, rows))[:, ids_t].log_softmax(-1)
+                got = head.logits(recalibrator(states, reads))[:, ids_t].log_softmax(-1)
                 divergence[number] += (expected.exp() * (expected - got)).sum().item()
-            both = warm.projected(states, rows), warm(states, rows)
+            both = warm.projected(states, reads), warm(states, reads)
             deviations.append(torch.stack([values.std(-1, correction=0) for values in both]))
             if not layers:
                 assert torch.allclose(both[0], warm.rec_proj_post(states[0, rows]), atol=1e-5)
@@ -131,7 +133,8 @@ def test_with_the_students_own_head_the_map_is_the_identity(tiny, cache):
     assert recalibrator.rec_proj_post.bias.abs().max() < 1e-6
     with torch.no_grad():
         for states, rows in answer_states(student, cache):
-            assert torch.nn.functional.cosine_similarity(recalibrator(states, rows), states[0, rows]).min() > 0.95
+            through = recalibrator(states, Reads.of(rows, *states.shape[:2]))
+            assert torch.nn.functional.cosine_similarity(through, states[0, rows]).min() > 0.95
 
 
 def test_too_few_entries_in_common_are_said(tiny, cache):
