@@ -1,6 +1,6 @@
 """What helps a student: objectives and settings at equal steps, on data that are clean, wrong, few, many or unclear.
 
-    python benchmarks/what_helps.py --out what-helps [--regimes wrong,clean] [--seeds 0,1,2] [--jobs 2]
+    python benchmarks/what_helps.py --out what-helps [--regimes wrong,clean] [--variants 'SFT,SFT own'] [--seeds 0,1,2]
 
 The demo's teacher and student, and its data with the flaws of a regime (`genrecal.demo.data`). Each regime has one cache
 of the given answers and one of the teacher's own; every variant is trained from one of them for the same steps
@@ -9,7 +9,6 @@ to train what was added. It prints and keeps a table for each regime, with what 
 """
 
 import argparse
-import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,11 +23,14 @@ from genrecal.demo.data import Flaws, write_dataset
 from genrecal.demo.pipeline import ASSETS
 from genrecal.report.summary import plus_minus
 from genrecal.samples import open_samples
+from genrecal.shards.answer_source import GREEDY, AnswerSource
+from genrecal.shards.layout import CACHE_FILE
 from genrecal.shards.reader import open_cache
 from genrecal.train.evaluate import evaluate, evaluation_of, read_predictions, save_evaluation
 from genrecal.vlm.loading import load_vlm
 
 TEST_SAMPLES = 1100  # 1,504 questions
+MAX_ANSWER_TOKENS = 48
 STEPS = {"stage1": 144, "stage2": 144, "stage3": 48}
 LR = {"stage1": 3e-3, "stage2": 2e-3, "stage3": 5e-4}  # the demo's
 SETTINGS = [
@@ -41,21 +43,35 @@ SETTINGS = [
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """Settings, in one string as for `genrecal compare --try`; `own`: from the teacher's own answers."""
+    """Settings, in one string as for `genrecal compare --try`; `own`: from the teacher's own answers, not the given ones.
+
+    Teacher and student split text differently, so `kl`, `reverse-kl` and `skewed-kl` are not for this pair.
+    """
 
     name: str
     settings: str
     own: bool = False
 
 
-MAIN = [
+MAIN = (
     Variant(name="SFT", settings="objective=sft"),
-    Variant(name="SFT, teacher's answers", settings="objective=sft", own=True),
     Variant(name="GenRecal", settings="objective=genrecal"),
-    Variant(name="GenRecal, teacher's answers", settings="objective=genrecal", own=True),
-    Variant(name="GenRecal, no regularisation", settings="objective=genrecal loss.reg_weight=0"),
-    Variant(name="GenRecal, KL weight 3", settings="objective=genrecal loss.kl_weight=3"),
-]
+    Variant(name="SFT own", settings="objective=seqkd", own=True),
+)
+OTHERS = (
+    Variant(name="aligned own", settings="objective=genrecal-aligned", own=True),
+    Variant(name="aligned", settings="objective=genrecal-aligned"),
+    Variant(name="GenRecal own", settings="objective=genrecal", own=True),
+    Variant(name="uld own", settings="objective=uld", own=True),
+    Variant(name="dskd own", settings="objective=dskd", own=True),
+    Variant(name="uld", settings="objective=uld"),
+    Variant(name="dskd", settings="objective=dskd"),
+    Variant(name="GenRecal no reg", settings="objective=genrecal loss.reg_weight=0"),
+    Variant(name="GenRecal KL 3", settings="objective=genrecal loss.kl_weight=3"),
+    Variant(name="GenRecal first 3", settings="objective=genrecal loss.first_token_weight=3"),
+    Variant(name="aligned linear", settings="objective=genrecal-aligned recalibrator.layers=0"),
+    Variant(name="aligned pinv", settings="objective=genrecal-aligned recalibrator.init=pseudo-inverse"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +80,11 @@ class Regime:
 
     samples: int = 768
     flaws: Flaws = field(default_factory=Flaws)
-    variants: tuple[Variant, ...] = tuple(MAIN)
+    variants: tuple[Variant, ...] = MAIN
 
 
 REGIMES = {
-    "wrong": Regime(flaws=Flaws(wrong_answers=0.3)),
+    "wrong": Regime(flaws=Flaws(wrong_answers=0.3), variants=MAIN + OTHERS),
     "clean": Regime(),
     "unclear": Regime(flaws=Flaws(unclear_pictures=1.0)),
     "little": Regime(samples=192),
@@ -76,8 +92,8 @@ REGIMES = {
 }
 
 
-def run_regime(regime: Regime, out: Path, seeds: list[int], jobs: int) -> str:
-    """Data, two caches, all runs; the table."""
+def run_regime(regime: Regime, chosen: list[str], out: Path, seeds: list[int], jobs: int) -> str:
+    """Data, two caches, the runs of the chosen variants (all, if none is named); the table."""
     test = write_dataset(
         out / "test",
         num_samples=TEST_SAMPLES,
@@ -87,12 +103,13 @@ def run_regime(regime: Regime, out: Path, seeds: list[int], jobs: int) -> str:
     )
     train = write_dataset(out / "train", num_samples=regime.samples, split="train", seed=0, flaws=regime.flaws)
     given, own = out / "cache-given", out / "cache-own"
-    if not _complete(own):
-        teacher = HFTeacher.load(ASSETS / "teacher", dtype=torch.float32)
-        run_cache_job(teacher, open_samples([train]), given, CacheOptions(samples_per_shard=64))
-        run_cache_job(teacher, open_samples([_own_answers(train)]), own, CacheOptions(samples_per_shard=64))
+    _write_caches(train, given, own)
     variants = variants_of(
-        [f"{v.name}={v.settings} cache={own if v.own else given}" for v in regime.variants],
+        [
+            f"{v.name}={v.settings} cache={own if v.own else given}"
+            for v in regime.variants
+            if not chosen or v.name in chosen
+        ],
         None,
         cache=str(given),
         settings=SETTINGS,
@@ -112,23 +129,13 @@ def run_regime(regime: Regime, out: Path, seeds: list[int], jobs: int) -> str:
     return table
 
 
-def _complete(cache: Path) -> bool:
-    return (cache / "cache.json").exists() and open_cache(cache).is_complete
-
-
-def _own_answers(data: Path) -> Path:
-    """The data with the teacher's greedy answers in place of the given ones."""
-    path = data.with_name("own.json")
-    teacher = load_vlm(ASSETS / "teacher", dtype=torch.float32)
-    answers = {
-        (p.key, p.turn): p.prediction for p in evaluate(teacher, open_samples([data]), batch_size=60).predictions
-    }
-    records = json.loads(data.read_text())
-    for record, sample in zip(records, open_samples([data]), strict=True):
-        for turn, message in enumerate(record["conversations"][1::2]):
-            message["value"] = answers[sample.key, turn]
-    path.write_text(json.dumps(records, indent=1))
-    return path
+def _write_caches(data: Path, given: Path, own: Path) -> None:
+    """The teacher's states over the given answers, and over its own; a cache that is complete is left as it is."""
+    teacher = None
+    for folder, answers in ((given, AnswerSource()), (own, AnswerSource(kind=GREEDY, max_tokens=MAX_ANSWER_TOKENS))):
+        if not (folder / CACHE_FILE).exists() or not open_cache(folder).is_complete:
+            teacher = teacher or HFTeacher.load(ASSETS / "teacher", dtype=torch.float32)
+            run_cache_job(teacher, open_samples([data]), folder, CacheOptions(samples_per_shard=64, answers=answers))
 
 
 def _teacher_and_student(out: Path, test: Path) -> str:
@@ -148,13 +155,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--regimes", default=",".join(REGIMES))
+    parser.add_argument("--variants", default="", help="names with commas; all of the regime, if none")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.regimes.split(","):
         seeds = [int(seed) for seed in options.seeds.split(",")]
-        print(f"\n{name}\n\n{run_regime(REGIMES[name], options.out / name, seeds, options.jobs)}", flush=True)
+        chosen = [variant for variant in options.variants.split(",") if variant]
+        table = run_regime(REGIMES[name], chosen, options.out / name, seeds, options.jobs)
+        print(f"\n{name}\n\n{table}", flush=True)
 
 
 if __name__ == "__main__":

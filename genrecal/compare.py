@@ -55,6 +55,14 @@ class Variant:
         """Its name as a folder's."""
         return re.sub(r"[^\w.+-]+", "-", self.name).strip("-.")
 
+    def run_path(self, out: Path, seed: int) -> Path:
+        """The folder of its run with a seed."""
+        return out / "runs" / self.folder / f"seed{seed}"
+
+    def predictions_path(self, out: Path, seed: int) -> Path:
+        """The file of what the student of that run answers."""
+        return out / "predictions" / self.folder / f"seed{seed}.jsonl"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Asking:
@@ -207,8 +215,8 @@ def compare(
     samples = load_samples()
     _check_questions(student, samples, trust_remote_code)
     runs = {
-        (seed, variant.name): Run(
-            path=out / "runs" / variant.folder / f"seed{seed}",
+        (seed, variant): Run(
+            path=variant.run_path(out, seed),
             config=replace(variant.config, seed=seed),
             student=student,
             cache=variant.cache,
@@ -220,15 +228,15 @@ def compare(
     steps = _check_runs(runs, stages)
     _begin(out, student, samples, asking)
     jobs_of = {
-        (seed, name): _Job(
-            title=f"{name}, seed {seed}",
+        (seed, variant): _Job(
+            title=f"{variant.name}, seed {seed}",
             run=run,
             stages=stages,
             load_samples=load_samples,
             asking=asking,
-            predictions=out / "predictions" / run.path.parent.name / f"seed{seed}.jsonl",
+            predictions=variant.predictions_path(out, seed),
         )
-        for (seed, name), run in runs.items()
+        for (seed, variant), run in runs.items()
     }
     left = [job for job in jobs_of.values() if not job.predictions.exists()]
     done = len(jobs_of) - len(left)
@@ -239,8 +247,7 @@ def compare(
         accuracy = np.mean([prediction.score for prediction in read_predictions(job.predictions)])
         say(f"{job.title}: accuracy {accuracy:.1%}; {done} of {len(jobs_of)} runs")
     found = {
-        variant.name: [read_predictions(jobs_of[seed, variant.name].predictions) for seed in seeds]
-        for variant in variants
+        variant.name: [read_predictions(variant.predictions_path(out, seed)) for seed in seeds] for variant in variants
     }
     comparison = Comparison(
         rows=rows_of(found), questions=len(found[variants[0].name][0]), seeds=list(seeds), steps=steps
@@ -258,14 +265,15 @@ def _check_names(variants: Sequence[Variant], seeds: Sequence[int]) -> None:
         raise UsageError(f"--seeds {','.join(map(str, seeds))}: expected different numbers, such as 0,1,2")
 
 
-def _check_runs(runs: dict[tuple[int, str], Run], stages: Sequence[int]) -> dict[int, int]:
+def _check_runs(runs: dict[tuple[int, Variant], Run], stages: Sequence[int]) -> dict[int, int]:
     """The student's optimizer steps in each of its stages, which all runs have in common.
 
     Raises UsageError for whatever would stop one of the runs, and for unequal steps or samples.
     """
     caches: dict[str, Cache] = {}  # of each variant
     taken: dict[str, dict[int, tuple[int, int]]] = {}  # likewise, in each stage: steps, samples
-    for (_, name), run in runs.items():
+    for (_, variant), run in runs.items():
+        name = variant.name
         try:
             if name not in caches:
                 resolve_device(run.config.device)

@@ -1,12 +1,15 @@
 """`genrecal demo`: the main job at toy scale, through the same functions as every other command.
 
-Data: genrecal.demo.data. Teacher and student: genrecal/demo/assets, made once by scripts/make_demo_assets.py.
+Data: genrecal.demo.data, where three in ten of the given training answers are wrong and the held-out ones are right: there
+a teacher has something to give. Teacher and student: genrecal/demo/assets, made once by scripts/make_demo_assets.py.
 """
 
+import os
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,37 +19,44 @@ import torch
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
+from genrecal.compare import Asking, Comparison, Mean, Variant, compare
 from genrecal.errors import UsageError
 from genrecal.report.summary import markdown_table, plus_minus, terms_by_stage, write_report
-from genrecal.samples import SampleSet, open_samples
+from genrecal.samples import open_samples
+from genrecal.shards.answer_source import GREEDY, AnswerSource
 from genrecal.shards.inspect import summarize
 from genrecal.shards.reader import open_cache
-from genrecal.train.config import TrainConfig, load_config
-from genrecal.train.evaluate import Evaluation, evaluate, save_evaluation
+from genrecal.train.config import load_config
+from genrecal.train.evaluate import Evaluation, evaluate, evaluation_of, read_predictions, save_evaluation
 from genrecal.train.export import export
 from genrecal.train.logs import read_metrics
-from genrecal.train.loop import train
 from genrecal.train.run import Run
 from genrecal.vlm.loading import load_vlm
 
 TRAIN_SAMPLES, TEST_SAMPLES = 768, 360
+WRONG_ANSWERS = 0.3
+MAX_ANSWER_TOKENS = 48
 ASSETS = Path(str(files("genrecal.demo") / "assets"))
+ASKING = Asking(batch_size=60, dtype="float32")
 
-# A tiny student learns at rates that would ruin a pretrained one, and its batches are small.
+# A tiny student learns at rates that would ruin a pretrained one, and its batches are small. Three passes over 768
+# conversations, and one in stage 3; counted in steps, since a few of the teacher's own answers may be left out.
+STEPS = {"stage1": 144, "stage2": 144, "stage3": 48}
 SETTINGS = (
-    "gradient_checkpointing=false", "data.workers=1", "data.window=4",
-    "stage1.batch_size=16", "stage1.accumulation=1", "stage1.lr=3e-3", "stage1.lr_end=3e-4", "stage1.epochs=3",
-    "stage2.batch_size=16", "stage2.accumulation=1", "stage2.lr=2e-3", "stage2.lr_end=2e-4", "stage2.epochs=3",
-    "stage3.batch_size=16", "stage3.accumulation=1", "stage3.lr=5e-4", "stage3.lr_end=5e-5", "stage3.epochs=1",
+    "gradient_checkpointing=false", "data.workers=0", "data.window=4",
+    "stage1.lr=3e-3", "stage1.lr_end=3e-4", "stage2.lr=2e-3", "stage2.lr_end=2e-4", "stage3.lr=5e-4", "stage3.lr_end=5e-5",
+    *(f"{stage}.{setting}" for stage, steps in STEPS.items()
+      for setting in ("batch_size=16", "accumulation=1", "epochs=4", f"max_steps={steps}")),
 )  # fmt: skip
 
 
 def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], Any]) -> None:
-    """Data, cache, three stages, the SFT baseline, export, evaluation, and a table of what came out.
+    """Data, caches, students trained in three ways at equal steps, export, evaluation, and a table of what came out.
 
     torch is set to one thread: at this size two are slower (20 s against 15 s for 80 training steps on two cores), and
-    far slower beside other work. Run again into the same folder, it goes on from what is finished. Raises UsageError if
-    the cache or a run there was made with other settings or assets, or if matplotlib or scikit-learn are missing.
+    far slower beside other work; two students are trained side by side instead. Run again into the same folder, it goes on
+    from what is finished. Raises UsageError if the cache or a run there was made with other settings or assets, or if
+    matplotlib or scikit-learn are missing.
     """
     _check_imports()
     torch.set_num_threads(1)
@@ -54,81 +64,100 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], Any]) -> None:
     train_data, test_data = _write_data(out, seed)
     timings: dict[str, float] = {}
     with _timed(timings, "cache"):
-        teacher_run = HFTeacher.load(ASSETS / "teacher", dtype=torch.float32)
-        run_cache_job(
-            teacher_run,
-            open_samples([train_data]),
-            out / "cache",
-            CacheOptions(samples_per_shard=128),
+        _write_caches(out, train_data)
+    for folder in ("cache", "cache-own"):
+        summary = summarize(open_cache(out / folder))
+        size = sum(summary.bytes[f"{tier} tars"] for tier in ("samples", "questions")) / 1e6
+        say(f"{folder}: {summary.cached} conversations, {summary.answer_tokens} answer tokens, {size:.1f} MB")
+    variants = demo_variants(out)
+    load_test = partial(open_samples, [test_data])
+    with _timed(timings, "train and ask students"):
+        found = compare(
+            variants,
+            str(ASSETS / "student"),
+            load_test,
+            out / "compared",
+            seeds=[seed],
+            asking=ASKING,
+            jobs=min(2, os.cpu_count() or 1),
+            say=say,
         )
-    summary = summarize(open_cache(out / "cache"))
-    say(
-        f"cached {summary.cached} conversations, {summary.answer_tokens} answer tokens, "
-        f"{sum(summary.bytes[f'{tier} tars'] for tier in ('samples', 'questions')) / 1e6:.1f} MB"
-    )
-    models = {"teacher": ASSETS / "teacher", "student before": ASSETS / "student"}
-    for objective, name in (("sft", "student after SFT"), ("genrecal", "student after GenRecal")):
-        with _timed(timings, f"train {objective}"):
-            models[name] = _train_and_export(out, objective, seed)
-    results: dict[str, Evaluation] = {}
-    with _timed(timings, "evaluate"):
-        for name, folder in models.items():
-            results[name] = _evaluate(folder, open_samples([test_data]), name)
-            save_evaluation(results[name], out / "predictions" / f"{name.replace(' ', '-')}.jsonl")
+    with _timed(timings, "ask teacher and student before"):
+        before = {name: _ask(out, name, load_test()) for name in ("teacher", "student before")}
+    with _timed(timings, "export"):
+        students = [_export(out, variant, seed) for variant in variants]
     timings["all"] = time.monotonic() - began
-    table = _table(results)
+    after = {
+        variant.name: evaluation_of(read_predictions(variant.predictions_path(out / "compared", seed)), [])
+        for variant in variants
+    }
+    table = _table(before | after, found)
     report = out / "report.md"
-    metrics = read_metrics(out / "run-genrecal")
+    metrics = read_metrics(variants[1].run_path(out / "compared", seed))
     write_report(
         report,
         "genrecal demo",
         [
-            ("Held-out questions", f"{table}\n\n{_table_note(results)}"),
-            ("Loss terms, first and last tenth of each stage", markdown_table(
+            ("Held-out questions", f"{table}\n\n{_table_note(found)}"),
+            ("Loss terms of GenRecal, first and last tenth of each stage", markdown_table(
                 ["stage", "term", "first", "last"], terms_by_stage(metrics))),
             ("Seconds", markdown_table(["part", "seconds"], [[k, f"{v:.0f}"] for k, v in timings.items()])),
         ],
     )  # fmt: skip
     say(table)
-    say(_table_note(results))
-    say(f"cache {out / 'cache'}\nruns {out / 'run-genrecal'}, {out / 'run-sft'}")
-    say(f"students {models['student after GenRecal']}, {models['student after SFT']}\nreport {report}")
+    say(_table_note(found))
+    say(f"cache {out / 'cache'}\ncache {out / 'cache-own'}\nruns {out / 'compared' / 'runs'}")
+    say(f"students {', '.join(map(str, students))}\nreport {report}")
 
 
-def demo_config(objective: str, seed: int) -> TrainConfig:
-    """The demo's settings; both objectives take the same steps of stages 2 and 3 over the same samples."""
-    return load_config(None, [*SETTINGS, f"objective={objective}", f"seed={seed}"])
+def demo_variants(out: Path) -> list[Variant]:
+    """What is compared, the baseline first: from the given answers, or from those that the teacher wrote."""
+    return [
+        Variant(name=name, cache=str(out / cache), config=load_config(None, [*SETTINGS, f"objective={objective}"]))
+        for name, objective, cache in (
+            ("SFT", "sft", "cache"),
+            ("GenRecal", "genrecal", "cache"),
+            ("SFT on the teacher's answers", "sft", "cache-own"),
+        )
+    ]
 
 
 def _write_data(out: Path, seed: int) -> tuple[Path, Path]:
-    from genrecal.demo.data import write_dataset
+    from genrecal.demo.data import Flaws, write_dataset
 
+    flaws = Flaws(wrong_answers=WRONG_ANSWERS)
     return (
-        write_dataset(out / "data" / "train", num_samples=TRAIN_SAMPLES, split="train", seed=seed),
+        write_dataset(out / "data" / "train", num_samples=TRAIN_SAMPLES, split="train", seed=seed, flaws=flaws),
         write_dataset(out / "data" / "test", num_samples=TEST_SAMPLES, split="test", seed=seed),
     )
 
 
-def _train_and_export(out: Path, objective: str, seed: int) -> Path:
-    run = Run(
-        path=out / f"run-{objective}",
-        config=demo_config(objective, seed),
-        student=str(ASSETS / "student"),
-        cache=str(out / "cache"),
-    )
-    train(run)
-    folder = out / f"student-{objective}"
+def _write_caches(out: Path, data: Path) -> None:
+    """The teacher's states over the given answers, and over those that it writes itself."""
+    teacher = HFTeacher.load(ASSETS / "teacher", dtype=torch.float32)
+    own = AnswerSource(kind=GREEDY, max_tokens=MAX_ANSWER_TOKENS)
+    for folder, answers in (("cache", AnswerSource()), ("cache-own", own)):
+        run_cache_job(teacher, open_samples([data]), out / folder, CacheOptions(samples_per_shard=128, answers=answers))
+
+
+def _ask(out: Path, name: str, samples: Any) -> Evaluation:
+    """The answers of a model as it is shipped."""
+    model = load_vlm(ASSETS / name.split()[0], dtype=torch.float32)
+    result = evaluate(model, samples, batch_size=ASKING.batch_size, title=f"ask {name}")
+    save_evaluation(result, out / "predictions" / f"{name.replace(' ', '-')}.jsonl")
+    return result
+
+
+def _export(out: Path, variant: Variant, seed: int) -> Path:
+    folder = out / "students" / variant.folder
     shutil.rmtree(folder, ignore_errors=True)
-    export(run, folder)
+    export(Run.open(variant.run_path(out / "compared", seed)), folder)
     return folder
 
 
-def _evaluate(folder: Path, samples: SampleSet, name: str) -> Evaluation:
-    return evaluate(load_vlm(folder, dtype=torch.float32), samples, batch_size=60, title=f"evaluate {name}")
-
-
-def _table(results: dict[str, Evaluation]) -> str:
+def _table(results: dict[str, Evaluation], found: Comparison) -> str:
     categories = next(iter(results.values())).by_category
+    gains = {row.name: row.accuracy_gain for row in found.rows}
     rows = []
     for name, result in results.items():
         score = result.overall
@@ -136,18 +165,24 @@ def _table(results: dict[str, Evaluation]) -> str:
             [
                 name,
                 plus_minus(score.accuracy, score.accuracy_error, percent=True),
+                _points(gains.get(name)),
                 plus_minus(score.log_loss, score.log_loss_error),
                 *(f"{result.by_category[category].accuracy:.1%}" for category in categories),
             ]
         )
-    return markdown_table(["model", "accuracy", "answer log-loss", *categories], rows)
+    return markdown_table(["model", "accuracy", "more than SFT", "answer log-loss", *categories], rows)
 
 
-def _table_note(results: dict[str, Evaluation]) -> str:
-    n = next(iter(results.values())).overall.n
+def _points(gain: Mean | None) -> str:
+    return "" if gain is None else f"{100 * gain.value:+.1f} ± {100 * gain.error:.1f}"
+
+
+def _table_note(found: Comparison) -> str:
     return (
-        f"n = {n} held-out questions; ± one standard error over conversations, one seed. Log-loss: nats an answer, end of "
-        "turn included. SFT took the same steps of stages 2 and 3 on the same samples."
+        f"n = {found.questions} held-out questions, whose answers are right; {WRONG_ANSWERS:.0%} of the given training "
+        'answers are wrong. ± one standard error over conversations, one seed; "more than SFT": points, question by question. '
+        "Log-loss: nats an answer, end of turn included. The three students took the same steps of stages 2 and 3 over the "
+        "same pictures and questions."
     )
 
 

@@ -4,10 +4,13 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from genrecal.shards.reader import open_cache
+
+STUDENTS = {"SFT": "SFT", "GenRecal": "GenRecal", "SFT on the teacher's answers": "SFT-on-the-teacher-s-answers"}
 
 
 @pytest.mark.slow
@@ -18,19 +21,26 @@ def test_demo(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     report = (out / "report.md").read_text()
-    names = {"teacher": "teacher", "student before": "student-before", "student after SFT": "student-after-SFT",
-             "student after GenRecal": "student-after-GenRecal"}  # fmt: skip
-    accuracy = {}
-    for name, file in names.items():
-        lines = [json.loads(line) for line in (out / "predictions" / f"{file}.jsonl").read_text().splitlines()]
-        accuracy[name] = sum(line["score"] for line in lines) / len(lines)
-        shown = re.search(rf"\| {name} +\| ([\d.]+)% ± ", report)
+    files = {"teacher": "predictions/teacher.jsonl", "student before": "predictions/student-before.jsonl"}
+    files |= {name: f"compared/predictions/{folder}/seed0.jsonl" for name, folder in STUDENTS.items()}
+    accuracy, scores = {}, {}
+    for name, file in files.items():
+        lines = [json.loads(line) for line in (out / file).read_text().splitlines()]
+        scores[name] = {(line["key"], line["turn"]): line["score"] for line in lines}
+        accuracy[name] = sum(scores[name].values()) / len(lines)
+        shown = re.search(rf"\| {name} +\| ([\d.]+)% ± [\d.]+% \| ([+-][\d.]+|)", report)
         assert shown and abs(float(shown[1]) / 100 - accuracy[name]) < 6e-4
+        if name in list(STUDENTS)[1:]:
+            assert abs(float(shown[2]) / 100 - (accuracy[name] - accuracy["SFT"])) < 6e-4
         assert shown[0] in done.stdout
         assert {line["category"] for line in lines} == {"Knowledge", "Science & Math", "Chart & Document"}
+    assert all(found.keys() == scores["teacher"].keys() for found in scores.values())
     assert accuracy["teacher"] > 0.8  # it sees the pixels
-    assert accuracy["student after GenRecal"] > accuracy["student before"] + 0.05
-    assert accuracy["student after SFT"] > accuracy["student before"] + 0.05
-    assert open_cache(out / "cache").is_complete
-    for path in re.findall(r"(?:cache|report) (\S+)", done.stdout):
-        assert (tmp_path / path).exists() or path == "and"
+    assert accuracy["SFT on the teacher's answers"] > accuracy["SFT"] + 0.01  # three in ten given ones are wrong
+    assert accuracy["SFT on the teacher's answers"] > accuracy["student before"] + 0.05
+    given, own = (open_cache(out / name) for name in ("cache", "cache-own"))
+    assert given.is_complete and own.is_complete
+    same = [a.sample.answers == b.sample.answers for a, b in zip(given, own, strict=False) if a.key == b.key]
+    assert 0.5 < sum(same) / len(same) < 0.8  # a conversation has 1.4 answers
+    for path in re.findall(r"^(?:cache|report|students) (\S+?)(?:,.*)?$", done.stdout, flags=re.MULTILINE):
+        assert Path(path).exists()
