@@ -65,11 +65,7 @@ def test_what_is_installed_is_what_is_imported():
     extras = {name for items in PROJECT["optional-dependencies"].values() for name in names(items)}
     package_of = {module: package for package, module in MODULES.items()}
     packages = {package_of.get(module, module) for module in imported()}
-    unseen = {
-        "jinja2",  # transformers renders chat templates with it, and does not require it
-        "tensorboard",  # torch.utils.tensorboard writes with it, and torch does not require it
-    }
-    assert needed - packages == unseen
+    assert needed - packages == {"tensorboard"}  # torch.utils.tensorboard writes with it, and torch does not require it
     brought = {"huggingface_hub", "llvmlite", "tokenizers"}  # by transformers and numba, as parts of their interfaces
     assert packages - needed - extras - brought == set()
 

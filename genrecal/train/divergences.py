@@ -228,19 +228,17 @@ def _cells(
     stored = target.log_probs.to(logits.dtype)
     shared = target.ids < divergence.shared_ids
     ids = torch.where(shared, target.ids, 0)
-    # A padding id among the k has no part in either distribution.
-    log_p = torch.where(shared, stored, NOTHING)
-    of_padding = torch.where(shared, 0.0, stored.exp()).sum(-1, keepdim=True).clamp_max(1 - LEAST_TAIL)
-    log_p = log_p - of_padding.neg().log1p()
     log_q = torch.where(shared, logits.gather(1, ids) - log_sum, NOTHING)
     listed = torch.zeros(len(logits), divergence.shared_ids + 1, dtype=torch.bool, device=logits.device)
     listed.scatter_(1, torch.where(shared, target.ids, divergence.shared_ids), True)  # the last column: padding ids
     log_rest = logits.masked_fill(listed[:, :-1], float("-inf")).logsumexp(-1, keepdim=True) - log_sum
     least = LEAST_TAIL if divergence.name == "reverse-kl" else 1e-38
-    log_tail = (1 - log_p.double().exp().sum(-1, keepdim=True)).clamp_min(least).log().to(log_p.dtype)
+    log_tail = (1 - stored.double().exp().sum(-1, keepdim=True)).clamp_min(least).log().to(stored.dtype)
     whole = shared.sum(-1, keepdim=True) == divergence.shared_ids  # nothing is left for the rest
     log_tail, log_rest = (torch.where(whole, NOTHING, value) for value in (log_tail, log_rest))
-    return torch.cat([log_p, log_tail], -1), torch.cat([log_q, log_rest], -1)
+    # A padding id among the k has no part in either distribution: what is left of the teacher's is brought to 1.
+    log_p = torch.cat([torch.where(shared, stored, NOTHING), log_tail], -1).log_softmax(-1)
+    return log_p, torch.cat([log_q, log_rest], -1)
 
 
 def _estimate(logits: torch.Tensor, target: Sampled) -> torch.Tensor:

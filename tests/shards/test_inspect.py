@@ -428,9 +428,9 @@ def test_a_teacher_that_does_not_know_the_answers_is_said_so(cache):
     (0.3, -12.0, 152_064, True), (0.02, -3.0, 400, True), (math.nan, math.nan, 400, False),
 ])  # fmt: skip
 def test_when_a_teacher_is_called_blind(agreement, log_prob, rows, warned):
-    from genrecal.shards.inspect import _blind_teacher
+    from genrecal.shards.inspect import blind_teacher
 
-    assert bool(list(_blind_teacher(agreement, log_prob, rows))) == warned
+    assert bool(list(blind_teacher(agreement, log_prob, rows))) == warned
 
 
 def test_histograms_of_nothing_of_one_value_and_of_nan():

@@ -41,6 +41,7 @@ def told(tiny, made, tmp_path, capsys):
                     str(tmp_path / "r"),
                     "--set",
                     "data.workers=0",
+                    "--set",
                     "measure.samples=0",
                     "--set",
                     "loss.reg_weight=0",
