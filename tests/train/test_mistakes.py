@@ -86,7 +86,7 @@ def test_a_student_with_the_processor_of_another_family(told, tiny, tmp_path):
         (student / name).unlink(missing_ok=True)
         if (tiny("qwen2_vl") / name).exists():
             shutil.copy(tiny("qwen2_vl") / name, student)
-    status, line = told(*FEW, "--stages", "1", student=student, kept=["run.json"])
+    status, line = told(*FEW, "--stages", "1", student=student, kept=["cache-facts.json", "run.json"])
     assert status == 1 and "files of this model, got those of a Qwen2VLProcessor" in line
 
 
@@ -95,7 +95,7 @@ def test_the_folder_of_a_run_with_another_student_or_tokenizer(told, made, tiny,
         raise TrainingError("stopped")
 
     monkeypatch.setattr(TorchEngine, "micro_step", stop)
-    begun = ["run.json", "metrics.jsonl", "tensorboard"]
+    begun = ["cache-facts.json", "run.json", "metrics.jsonl", "tensorboard"]
     assert told(*FEW, "--stages", "1", kept=begun) == (1, "genrecal: error: stopped")
     status, line = told(*FEW, "--stages", "1", student=tiny("qwen2_vl"), kept=begun)
     assert status == 2 and "holds another run: student was" in line and line.endswith("Use another --out")
@@ -119,7 +119,7 @@ def test_out_of_memory_says_what_takes_less(told, monkeypatch):
     """With an allocation that the machine really refuses."""
     monkeypatch.setattr(TorchEngine, "micro_step", lambda self, *_, **__: torch.empty(2**50))
     words = ["--stages", "1", "--set", "gradient_checkpointing=false"]
-    status, line = told(*FEW, *words, kept=["run.json", "metrics.jsonl", "tensorboard"])
+    status, line = told(*FEW, *words, kept=["cache-facts.json", "run.json", "metrics.jsonl", "tensorboard"])
     assert status == 1 and "stage 1: out of memory" in line and "can't allocate memory" in line
     for setting in (
         "stage1.batch_size than 4",
