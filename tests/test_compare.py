@@ -227,4 +227,4 @@ def test_runs_side_by_side_are_the_same_runs(command, tmp_path):
     results = [command(tmp_path / f"jobs{jobs}", *words, "--jobs", jobs) for jobs in (1, 2)]
     assert [status for status, *_ in results] == [0, 0]
     assert results[0][1] == results[1][1]
-    assert (tmp_path / "jobs2/runs/sft/seed1/output.txt").read_text().startswith("stage 2: ")
+    assert "\nstage 2: " in (tmp_path / "jobs2/runs/sft/seed1/output.txt").read_text()
