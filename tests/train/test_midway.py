@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -184,7 +185,11 @@ def test_weights_and_biases_offline(run_of, monkeypatch):
     train(run, stages=[1])
     (file,) = run.path.glob("wandb/offline-run-*/*.wandb")
     name = (run.path / "wandb-id").read_text()
-    records = list(wandb_records(file))
+    for _ in range(40):  # its own process writes the file, late where the machine is busy
+        records = list(wandb_records(file))
+        if any(record.HasField("exit") for record in records):
+            break
+        time.sleep(0.25)
     (begun,) = [record.run for record in records if record.HasField("run")][:1]
     assert (begun.run_id, begun.project) == (name, "genrecal-tests") and name in file.name
     rows = [
