@@ -1,7 +1,8 @@
 """From a process that loads to the one that trains: all tensors of an object in one buffer.
 
 torch shares every tensor's memory by itself, with a file descriptor that is asked for over a socket; of a micro-batch's two
-dozen tensors that takes longer than their bytes. `unpack(pack(x))` is x, its tensors views of one buffer.
+dozen tensors that takes longer than their bytes. `unpack(pack(x))` is x, its tensors views of one buffer. Like torch's own
+way it pickles, between processes of one run: nothing that was read from a file or a cache is ever unpickled.
 """
 
 import io
