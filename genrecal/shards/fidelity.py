@@ -64,23 +64,31 @@ def compare(head: FrozenHead, states: np.ndarray, decoded: np.ndarray) -> Fideli
     """Fidelity of `decoded` against `states`, both float32 `[R, D]`, through the head a few rows at a time."""
     import torch
 
+    def logits(part: np.ndarray) -> torch.Tensor:
+        # In memory of torch's own, which begins at 64 bytes: a product of float32 may round in another way elsewhere, and a
+        # shard's bytes hold these figures.
+        return head.logits(torch.from_numpy(part).clone().to(head.weight.device)).log_softmax(-1)
+
     divergences, agreements = [], []
-    device = head.weight.device
     for start in range(0, len(states), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
-        log_p = head.logits(torch.from_numpy(states[rows]).to(device)).log_softmax(-1)
-        log_q = head.logits(torch.from_numpy(decoded[rows]).to(device)).log_softmax(-1)
+        log_p, log_q = logits(states[rows]), logits(decoded[rows])
         divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0).cpu().numpy())
         agreements.append((log_p.argmax(-1) == log_q.argmax(-1)).cpu().numpy())
     kl, agreement = np.concatenate(divergences), np.concatenate(agreements)
     a, b = states.astype(np.float64), decoded.astype(np.float64)
-    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    lengths = _length(a, axis=1) * _length(b, axis=1)
     cosine = np.where(lengths > 0, (a * b).sum(1) / np.where(lengths > 0, lengths, 1), 1.0)
     return Fidelity(
         rows=len(states),
-        relative_l2=float(np.linalg.norm(a - b) / max(np.linalg.norm(a), np.finfo(np.float64).tiny)),
+        relative_l2=float(_length(a - b) / max(_length(a), np.finfo(np.float64).tiny)),
         cosine=float(cosine.mean()),
         kl_mean=float(kl.mean()),
         kl_p99=float(np.quantile(kl, 0.99)),
         top1_agreement=float(agreement.mean()),
     )
+
+
+def _length(values: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """The 2-norm, summed in numpy's own order; `np.linalg.norm` asks BLAS, whose order depends on the number of threads."""
+    return np.sqrt(np.square(values).sum(axis))

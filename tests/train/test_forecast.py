@@ -88,7 +88,7 @@ def measured_peak(run, cache, stage, dtype, size):
         splice=batch.splice.rows.shape[1] if batch.splice else 0,
         reg_splice=batch.reg_splice.rows.shape[1] if batch.reg_splice else 0,
         answers=len(batch.target_ids) if batch.target_ids is not None else 0,
-        most_answers=batch.splice.reads.positions.shape[1] if batch.splice else 0,
+        most_answers=int(cache.column("answer_tokens")[:size].max()) if batch.target_ids is not None else 0,
         questions=len(batch.question_states) if batch.reg_splice else 0,
         student_answers=len(batch.sft_ids),
     )
