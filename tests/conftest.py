@@ -9,7 +9,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # `set_num_threads` below does not reach threads made later, nor processes
+# `set_num_threads` below does not reach threads that are made later, nor processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import tiny_models
