@@ -320,7 +320,7 @@ def measure(what: str, stage: int, options: argparse.Namespace) -> dict[str, flo
             path=Path(out) / "run",
             config=load_config(None, settings),
             student=str(options.work / "student"),
-            cache=str(options.work / "cache"),
+            caches=(str(options.work / "cache"),),
         )
         if stage == 2:
             loop.train(run, stages=[1])

@@ -111,7 +111,7 @@ def run_regime(regime: Regime, chosen: list[str], out: Path, seeds: list[int], j
             if not chosen or v.name in chosen
         ],
         None,
-        cache=str(given),
+        caches=[str(given)],
         settings=SETTINGS,
     )
     asking = Asking(batch_size=60, dtype="float32")

@@ -635,7 +635,12 @@ def verify(
 
 @app.command()
 def train(
-    cache: Annotated[str, typer.Option(help="Cache directory or URL.")],
+    cache: Annotated[
+        list[str],
+        typer.Option(
+            help="Cache directory or URL; may be repeated, to mix caches of one teacher (--set data.weights=[1,0.5])."
+        ),
+    ],
     student: Annotated[str, typer.Option(help="Student model: a folder or a hub name.")],
     out: Annotated[Path, typer.Option(help="Run directory; an unfinished run of the same settings goes on.")],
     stages: Annotated[str, typer.Option(help="Stages to train, such as 1,2,3 or 2.")] = "1,2,3",
@@ -673,7 +678,7 @@ def train(
     if teacher is not None and not teacher.startswith("live:"):
         raise UsageError(f"--teacher {teacher!r}: expected live:MODEL")
     if dry_run:
-        from genrecal.shards.reader import open_cache
+        from genrecal.shards.mixture import open_caches
         from genrecal.train.forecast import ForecastOptions, forecast_text, make_forecast
 
         assumed = ForecastOptions(
@@ -682,7 +687,7 @@ def train(
         forecast = make_forecast(
             settings,
             student,
-            open_cache(cache),
+            open_caches(cache, settings.data.weights),
             assumed,
             stages=numbers,
             out=out,
@@ -700,14 +705,14 @@ def train(
         path=out,
         config=settings,
         student=student,
-        cache=cache,
+        caches=tuple(cache),
         teacher=teacher or "cache",
         trust_remote_code=trust_remote_code,
     )
     live = None
     if teacher:
         device = str(own_device(settings.device))
-        live = _live_teacher(teacher.removeprefix("live:"), cache, device, trust_remote_code)
+        live = _live_teacher(teacher.removeprefix("live:"), cache[0], device, trust_remote_code)
     train(run, stages=numbers, live_teacher=live)
     if world_size() and os.environ["RANK"] != "0":
         return
@@ -925,7 +930,10 @@ def _option(name: str) -> str:
 
 @app.command()
 def compare(
-    cache: Annotated[str, typer.Option(help="Cache directory or URL, of every variant that names no other.")],
+    cache: Annotated[
+        list[str],
+        typer.Option(help="Cache directory or URL, of every variant that names no other; may be repeated to mix."),
+    ],
     student: Annotated[str, typer.Option(help="Student model: a folder or a hub name.")],
     data: Annotated[list[Path], typer.Option(help="Held-out data files, as for cache.")],
     out: Annotated[Path, typer.Option(help="Folder of the runs and the table; finished runs there are found again.")],
@@ -958,7 +966,7 @@ def compare(
     from genrecal.compare import Asking, compare, comparison_text, variants_of
     from genrecal.samples import open_samples
 
-    variants = variants_of(try_ or [], tries, cache=cache, config=config, settings=set_ or [])
+    variants = variants_of(try_ or [], tries, caches=cache, config=config, settings=set_ or [])
     _dtype(dtype)  # a wrong name is refused here
     try:
         numbers = [int(part) for part in seeds.split(",")]

@@ -28,7 +28,7 @@ from genrecal.errors import DataError, GenrecalError, SampleError, TrainingError
 from genrecal.files import write_whole
 from genrecal.report.summary import markdown_table, plus_minus
 from genrecal.samples import BadRecord, SampleSet, decode_image
-from genrecal.shards.reader import Cache
+from genrecal.shards.mixture import Mixture
 from genrecal.train.config import TrainConfig, config_from, read_settings
 from genrecal.train.evaluate import Prediction, clustered_mean, evaluate, read_predictions, save_evaluation
 from genrecal.train.loop import check_stages, open_for, plan_stage, train
@@ -44,10 +44,10 @@ PROBED = 64  # records among which one must be a question that the student can b
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One way to train: a name for the table, the cache it learns from, and its settings (their seed is not used)."""
+    """One way to train: a name for the table, the caches it learns from, and its settings (their seed is not used)."""
 
     name: str
-    cache: str
+    caches: tuple[str, ...]
     config: TrainConfig
 
     @property
@@ -111,15 +111,20 @@ class Comparison:
 
 
 def variants_of(
-    tries: Sequence[str], file: Path | None, *, cache: str, config: Path | None = None, settings: Sequence[str] = ()
+    tries: Sequence[str],
+    file: Path | None,
+    *,
+    caches: Sequence[str],
+    config: Path | None = None,
+    settings: Sequence[str] = (),
 ) -> list[Variant]:
     """What the command line asks for, in its order: `--try` first, then the tables of a TOML file.
 
     Args:
         tries: "NAME=SETTINGS", the settings as for `--set` with spaces between them, `cache=...` one of them for another
-            cache than the others'; or the name of an objective alone.
+            cache than the others', or a list of several; or the name of an objective alone.
         file: TOML with a table of settings for each variant.
-        cache, config, settings: of all variants, where they say nothing else.
+        caches, config, settings: of all variants, where they say nothing else.
 
     Raises UsageError for settings that do not exist, names that are given twice, and a seed.
     """
@@ -144,13 +149,14 @@ def variants_of(
     variants = []
     for name, table in tables:
         values = _merged(common, table)
-        own_cache = values.pop("cache", cache)
+        own = values.pop("cache", list(caches))
+        own = [own] if isinstance(own, str) else own
         if "seed" in values:
             raise UsageError(f"{name}: seed is set by --seeds, which are the same for all variants; leave it out")
-        if not isinstance(own_cache, str):
-            raise UsageError(f"{name}: cache: expected a directory or URL, got {own_cache!r}")
+        if not isinstance(own, list) or not own or not all(isinstance(path, str) for path in own):
+            raise UsageError(f"{name}: cache: expected a directory or URL, or a list of them, got {own!r}")
         try:
-            variants.append(Variant(name=name, cache=own_cache, config=config_from(values)))
+            variants.append(Variant(name=name, caches=tuple(own), config=config_from(values)))
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
     return variants
@@ -219,7 +225,7 @@ def compare(
             path=variant.run_path(out, seed),
             config=replace(variant.config, seed=seed),
             student=student,
-            cache=variant.cache,
+            caches=variant.caches,
             trust_remote_code=trust_remote_code,
         )
         for seed in seeds
@@ -270,7 +276,7 @@ def _check_runs(runs: dict[tuple[int, Variant], Run], stages: Sequence[int]) -> 
 
     Raises UsageError for whatever would stop one of the runs, and for unequal steps or samples.
     """
-    caches: dict[str, Cache] = {}  # of each variant
+    caches: dict[str, Mixture] = {}  # of each variant
     taken: dict[str, dict[int, tuple[int, int]]] = {}  # likewise, in each stage: steps, samples
     for (_, variant), run in runs.items():
         name = variant.name

@@ -24,7 +24,10 @@ def read_run_file(run: Path) -> dict[str, Any]:
     """What the run is of. Raises UsageError if the folder is no run."""
     path = run / RUN_FILE
     try:
-        return dict(json.loads(path.read_text()))
+        content = dict(json.loads(path.read_text()))
+        if "cache" in content:  # of a version in which a run had one cache
+            content["caches"], content["caches_sha256"] = [content.pop("cache")], [content.pop("cache_sha256", "")]
+        return content
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{run}: not a run: {RUN_FILE}: {error}; `genrecal train --out {run}` makes one") from None
 

@@ -27,7 +27,7 @@ def exported_student(name: str, folder: Path) -> Path:
     )
     assert cache.cached == 4
     config = load_config(settings=SETTINGS)
-    run = Run(path=folder / "run", config=config, student=str(ASSETS / name), cache=str(folder / "cache"))
+    run = Run(path=folder / "run", config=config, student=str(ASSETS / name), caches=(str(folder / "cache"),))
     train(run, stages=[1, 2])
     export(run, folder / "student")
     return folder / "student"

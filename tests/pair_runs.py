@@ -50,7 +50,7 @@ def note_pair(property_of: Callable[[str, object], None], teacher: str, student:
 def train_and_check(cache: Path, student: Path, folder: Path, *settings: str) -> Run:
     """Train a student from a cache, export it, and use it as a stranger would, with transformers alone."""
     config = load_config(None, [*SETTINGS, *settings])
-    run = Run(path=folder / "run", config=config, student=str(student), cache=str(cache))
+    run = Run(path=folder / "run", config=config, student=str(student), caches=(str(cache),))
     train(run)
     lines = read_metrics(run.path)
     for stage, terms in TERMS.items():

@@ -29,10 +29,11 @@ TRIES = ["--try", "sft", "--try", "no reg=loss.reg_weight=0"]
 def test_variants_take_common_settings_and_their_own(tmp_path):
     file = tmp_path / "tries.toml"
     file.write_text('["kl 3"]\ncache = "caches/other"\n[sft]\nobjective = "sft"\nstage2.lr = 3e-4\n')
-    tries = ["genrecal", "strong = loss.kl_weight=3 stage2.lr=2e-4"]
-    found = variants_of(tries, file, cache="c", settings=["stage2.lr=1e-3", "stage2.epochs=2"])
-    assert [(v.name, v.folder, v.cache) for v in found] == [
-        ("genrecal", "genrecal", "c"), ("strong", "strong", "c"), ("kl 3", "kl-3", "caches/other"), ("sft", "sft", "c"),
+    tries = ["genrecal", 'strong = loss.kl_weight=3 stage2.lr=2e-4 \'cache=["e", "f"]\'']
+    found = variants_of(tries, file, caches=["c", "d"], settings=["stage2.lr=1e-3", "stage2.epochs=2"])
+    assert [(v.name, v.folder, v.caches) for v in found] == [
+        ("genrecal", "genrecal", ("c", "d")), ("strong", "strong", ("e", "f")), ("kl 3", "kl-3", ("caches/other",)),
+        ("sft", "sft", ("c", "d")),
     ]  # fmt: skip
     assert [v.config.objective for v in found] == ["genrecal", "genrecal", "genrecal", "sft"]
     assert [v.config.stage2.lr for v in found] == [1e-3, 2e-4, 1e-3, 3e-4]
@@ -47,7 +48,7 @@ def test_variants_take_common_settings_and_their_own(tmp_path):
         (["a=loss.kl_wait=3"], "", "a: unknown setting loss.kl_wait; the nearest one is loss.kl_weight"),
         (["a=objective"], "", "--try a 'objective': expected a.b=value"),
         (["a=seed=3"], "", "a: seed is set by --seeds"),
-        (["a=cache=3"], "", "a: cache: expected a directory or URL, got 3"),
+        (["a=cache=3"], "", "a: cache: expected a directory or URL, or a list of them, got 3"),
         ([], "lr = 1", "lr stands in no table"),
         ([], "[a", "tries.toml: "),
     ],
@@ -55,7 +56,7 @@ def test_variants_take_common_settings_and_their_own(tmp_path):
 def test_wrong_variants(tmp_path, tries, content, message):
     (tmp_path / "tries.toml").write_text(content)
     with pytest.raises(UsageError) as raised:
-        variants_of(tries, tmp_path / "tries.toml", cache="c")
+        variants_of(tries, tmp_path / "tries.toml", caches=["c"])
     assert message in str(raised.value)
 
 
@@ -137,7 +138,7 @@ def test_a_comparison(made, tiny, command, tmp_path):
     assert "no reg, seed 1: accuracy" in told and "4 of 4 runs" in told
 
     config = load_config(None, [*SETTINGS, "loss.reg_weight=0", "seed=1"])
-    run = Run(path=tmp_path / "run", config=config, student=str(tiny("internvl_qwen2")), cache=str(made / "cache"))
+    run = Run(path=tmp_path / "run", config=config, student=str(tiny("internvl_qwen2")), caches=(str(made / "cache"),))
     train(run)
     asked = open_samples([made / "asked" / "data.json"])
     expected = evaluate(run.student_after(3, "float32"), asked, max_new_tokens=3).predictions

@@ -113,7 +113,7 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], Any]) -> None:
 def demo_variants(out: Path) -> list[Variant]:
     """What is compared, the baseline first: from the given answers, or from those that the teacher wrote."""
     return [
-        Variant(name=name, cache=str(out / cache), config=load_config(None, [*SETTINGS, f"objective={objective}"]))
+        Variant(name=name, caches=(str(out / cache),), config=load_config(None, [*SETTINGS, f"objective={objective}"]))
         for name, objective, cache in (
             ("SFT", "sft", "cache"),
             ("GenRecal", "genrecal", "cache"),

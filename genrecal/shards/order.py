@@ -5,6 +5,7 @@ samples. So resuming is arithmetic. Shards are shuffled, then samples within win
 each other on disk; within a global batch, samples of like length go together.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -60,6 +61,59 @@ class SampleOrder:
             pieces.append(self._window(epoch, number)[at : at + taken])
             start += taken
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+
+class MixedOrder:
+    """Several caches' endless streams as one, in an even mix: any stretch has of each cache its share, to a few samples.
+
+    An epoch takes `counts[i]` samples of stream i, the ones after those of the epoch before, so that each sample of a cache
+    comes as often as any other. They stand in the order of `(k + 1/2) / counts[i]`, k counting a stream's samples in the
+    epoch; this places them without those before, as `SampleOrder` does.
+
+    Args:
+        orders: each cache's. Samples have one index over all caches, those of a cache after those of the one before.
+        counts: int `[caches]`.
+    """
+
+    def __init__(self, orders: Sequence[SampleOrder], counts: np.ndarray):
+        self.orders, self.counts = orders, [int(count) for count in counts]
+        self.num_samples = sum(self.counts)
+        self._starts = np.cumsum([0, *(order.num_samples for order in orders)])
+
+    def slice(self, start: int, end: int) -> np.ndarray:
+        """int64: the indices at places [start, end) of the endless stream."""
+        pieces = []
+        while start < end:
+            epoch, place = divmod(start, self.num_samples)
+            taken = min(end - start, self.num_samples - place)
+            pieces.append(self._of_epoch(epoch, place, place + taken))
+            start += taken
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+    def _of_epoch(self, epoch: int, start: int, end: int) -> np.ndarray:
+        found = np.empty(end - start, np.int64)
+        slack = len(self.counts) + 1  # no sample stands further than this from its share of the places
+        for number, (order, count) in enumerate(zip(self.orders, self.counts, strict=True)):
+            first = max(start * count // self.num_samples - slack, 0)
+            last = min(end * count // self.num_samples + slack, count)
+            samples = np.arange(first, last)
+            places = self._places(number, samples)
+            inside = (places >= start) & (places < end)
+            if inside.any():
+                ahead = epoch * count + int(samples[inside][0])
+                taken = order.slice(ahead, ahead + int(inside.sum()))
+                found[places[inside] - start] = self._starts[number] + taken
+        return found
+
+    def _places(self, number: int, samples: np.ndarray) -> np.ndarray:
+        """Where an epoch's samples stand, which are its first, second, ... of a stream: after as many as come before them."""
+        places, count = samples.copy(), self.counts[number]
+        for other, others in enumerate(self.counts):
+            # Of another stream's samples m: (2 m + 1) / others is smaller, or the same and its cache is before this one.
+            ahead = (2 * samples + 1) * others - count
+            if other != number:
+                places += ahead // (2 * count) + 1 if other < number else -(-ahead // (2 * count))
+        return places
 
 
 def micro_batches(

@@ -4,7 +4,7 @@ import bisect
 import hashlib
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -219,10 +219,7 @@ class Cache(Sequence["CachedRecord"]):
     ) -> list[Record | DamageError]:
         """`self[i].record()` of each; in the place of a damaged one stands the error that says so."""
 
-        def reading(index: int) -> Reading:
-            return (yield from self[index].reading(question=question, memory=memory))
-
-        return _in_step([reading(index) for index in indices])
+        return read_in_step(self, indices, question=question, memory=memory)
 
     def by_key(self, key: str) -> "CachedRecord":
         """The record of that key. Raises FormatError if there is none, with the reason if it was skipped."""
@@ -257,6 +254,13 @@ class ShardManifest:
 
     table: pa.Table
     facts: dict[str, Any]
+    _values: dict[str, list[Any]] = field(default_factory=dict, repr=False, compare=False)
+
+    def value(self, name: str, place: int) -> Any:
+        """A row's value in a column. One at a time out of Arrow, four take as long as a short record's states."""
+        if name not in self._values:
+            self._values[name] = self.table.column(name).to_pylist()
+        return self._values[name][place]
 
     def members(self, place: int) -> list[dict[str, Any]]:
         """A row's members. Arrow's own way to them takes as long as reading a short one."""
@@ -278,7 +282,7 @@ class ShardManifest:
 
 
 class Row(Mapping[str, Any]):
-    """One row of a manifest as a mapping; a value is taken out of its column when it is asked for."""
+    """One row of a manifest as a mapping; a column is taken out of Arrow when a value of it is first asked for."""
 
     def __init__(self, manifest: ShardManifest, place: int):
         self._manifest, self._place = manifest, place
@@ -286,7 +290,7 @@ class Row(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         if name == "members":
             return self._manifest.members(self._place)
-        return self._manifest.table.column(name)[self._place].as_py()
+        return self._manifest.value(name, self._place)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._manifest.table.column_names)
@@ -299,11 +303,12 @@ class Row(Mapping[str, Any]):
 class CachedRecord:
     """One sample of a cache; every property reads what it needs from disk, and no more.
 
-    `row` is its manifest row.
+    `row` is its manifest row; `of` stands before the key of its sample, where records of several caches meet.
     """
 
     cache: Cache
     row: Mapping[str, Any]
+    of: str = ""
 
     @cached_property
     def _members(self) -> list[dict[str, Any]]:
@@ -338,7 +343,8 @@ class CachedRecord:
             for member, data in zip(members[1:], parts[1:], strict=True)
         ]
         try:
-            sample = Sample.from_json(self.key, strict_json(parts[0], MOST_CONVERSATION_BYTES), images)
+            key = f"{self.of}/{self.key}" if self.of else self.key
+            sample = Sample.from_json(key, strict_json(parts[0], MOST_CONVERSATION_BYTES), images)
             if any(index >= len(images) for index in sample.image_indices):
                 raise ValueError(f"it names images {sample.image_indices}, of {len(images)}")
             return sample
@@ -494,6 +500,17 @@ class CachedRecord:
 
 
 Reading = Generator[None, None, Record]
+
+
+def read_in_step(
+    records: Sequence[CachedRecord], indices: Iterable[int], *, question: bool, memory: Memory
+) -> list[Record | DamageError]:
+    """`records[i].record()` of each; in the place of a damaged one stands the error that says so."""
+
+    def reading(index: int) -> Reading:
+        return (yield from records[index].reading(question=question, memory=memory))
+
+    return _in_step([reading(index) for index in indices])
 
 
 def _in_step(readings: Sequence[Reading]) -> list[Record | DamageError]:

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from genrecal.errors import DamageError, GenrecalError, SampleError
 from genrecal.samples import ImageRef, Message, Sample
 from genrecal.shards.memory import BatchMemory
-from genrecal.shards.order import SampleOrder, micro_batches
+from genrecal.shards.mixture import Mixture
+from genrecal.shards.order import MixedOrder, micro_batches
 from genrecal.shards.reader import Cache
 from genrecal.shards.record import AnswerRows, Record
 from genrecal.train.align import align
@@ -135,7 +136,7 @@ class RecordSource(Protocol):
 class ShardSource:
     """Reads what is asked for from the shards, and nothing else. Records last until the next are fetched."""
 
-    def __init__(self, cache: Cache):
+    def __init__(self, cache: Cache | Mixture):
         self.cache, self._memory = cache, BatchMemory()
 
     def fetch(self, indices: Sequence[int], *, teacher: bool, questions: bool) -> list[Fetched]:
@@ -155,7 +156,7 @@ class ShardSource:
 class LiveSource:
     """Takes the samples from the cache and makes their states anew with a teacher that stands beside the student."""
 
-    def __init__(self, cache: Cache, live: Any):
+    def __init__(self, cache: Cache | Mixture, live: Any):
         self.cache, self.live = cache, live
 
     def fetch(self, indices: Sequence[int], *, teacher: bool, questions: bool) -> list[Fetched]:
@@ -519,7 +520,7 @@ class Step:
 def micro_batch_stream(
     builder: BatchBuilder,
     *,
-    order: SampleOrder,
+    order: MixedOrder,
     lengths: np.ndarray,
     steps: range,
     global_batch: int,

@@ -123,6 +123,8 @@ class DataConfig:
             names it in the metrics and counts it.
         vision_cache_gb: memory for the embeddings of pictures in stages 1 and 2, where nothing that makes them is trained:
             a picture met again, in another epoch, is not encoded again. For each process; 0 keeps none.
+        weights: with several caches, how often an epoch takes each one's samples, in the order of `--cache`: 0.5 takes half
+            of them, and the next epoch the other half; 2 takes each twice. Empty for once each.
         max_skip: share of a stage's samples that may be left out before the stage stops: those that the student cannot
             take (too long, or with a text that holds one of its special tokens), and damaged ones.
     """
@@ -130,12 +132,15 @@ class DataConfig:
     workers: int = 2
     window: int = 16
     on_damage: str = "fail"
+    weights: tuple[float, ...] = ()
     max_skip: float = 0.01
     vision_cache_gb: float = 0.0
 
     def __post_init__(self) -> None:
         if self.on_damage not in ("fail", "skip"):
             raise UsageError(f"data.on_damage {self.on_damage!r}: expected fail or skip")
+        if not all(0 < weight < float("inf") for weight in self.weights):
+            raise UsageError(f"data.weights {list(self.weights)}: expected numbers above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,11 +317,15 @@ def _build(default: Any, values: dict[str, Any], prefix: str) -> Any:
                 raise UsageError(f"setting {prefix}{name}: expected a table, got {value!r}")
             changed[name] = _build(old, value, f"{prefix}{name}.")
         else:
-            changed[name] = _converted(old, value, f"{prefix}{name}")
+            changed[name] = _converted(old, value, f"{prefix}{name}", kind=fields[name].type)
     return dataclasses.replace(default, **changed)
 
 
-def _converted(old: Any, value: Any, key: str) -> Any:
+def _converted(old: Any, value: Any, key: str, *, kind: Any = None) -> Any:
+    if kind == tuple[float, ...]:
+        if isinstance(value, list) and all(type(item) in (int, float) for item in value):
+            return tuple(map(float, value))
+        raise UsageError(f"setting {key}: expected a list of numbers, got {value!r}")
     if isinstance(old, tuple):
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return tuple(value)

@@ -42,7 +42,7 @@ def export(run: Run, out: Path, *, cache: str | None = None, stage: int | None =
         raise UsageError(f"--out {out}: exists already; choose another folder or delete it")
     base = model_folder(run.student)
     student = run.student_after(stage, "auto")
-    samples = _check_samples(cache or run.cache, student)
+    samples = _check_samples(cache or run.caches[0], student)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(out)
     shutil.rmtree(temporary, ignore_errors=True)

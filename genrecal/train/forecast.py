@@ -16,7 +16,7 @@ import torch
 
 from genrecal.errors import ModelError, SampleError, UsageError
 from genrecal.progress import human_bytes
-from genrecal.shards.reader import Cache
+from genrecal.shards.mixture import Mixture
 from genrecal.train.activations import StepShape, TeacherSide, activation_bytes
 from genrecal.train.batches import Wanted
 from genrecal.train.config import TrainConfig
@@ -159,7 +159,7 @@ class Forecast:
 def make_forecast(
     config: TrainConfig,
     student: str,
-    cache: Cache,
+    cache: Mixture,
     options: ForecastOptions,
     *,
     stages: Sequence[int] = (1, 2, 3),
@@ -174,9 +174,10 @@ def make_forecast(
 
     Raises ModelError if the student cannot be built from its config, UsageError as training with these settings would.
     """
-    check_cache(config.objective, cache)
+    for each in cache.caches:
+        check_cache(config.objective, each)
     if processor_files(model_folder(student)):
-        check_pair(config.objective, cache, student, trust_remote_code=trust_remote_code)
+        check_pair(config.objective, cache.first, student, trust_remote_code=trust_remote_code)
     model = meta_model(student, trust_remote_code=trust_remote_code)
     lengths = _Lengths.measure(cache, student, options.probe, config, trust_remote_code)
     sizes = shape_of_model(model, name=student)
@@ -186,7 +187,7 @@ def make_forecast(
     return Forecast(
         student=student,
         student_parameters=sizes.parameters,
-        teacher=str(cache.description["teacher"]["name"]),
+        teacher=str(cache.first.description["teacher"]["name"]),
         engine=resolve_engine(config.engine, options.gpus),
         gradient_checkpointing=config.gradient_checkpointing,
         stages=forecasts,
@@ -200,7 +201,7 @@ def _stage(
     stage: int,
     config: TrainConfig,
     student: str,
-    cache: Cache,
+    cache: Mixture,
     options: ForecastOptions,
     lengths: "_Lengths",
     sizes: ModelShape,
@@ -214,9 +215,9 @@ def _stage(
     shape = lengths.longest(plan.indices, settings.batch_size, wanted)
     teacher = TeacherSide(
         hidden_size=cache.hidden_size,
-        head_rows=int(cache.description["head_rows"]),
-        top_k=int(cache.description["top_k"]),
-        draws=cache.draws,
+        head_rows=cache.head_rows,
+        top_k=int(cache.first.description["top_k"]),
+        draws=cache.first.draws,
     )
     activations = {}
     for checkpointing in (True, False):
@@ -269,7 +270,7 @@ class _Student:
 
 
 def count_parameters(
-    stage: int, model: Any, config: TrainConfig, cache: Cache, dtype: torch.dtype, *, path: str = ""
+    stage: int, model: Any, config: TrainConfig, cache: Mixture, dtype: torch.dtype, *, path: str = ""
 ) -> Parameters:
     """What a stage trains and what it holds frozen.
 
@@ -297,8 +298,8 @@ def count_parameters(
     for name, bridge in bridges.items():
         trained[name] = sum(parameter.numel() for parameter in bridge.parameters())
     if needs_teacher_head(stage, config):
-        frozen["teacher's head"] = int(cache.description["head_rows"]) * cache.hidden_size
-        teacher_bytes = frozen["teacher's head"] * getattr(torch, cache.description["teacher"]["dtype"]).itemsize
+        frozen["teacher's head"] = cache.head_rows * cache.hidden_size
+        teacher_bytes = frozen["teacher's head"] * getattr(torch, cache.first.description["teacher"]["dtype"]).itemsize
         frozen_bytes += teacher_bytes
         head_bytes += teacher_bytes
     return Parameters(trained=trained, frozen=frozen, frozen_bytes=frozen_bytes, head_bytes=head_bytes)
@@ -371,7 +372,7 @@ class _Lengths:
 
     @classmethod
     def measure(
-        cls, cache: Cache, student: str, probe: int, config: TrainConfig, trust_remote_code: bool
+        cls, cache: Mixture, student: str, probe: int, config: TrainConfig, trust_remote_code: bool
     ) -> "_Lengths":
         question, answer = (
             cache.column("question_tokens").astype(np.int64),
@@ -447,7 +448,7 @@ class _Lengths:
 def _flops(
     stage: int,
     config: TrainConfig,
-    cache: Cache,
+    cache: Mixture,
     lengths: _Lengths,
     indices: np.ndarray,
     sizes: ModelShape,
@@ -478,7 +479,7 @@ def _flops(
         products = (
             3 if wanted.exact else 2
         )  # of the frozen head: logits, their gradient's way back, the teacher's logits
-        head_pass = products * 2.0 * int(cache.description["head_rows"]) * cache.hidden_size
+        head_pass = products * 2.0 * cache.head_rows * cache.hidden_size
         if wanted.splice:
             splice = lengths.student_question[indices] + answer - 1
             total += np.mean(bridge.flops(splice, answer, answer, again) + head_pass * answer)
@@ -493,11 +494,11 @@ def _flops(
 
 
 def _direct_flops(
-    config: TrainConfig, exact: bool, cache: Cache, lengths: _Lengths, indices: np.ndarray, sizes: ModelShape
+    config: TrainConfig, exact: bool, cache: Mixture, lengths: _Lengths, indices: np.ndarray, sizes: ModelShape
 ) -> np.ndarray:
     """Of comparing the student itself with the teacher, beside its own cross-entropy: what goes through heads besides."""
     answer, own = lengths.answer[indices].astype(float), lengths.student_answer[indices]
-    rows, width = int(cache.description["head_rows"]), cache.hidden_size
+    rows, width = cache.head_rows, cache.hidden_size
     of_teacher = 2.0 * rows * width * answer  # one product of its head
     if config.objective != "dskd":
         return exact * of_teacher
@@ -554,7 +555,7 @@ def _numel(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _read_bytes(cache: Cache, indices: np.ndarray, *, teacher: bool, questions: bool) -> int:
+def _read_bytes(cache: Mixture, indices: np.ndarray, *, teacher: bool, questions: bool) -> int:
     """Bytes of the members that a stage reads of a sample, the mean over some of them."""
     drawn = np.random.default_rng(1).choice(indices, min(BYTES_PROBE, len(indices)), replace=False)
     total = 0

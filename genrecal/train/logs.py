@@ -15,7 +15,7 @@ from genrecal.errors import UsageError
 from genrecal.files import write_whole
 from genrecal.run_folder import EVALUATION, EVALUATIONS, METRICS_FILE, read_evaluations, read_lines, read_metrics
 from genrecal.shards.layout import TIERS
-from genrecal.shards.reader import Cache
+from genrecal.shards.mixture import Mixture
 from genrecal.train.evaluate import Evaluation, Prediction, Score, save_evaluation
 from genrecal.train.stages import StepOutput
 from genrecal.vlm.loading import first_line
@@ -53,19 +53,26 @@ def term_means(ranks: Sequence[TermSums]) -> dict[str, float]:
     return {name: value / count for name, (value, count) in total.items() if count}
 
 
-def cache_facts(cache: Cache) -> dict[str, Any]:
-    """What a run's report says of its cache: counts, bytes by tier, and how well the teacher knows the answers (nats, the
+def cache_facts(cache: Mixture) -> dict[str, Any]:
+    """What a run's report says of its caches: counts, bytes by tier, and how well the teacher knows the answers (nats, the
     mean log-probability of a given answer token). Taken from the index and the names of files alone."""
     tokens = cache.column("answer_tokens").astype(np.float64)
-    sizes = {tier: sum(cache.store.sizes(tier).values()) for tier in (*TIERS, "manifest")}
+    sizes = {
+        tier: sum(size for each in cache.caches for size in each.store.sizes(tier).values())
+        for tier in (*TIERS, "manifest")
+    }
+    codecs = {
+        tier: ", ".join(sorted({each.description[f"{tier}_codec"] for each in cache.caches}))
+        for tier in ("answer", "question")
+    }
     return {
-        "teacher": cache.description["teacher"]["name"],
+        "teacher": cache.first.description["teacher"]["name"],
         "samples": len(cache),
         "with_question": int(cache.column("has_question").sum()),
         "question_tokens": int(cache.column("question_tokens").sum()),
         "answer_tokens": int(tokens.sum()),
         "log_prob": float(np.average(cache.column("log_prob"), weights=tokens)) if tokens.any() else None,
-        "codecs": {tier: cache.description[f"{tier}_codec"] for tier in ("answer", "question")},
+        "codecs": codecs,
         "bytes": sizes,
     }
 

@@ -19,7 +19,7 @@ from genrecal.errors import GenrecalError, StoppedError, TrainingError, UsageErr
 from genrecal.files import write_whole
 from genrecal.progress import Progress
 from genrecal.run_folder import CACHE_FACTS, RUN_FILE
-from genrecal.shards.order import SampleOrder
+from genrecal.shards.mixture import Mixture
 from genrecal.shards.reader import Cache
 from genrecal.train.batches import (
     BatchBuilder,
@@ -119,7 +119,7 @@ def _wandb_of(run: Run) -> AbstractContextManager[Wandb | None]:
     return Wandb(run.config.wandb, run.path, asdict(run.config)) if run.config.wandb else nullcontext()
 
 
-def _begin(run: Run, cache: Cache, stages: Sequence[int], ranks: Ranks) -> dict[str, Any]:
+def _begin(run: Run, cache: Mixture, stages: Sequence[int], ranks: Ranks) -> dict[str, Any]:
     check_stages(run, cache, stages, run.check(cache, ranks.size)["global_batch"])
     begun = run.begin(cache, ranks.size)
     if not (run.path / CACHE_FACTS).exists():
@@ -127,7 +127,7 @@ def _begin(run: Run, cache: Cache, stages: Sequence[int], ranks: Ranks) -> dict[
     return begun
 
 
-def check_stages(run: Run, cache: Cache, stages: Sequence[int], global_batches: dict[str, int]) -> None:
+def check_stages(run: Run, cache: Mixture, stages: Sequence[int], global_batches: dict[str, int]) -> None:
     """Find out before the first stage what would stop a later one days after.
 
     Args:
@@ -165,24 +165,26 @@ def all_ranks(config: TrainConfig) -> AbstractContextManager[Ranks]:
     return joined(resolve_device(config.device).type, launched=processes > 0)
 
 
-def open_for(run: Run, stages: Sequence[int]) -> Cache:
-    """The run's cache. Raises UsageError if it, or the launcher, cannot serve what the run asks for."""
+def open_for(run: Run, stages: Sequence[int]) -> Mixture:
+    """The run's caches. Raises UsageError if they, or the launcher, cannot serve what the run asks for."""
     if resolve_engine(run.config.engine, world_size()).startswith("zero"):
         import_deepspeed(resolve_device(run.config.device))
-    cache = Cache(run.cache)
-    if not cache.is_complete:
-        raise UsageError(
-            f"--cache {run.cache}: {len(cache.shards)} of {cache.num_shards} shards are finished; "
-            "run `genrecal cache` again with the same options to finish it"
-        )
-    if not cache.draws and any(wanted_by(stage, run.config).sampled for stage in stages):
-        raise UsageError(
-            f"--cache {run.cache}: loss.target sample needs sampled targets, and this cache has none; "
-            "make one with `genrecal cache --targets sample:50`, or set loss.target to topk or exact"
-        )
-    check_cache(run.config.objective, cache)
-    check_pair(run.config.objective, cache, run.student, trust_remote_code=run.trust_remote_code)
-    return cache
+    caches = [Cache(path) for path in run.caches]
+    for path, cache in zip(run.caches, caches, strict=True):
+        if not cache.is_complete:
+            raise UsageError(
+                f"--cache {path}: {len(cache.shards)} of {cache.num_shards} shards are finished; "
+                "run `genrecal cache` again with the same options to finish it"
+            )
+        if not cache.draws and any(wanted_by(stage, run.config).sampled for stage in stages):
+            raise UsageError(
+                f"--cache {path}: loss.target sample needs sampled targets, and this cache has none; "
+                "make one with `genrecal cache --targets sample:50`, or set loss.target to topk or exact"
+            )
+        check_cache(run.config.objective, cache)
+    mixture = Mixture(caches, run.config.data.weights)
+    check_pair(run.config.objective, mixture.first, run.student, trust_remote_code=run.trust_remote_code)
+    return mixture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +192,7 @@ class StageJob:
     """One stage of a run on this rank. `begun` is the content of run.json; `midway` what is asked between its steps."""
 
     run: Run
-    cache: Cache
+    cache: Mixture
     stage: int
     ranks: Ranks
     device: torch.device
@@ -217,7 +219,7 @@ class StagePlan:
     num_steps: int
 
 
-def plan_stage(config: StageConfig, cache: Cache, *, global_batch: int | None = None) -> StagePlan:
+def plan_stage(config: StageConfig, cache: Mixture, *, global_batch: int | None = None) -> StagePlan:
     """Steps of a stage over a cache. The last step takes what is left, so that no sample is dropped.
 
     Args:
@@ -240,7 +242,7 @@ def plan_stage(config: StageConfig, cache: Cache, *, global_batch: int | None = 
     if not len(indices):
         raise UsageError(f"{cache.path}: no sample is left to train on")
     global_batch = global_batch or config.batch_size * config.accumulation
-    num_samples = round(len(indices) * config.epochs)
+    num_samples = round(int(cache.counts(indices).sum()) * config.epochs)
     if not num_samples:
         raise UsageError(f"epochs = {config.epochs}: no step to train")
     if config.max_steps:
@@ -322,7 +324,7 @@ def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> N
     if damaged and ranks.first:
         sys.stderr.write(
             f"genrecal: stage {stage}: {damaged} of {plan.num_samples} samples were skipped since they are damaged; "
-            f"metrics.jsonl names them under damaged, and `genrecal verify {job.cache.path}` the shards\n"
+            f"metrics.jsonl names them under damaged, and `genrecal verify CACHE` the shards of {job.cache.path}\n"
         )
     if stage < 3:
         _measure(job, distiller, source, plan, "end")
@@ -435,7 +437,7 @@ def _prepare(job: StageJob, source: RecordSource) -> tuple[StagePlan, Engine, Di
     )
     stream = micro_batch_stream(
         builder,
-        order=SampleOrder(cache.column("shard")[plan.indices], seed=config.seed * 4 + stage, window=config.data.window),
+        order=cache.order(plan.indices, seed=config.seed * 4 + stage, window=config.data.window),
         lengths=(cache.column("question_tokens") + cache.column("answer_tokens"))[plan.indices],
         steps=range(first_step, plan.num_steps),
         global_batch=plan.global_batch,
@@ -525,7 +527,9 @@ class _Subset:
         return self.source.fetch([int(self.indices[i]) for i in indices], teacher=teacher, questions=questions)
 
 
-def build_distiller(run: Run, cache: Cache, stage: int, device: torch.device, compute_dtype: torch.dtype) -> Distiller:
+def build_distiller(
+    run: Run, cache: Mixture, stage: int, device: torch.device, compute_dtype: torch.dtype
+) -> Distiller:
     """The student as the stage before left it, what the stage trains, and the frozen head.
 
     Trained parameters are float32; frozen ones take the compute dtype.
@@ -552,8 +556,8 @@ def build_distiller(run: Run, cache: Cache, stage: int, device: torch.device, co
     if config.objective == "dskd":
         dual_space = DualSpace(student.hidden_size, cache.hidden_size).to(device)
     if objective.one_tokenizer:
-        shared = shared_with(cache, run.student, trust_remote_code=run.trust_remote_code)
-        shared_ids = min(shared.ids, int(cache.description["head_rows"]), student.head.out_features)
+        shared = shared_with(cache.first, run.student, trust_remote_code=run.trust_remote_code)
+        shared_ids = min(shared.ids, cache.head_rows, student.head.out_features)
     student.model.train(stage > 1)
     if config.gradient_checkpointing:
         checkpoint_activations(student.model if stage > 1 else None, recalibrator)
@@ -563,7 +567,7 @@ def build_distiller(run: Run, cache: Cache, stage: int, device: torch.device, co
         recalibrator,
         head,
         config.loss,
-        question_fraction=float(cache.description["question_fraction"]) or 1.0,
+        question_fraction=cache.question_share or 1.0,
         vision_cache_bytes=int(config.data.vision_cache_gb * 1e9),
         objective=config.objective,
         shared_ids=shared_ids,

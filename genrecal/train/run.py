@@ -30,7 +30,7 @@ from genrecal.errors import TrainingError, UsageError
 from genrecal.files import put_in_place, temporary_path, write_whole
 from genrecal.run_folder import RUN_FILE, read_run_file
 from genrecal.shards.layout import CACHE_FILE
-from genrecal.shards.reader import Cache
+from genrecal.shards.mixture import Mixture, tokenizer_digest
 from genrecal.train.checkpoint import Checkpoint, copy_weights, read_tensors
 from genrecal.train.config import TrainConfig, config_from
 from genrecal.train.stages import add_lora, merge_lora, select_trainable
@@ -48,13 +48,14 @@ class Run:
     """A run's folder and what it is a run of.
 
     Args:
+        caches: of one teacher; with several, `config.data.weights` says how often each one's samples are seen.
         teacher: "cache", or "live:MODEL" where a co-resident teacher makes the states.
     """
 
     path: Path
     config: TrainConfig
     student: str
-    cache: str  # a directory or any fsspec URL
+    caches: tuple[str, ...]  # each a directory or any fsspec URL
     teacher: str = "cache"
     trust_remote_code: bool = False
 
@@ -93,7 +94,7 @@ class Run:
 
     # --------------------------------------------------------------------------------------------------------- identity
 
-    def begin(self, cache: Cache, processes: int = 1) -> dict[str, Any]:
+    def begin(self, cache: Mixture, processes: int = 1) -> dict[str, Any]:
         """Write run.json, or check that the one there is of the same run; its content.
 
         The global batch of each stage is the run's: what it was begun with, on that many processes. On another number of
@@ -107,7 +108,7 @@ class Run:
             write_whole(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
         return content
 
-    def check(self, cache: Cache, processes: int = 1) -> dict[str, Any]:
+    def check(self, cache: Mixture, processes: int = 1) -> dict[str, Any]:
         """The content that run.json has or will have; see `begin`. Nothing is written."""
         now = self.description(cache, processes)
         path = self.path / RUN_FILE
@@ -137,17 +138,21 @@ class Run:
                     f"{settings.batch_size} x {name}.accumulation {settings.accumulation} x {processes} processes is {product}"
                 )
 
-    def check_files(self, begun: dict[str, Any], cache: Cache) -> None:
+    def check_files(self, begun: dict[str, Any], cache: Mixture) -> None:
         """Raises UsageError if this machine has another student or cache than the one that the run was begun on."""
         here = self.description(cache)
-        for name, what in (("student_config_sha256", "student"), ("cache_sha256", "cache")):
-            if here[name] != begun[name]:
+        found = [("student", here["student"], here["student_config_sha256"], begun["student_config_sha256"])]
+        found += [
+            ("cache", *each) for each in zip(here["caches"], here["caches_sha256"], begun["caches_sha256"], strict=True)
+        ]
+        for what, path, digest, expected in found:
+            if digest != expected:
                 raise UsageError(
-                    f"{platform.node()}: the {what} {here[what]} is not what rank 0 has by that name: {name} is {here[name]}, "
-                    f"expected {begun[name]}"
+                    f"{platform.node()}: the {what} {path} is not what rank 0 has by that name: its sha256 is {digest}, "
+                    f"expected {expected}"
                 )
 
-    def check_checkpoint(self, checkpoint: Checkpoint, stage: int, cache: Cache) -> None:
+    def check_checkpoint(self, checkpoint: Checkpoint, stage: int, cache: Mixture) -> None:
         """Raises TrainingError, naming what differs, for a checkpoint of another run or stage."""
         different = differences(checkpoint.run, self.description(cache))
         if checkpoint.stage != stage:
@@ -155,7 +160,7 @@ class Run:
         if different:
             raise TrainingError(f"{checkpoint.path}: a checkpoint of another run: {'; '.join(different)}; delete it")
 
-    def description(self, cache: Cache, processes: int = 1) -> dict[str, Any]:
+    def description(self, cache: Mixture, processes: int = 1) -> dict[str, Any]:
         """What a run and its checkpoints are of, as run.json has it."""
         student = model_folder(self.student)
         return json.loads(
@@ -172,9 +177,9 @@ class Run:
                     "student_config_sha256": file_digest(student / "config.json"),
                     "teacher": self.teacher,
                     "trust_remote_code": self.trust_remote_code,
-                    "cache": cache.store.absolute,
-                    "cache_tokenizer_sha256": _tokenizer_digest(cache),
-                    "cache_sha256": hashlib.sha256(cache.store.read(CACHE_FILE)).hexdigest(),
+                    "caches": [each.store.absolute for each in cache.caches],
+                    "cache_tokenizer_sha256": tokenizer_digest(cache.first),
+                    "caches_sha256": [hashlib.sha256(each.store.read(CACHE_FILE)).hexdigest() for each in cache.caches],
                     "command": shlex.join(sys.argv),
                     "software": {
                         "genrecal": genrecal.__version__,
@@ -195,7 +200,7 @@ class Run:
             path=path,
             config=config_from(content["config"]),
             student=content["student"],
-            cache=content["cache"],
+            caches=tuple(content["caches"]),
             teacher=content["teacher"],
             trust_remote_code=content["trust_remote_code"],
         )
@@ -227,13 +232,6 @@ class Run:
                 merge_lora(student)
         student.model.requires_grad_(False)
         return student
-
-
-def _tokenizer_digest(cache: Cache) -> str:
-    """sha256 over the names and digests of the teacher's tokenizer files: a cache made anew with another says so."""
-    files = cache.description["teacher"]["files_sha256"]
-    names = sorted(name for name in files if name != "config.json" and "processor" not in name)
-    return hashlib.sha256("".join(f"{name} {files[name]}\n" for name in names).encode()).hexdigest()
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

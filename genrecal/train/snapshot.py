@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from genrecal.errors import SampleError
 from genrecal.run_folder import PAIRINGS, POOLINGS, Snapshot
 from genrecal.samples import Sample
-from genrecal.shards.reader import Cache
+from genrecal.shards.mixture import Mixture
 from genrecal.shards.record import Record
 from genrecal.train.batches import RecordSource
 from genrecal.train.losses import chunked_cross_entropy
@@ -61,7 +61,7 @@ class _Found:
 def take_snapshot(
     distiller: Distiller,
     source: RecordSource,
-    cache: Cache,
+    cache: Mixture,
     indices: np.ndarray,
     *,
     samples: int,

@@ -14,7 +14,7 @@ import torch
 
 from genrecal.errors import SampleError, UsageError
 from genrecal.shards.head import FrozenHead
-from genrecal.shards.reader import Cache
+from genrecal.shards.mixture import Mixture
 from genrecal.train.last_layer import Reads
 from genrecal.train.recalibrator import Recalibrator
 from genrecal.vlm.cached_teacher import teacher_renderer
@@ -26,7 +26,7 @@ NORM_SAMPLES = 8  # that rec_norm is set from
 
 
 @torch.no_grad()
-def warm_start(recalibrator: Recalibrator, student: VLM, head: FrozenHead, cache: Cache) -> None:
+def warm_start(recalibrator: Recalibrator, student: VLM, head: FrozenHead, cache: Mixture) -> None:
     """Set rec_proj_post by the heads' pseudo-inverse, and rec_norm so that it passes on what comes out of it.
 
     rec_norm brings every state to one length. Its gain and shift, the same for all channels, start as the mean deviation
@@ -35,7 +35,7 @@ def warm_start(recalibrator: Recalibrator, student: VLM, head: FrozenHead, cache
 
     Raises UsageError if the two vocabularies share fewer entries than the teacher's states have values.
     """
-    teacher_ids, student_ids = shared_entries(teacher_renderer(cache), student.renderer)
+    teacher_ids, student_ids = shared_entries(teacher_renderer(cache.first), student.renderer)
     if len(teacher_ids) < head.weight.shape[1]:
         raise UsageError(
             f"recalibrator.init pseudo-inverse: the vocabularies of the teacher and of the student ({student.path}) share "
@@ -112,7 +112,7 @@ def _rows(head: FrozenHead, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor
     return weight, bias
 
 
-def answer_states(student: VLM, cache: Cache) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def answer_states(student: VLM, cache: Mixture) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Of the cache's first samples that the student can take, its states float32 `[1, L, D_s]`, and the positions of them
     that predict an answer, int64 `[n]`."""
     found = 0

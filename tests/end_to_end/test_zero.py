@@ -204,7 +204,7 @@ def test_shards_and_live_teacher_give_the_same_losses(tiny, tmp_path):
             path=tmp_path / source,
             config=config,
             student=str(tiny("internvl_llama")),
-            cache=tmp_path / "cache",
+            caches=(str(tmp_path / "cache"),),
             teacher=source,
         )
         live = LiveTeacher(teacher, top_k=64) if source == "live" else None

@@ -65,7 +65,7 @@ def pages(tiny, teacher, tmp_path_factory):
     ):
         config = load_config(None, [*settings, *more])
         runs.append(
-            Run(path=folder / name, config=config, student=str(tiny("internvl_llama")), cache=str(folder / "c"))
+            Run(path=folder / name, config=config, student=str(tiny("internvl_llama")), caches=(str(folder / "c"),))
         )
         train(runs[-1], stages=[1] if more else [1, 2, 3])
     found = {"runs": folder / "runs.html", "cache": folder / "cache.html"}

@@ -173,7 +173,10 @@ def real(tiny, teacher, tmp_path_factory):
     asked = [f'evaluate.data=["{write_llava(folder / "e", mixed_samples(4))}"]', "evaluate.max_new_tokens=2"]
     settings = ["data.workers=0", *asked, *(f"stage{n}.{setting}" for n in (1, 2, 3) for setting in small)]
     run = Run(
-        path=folder / "r", config=load_config(None, settings), student=str(tiny("qwen2_vl")), cache=str(folder / "c")
+        path=folder / "r",
+        config=load_config(None, settings),
+        student=str(tiny("qwen2_vl")),
+        caches=(str(folder / "c"),),
     )
     train(run)
     return run
@@ -183,7 +186,7 @@ def test_a_real_run(real, tmp_path):
     assert main_ok("report", real.path, "--out", tmp_path / "r.html")
     page = Page(tmp_path / "r.html")
     assert_harmless(page)
-    cache = open_cache(real.cache)
+    cache = open_cache(real.caches[0])
     tokens = cache.column("answer_tokens")
     own = -float((cache.column("log_prob") * tokens).sum() / tokens.sum())
     assert any(f"teacher alone: {own:.4g}" in alt for alt in page.charts)

@@ -1,11 +1,13 @@
 """The order of samples: permutations that are arithmetic on (seed, epoch), and their share for every rank."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from genrecal.shards.order import SampleOrder, micro_batches
+from genrecal.shards.order import MixedOrder, SampleOrder, micro_batches
 
 shard_sizes = st.lists(st.integers(1, 7), min_size=1, max_size=9)
 seeds = st.integers(0, 2**40)
@@ -136,3 +138,55 @@ def test_a_step_trains_on_the_same_samples_at_any_number_of_ranks(world_size: in
     ]
     assert sorted(np.concatenate(pieces).tolist()) == sorted(order.slice(16, 32).tolist())
     assert [len(piece) for piece in pieces] == [2] * 8
+
+
+# ----------------------------------------------------------------------------------------------------------- several caches
+
+cache_sizes = st.lists(st.integers(1, 40), min_size=1, max_size=4)
+epoch_weights = st.sampled_from([0.25, 0.5, 1, 2, 3.3])
+
+
+def mixed_order(sizes: list[int], counts: list[int], seed: int) -> MixedOrder:
+    orders = [SampleOrder(np.arange(size) // 4, seed=seed, window=2) for size in sizes]
+    return MixedOrder(orders, np.array(counts))
+
+
+def caches_by_sorting(counts: list[int]) -> list[int]:
+    """Of which cache an epoch's samples are: the k-th of n at (k + 1/2) / n, exactly."""
+    places = [(Fraction(2 * k + 1, n), number) for number, n in enumerate(counts) for k in range(n)]
+    return [number for _, number in sorted(places)]
+
+
+@settings(deadline=None)
+@given(cache_sizes, seeds, st.data())
+def test_a_mix_is_what_sorting_gives_in_whatever_pieces(sizes: list[int], seed: int, data: st.DataObject) -> None:
+    counts = [round(size * data.draw(epoch_weights)) for size in sizes]
+    assume(sum(counts))
+    order, starts, n = mixed_order(sizes, counts, seed), np.cumsum([0, *sizes]), sum(counts)
+    whole = order.slice(0, 3 * n)
+    cuts = sorted(data.draw(st.lists(st.integers(0, 3 * n), max_size=4)))
+    pieces = [order.slice(a, b) for a, b in zip([0, *cuts], [*cuts, 3 * n], strict=True)]
+    assert np.array_equal(np.concatenate(pieces), whole)
+    assert (np.searchsorted(starts, whole, "right") - 1).tolist() == 3 * caches_by_sorting(counts)
+    for number, count in enumerate(counts):  # of each cache, its own order, without a gap from epoch to epoch
+        own = whole[(whole >= starts[number]) & (whole < starts[number + 1])] - starts[number]
+        assert np.array_equal(own, order.orders[number].slice(0, 3 * count))
+
+
+def test_a_mix_of_one_is_its_own_order() -> None:
+    own = SampleOrder(np.arange(30) // 4, seed=2, window=3)
+    assert np.array_equal(MixedOrder([own], np.array([30])).slice(7, 95), own.slice(7, 95))
+
+
+def test_the_mix_is_the_same_in_every_version() -> None:
+    """Golden: a change here makes a resumed run train on other samples."""
+    order = mixed_order([4, 3, 8], [4, 6, 2], seed=1)
+    assert order.slice(0, 14).tolist() == [4, 0, 5, 12, 1, 6, 6, 2, 4, 7, 3, 5, 4, 2]
+
+
+def test_every_stretch_of_a_mix_of_millions_has_its_share() -> None:
+    order = MixedOrder(
+        [SampleOrder(np.arange(n) // 256, seed=0) for n in (6_000_000, 50_000)], np.array([6_000_000, 100_000])
+    )
+    batch = order.slice(123_456_789, 123_456_789 + 61_000)
+    assert abs(np.count_nonzero(batch >= 6_000_000) - 1000) <= 2

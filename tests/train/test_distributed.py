@@ -29,6 +29,7 @@ from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.errors import TrainingError, UsageError
 from genrecal.samples import open_samples
+from genrecal.shards.mixture import open_caches
 from genrecal.shards.order import SampleOrder, micro_batches
 from genrecal.shards.reader import open_cache
 from genrecal.train.batches import BatchBuilder, ShardSource, StandIn
@@ -102,7 +103,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
 def one_process(cache, student, out, *settings, steps):
     arguments = words(cache, student, out, *settings, steps=steps, accumulation=4)
     config = load_config(None, arguments[arguments.index("--set") + 1 :: 2])
-    run = Run(path=out, config=config, student=str(student), cache=str(cache))
+    run = Run(path=out, config=config, student=str(student), caches=(str(cache),))
     train(run)
     return run
 
@@ -202,10 +203,10 @@ def test_a_stand_in_changes_no_number(tiny, tmp_path, teacher, stage, target, se
     samples = [conversation(("What?", "a red one"), key="00000000"), conversation(("Why?", "so"), key="00000001")]
     data = write_llava(tmp_path / "d", samples)
     run_cache_job(teacher, open_samples([data]), tmp_path / "c", CacheOptions(draws=5))
-    cache = open_cache(tmp_path / "c")
+    cache = open_caches([tmp_path / "c"])
     config = load_config(None, ["lora.dropout=0", f"loss.target={target}", *settings])
     student = tiny("qwen2_vl" if config.objective == "kl" else "internvl_qwen2")
-    run = Run(path=tmp_path / "run", config=config, student=str(student), cache=str(cache.path))
+    run = Run(path=tmp_path / "run", config=config, student=str(student), caches=(str(cache.path),))
     torch.manual_seed(0)
     if stage > 1 and needs_recalibrator(1, config):  # what it starts from
         before = build_distiller(run, cache, 1, torch.device("cpu"), torch.float32)
@@ -274,7 +275,7 @@ def test_engines_that_cannot_be_are_refused(launched, monkeypatch, tiny, cache, 
         path=tmp_path / "run",
         config=load_config(None, ["engine=zero2"]),
         student=str(tiny("qwen2_vl")),
-        cache=str(cache),
+        caches=(str(cache),),
     )
     with pytest.raises(UsageError, match="need DeepSpeed"):
         train(run)
@@ -314,8 +315,8 @@ def test_the_global_batch_of_a_run_stays(tiny, cache, tmp_path):
 
     def begin(processes, *settings):
         config = load_config(None, [*(f"stage{n}.batch_size=2" for n in (1, 2, 3)), *settings])
-        run = Run(path=tmp_path / "run", config=config, student=str(tiny("internvl_qwen2")), cache=str(cache))
-        return run.begin(open_cache(cache), processes)["global_batch"]
+        run = Run(path=tmp_path / "run", config=config, student=str(tiny("internvl_qwen2")), caches=(str(cache),))
+        return run.begin(open_caches([cache]), processes)["global_batch"]
 
     everywhere = {f"stage{n}": 128 for n in (1, 2, 3)}
     assert begin(4) == everywhere
@@ -348,7 +349,7 @@ def checkpointed(tiny, cache, tmp_path):
 def one_stage(cache, student, out, *settings):
     arguments = words(cache, student, out, *settings, steps=4)
     config = load_config(None, arguments[arguments.index("--set") + 1 :: 2])
-    return Run(path=out, config=config, student=str(student), cache=str(cache))
+    return Run(path=out, config=config, student=str(student), caches=(str(cache),))
 
 
 def test_a_checkpoint_says_what_it_is_of_and_another_is_refused(checkpointed):
@@ -356,7 +357,9 @@ def test_a_checkpoint_says_what_it_is_of_and_another_is_refused(checkpointed):
     content = json.loads((folder / "state.json").read_text())
     assert content["stage"] == 1 and content["step"] == content["updates"] == 3
     assert content["run"]["processes"] == 1 and content["run"]["software"]["torch"] == torch.__version__
-    assert len(content["run"]["cache_sha256"]) == 64 and content["run"]["config"]["stage1"]["lr"] == 1e-3
+    assert [len(digest) for digest in content["run"]["caches_sha256"]] == [64] and content["run"]["config"]["stage1"][
+        "lr"
+    ] == 1e-3
 
     def refused(pattern, **changes):
         (folder / "state.json").write_text(json.dumps(content | changes))
@@ -364,7 +367,7 @@ def test_a_checkpoint_says_what_it_is_of_and_another_is_refused(checkpointed):
             train(checkpointed, stages=(1,))
 
     refused("a checkpoint of another run: stage was 2, now 1; delete it", stage=2)
-    refused("cache_sha256 was '00', now '", run=content["run"] | {"cache_sha256": "00"})
+    refused(r"caches_sha256 was \['00'\], now \['", run=content["run"] | {"caches_sha256": ["00"]})
     refused("student_config_sha256 was '11', now '", run=content["run"] | {"student_config_sha256": "11"})
     config = content["run"]["config"] | {"seed": 7}
     refused(r"config\.seed was 7, now 0", run=content["run"] | {"config": config})
@@ -400,12 +403,10 @@ def test_a_folder_that_is_not_shared_is_noticed(monkeypatch, tmp_path):
 
 def test_another_student_on_another_machine_is_refused(tiny, cache, tmp_path):
     run = one_stage(cache, tiny("internvl_qwen2"), tmp_path / "run")
-    begun = run.begin(open_cache(cache), 2)
-    run.check_files(begun, open_cache(cache))
-    with pytest.raises(
-        UsageError, match=r"the student .* is not what rank 0 has by that name: student_config_sha256 is"
-    ):
-        run.check_files(begun | {"student_config_sha256": "00"}, open_cache(cache))
+    begun = run.begin(open_caches([cache]), 2)
+    run.check_files(begun, open_caches([cache]))
+    with pytest.raises(UsageError, match=r"the student .* is not what rank 0 has by that name: its sha256 is"):
+        run.check_files(begun | {"student_config_sha256": "00"}, open_caches([cache]))
 
 
 # ------------------------------------------------------------------------------------------------------ forked ranks, slow
@@ -445,7 +446,7 @@ def awkward(tiny, cache):
     """Settings under which a rank has only text while the other has pictures, loses all samples of a micro-batch, and has
     none left in the last step."""
     renderer = Renderer(load_processor(tiny("internvl_qwen2")))
-    opened = open_cache(cache)
+    opened = open_caches([cache])
     lengths = sorted(len(renderer.encode(record.sample)) for record in opened)
     last = 24 * 6 + 9  # a sample more than 19 steps of 8 take
     settings = [f"max_tokens={lengths[-1] - 1}", "data.max_skip=1"]
@@ -463,7 +464,7 @@ def alone(runner, tiny, cache, awkward, tmp_path_factory):
 
 
 def test_the_awkward_settings_are_awkward(cache, awkward, tiny):
-    opened = open_cache(cache)
+    opened = open_caches([cache])
     lengths = opened.column("question_tokens") + opened.column("answer_tokens")
     images = opened.column("images")
     renderer = Renderer(load_processor(tiny("internvl_qwen2")))
@@ -623,7 +624,7 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_all(runner, tiny, cache, tmp
     arguments = words(cache, tiny("internvl_qwen2"), out, f"engine={engine}", steps=6, stages="1")
     ended = runner.run(2, out, arguments, spoilt_rank=1, spoilt_at=3)  # micro-step 1 of step 2
     assert ended["statuses"] == [1, 1] and ended["seconds"] < 100
-    opened = open_cache(cache)
+    opened = open_caches([cache])
     lengths = opened.column("question_tokens") + opened.column("answer_tokens")
     batch = SampleOrder(opened.column("shard"), seed=1).slice(8, 16)
     keys = opened.column("key")[micro_batches(batch, lengths, batch_size=2, rank=1, world_size=2)[0]]

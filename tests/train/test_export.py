@@ -42,7 +42,9 @@ def trained(tiny, cache, tmp_path_factory):
     def get(family):
         if family not in made:
             folder = tmp_path_factory.mktemp(family) / "run"
-            made[family] = Run(path=folder, config=load_config(None, SETTINGS), student=str(tiny(family)), cache=cache)
+            made[family] = Run(
+                path=folder, config=load_config(None, SETTINGS), student=str(tiny(family)), caches=(str(cache),)
+            )
             train(made[family])
         return made[family]
 
@@ -98,7 +100,7 @@ def test_nothing_to_export_and_folders_in_the_way_are_refused(trained, tmp_path,
     out.mkdir()
     with pytest.raises(UsageError, match="exists already"):
         export(run, out)
-    fresh = Run(path=tmp_path / "fresh", config=run.config, student=run.student, cache=cache)
+    fresh = Run(path=tmp_path / "fresh", config=run.config, student=run.student, caches=(str(cache),))
     with pytest.raises(UsageError, match="no student has been trained"):
         export(fresh, tmp_path / "out")
     moved = tmp_path / "moved"

@@ -17,7 +17,7 @@ from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher_shape import KNOWN
 from genrecal.cli import main
 from genrecal.samples import open_samples
-from genrecal.shards.reader import open_cache
+from genrecal.shards.mixture import open_caches
 from genrecal.train.activations import StepShape, TeacherSide, activation_bytes
 from genrecal.train.batches import BatchBuilder, ShardSource
 from genrecal.train.checkpoint import trained_parameters
@@ -46,7 +46,7 @@ def cache(teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("forecast")
     data = write_llava(folder / "d", mixed_samples(20))
     run_cache_job(teacher, open_samples([data]), folder / "c", CacheOptions(samples_per_shard=8, draws=12))
-    return open_cache(folder / "c")
+    return open_caches([folder / "c"])
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,9 @@ def trained(tiny, cache, tmp_path_factory):
 
     def make(family, stage, *settings):
         config = load_config(None, ["data.workers=0", *settings])
-        run = Run(path=tmp_path_factory.mktemp("run"), config=config, student=str(tiny(family)), cache=str(cache.path))
+        run = Run(
+            path=tmp_path_factory.mktemp("run"), config=config, student=str(tiny(family)), caches=(str(cache.path),)
+        )
         for before in stages_to_train(config, range(1, stage)):
             distiller = build_distiller(run, cache, before, torch.device("cpu"), torch.float32)
             run.save_result(before, {name: p.detach() for name, p in trained_parameters(distiller).items()})
@@ -111,7 +113,7 @@ def test_activations_are_those_of_a_real_step(trained, cache, stage, checkpointi
     """Within a fifth: at this size what a step holds of pictures and indices is a tenth of it."""
     run = trained("internvl_qwen2", stage, f"gradient_checkpointing={checkpointing}", *settings)
     peak, shape = measured_peak(run, cache, stage, dtype, 8)
-    teacher = TeacherSide(hidden_size=cache.hidden_size, head_rows=cache.description["head_rows"], top_k=64)
+    teacher = TeacherSide(hidden_size=cache.hidden_size, head_rows=cache.head_rows, top_k=64)
     forecast = activation_bytes(meta_model(run.student).config, stage, run.config, teacher, shape, dtype)
     assert forecast == pytest.approx(peak, rel=0.2)
 

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.errors import DamageError, TrainingError, UsageError
 from genrecal.samples import open_samples
+from genrecal.shards.mixture import open_caches
 from genrecal.shards.reader import open_cache
 from genrecal.train.checkpoint import read_checkpoint
 from genrecal.train.config import load_config
@@ -48,7 +51,7 @@ def cache(tiny, tmp_path_factory):
 def run_of(tiny, cache, tmp_path):
     def make(name, *settings, student="internvl_qwen2"):
         config = load_config(None, [*SETTINGS, *settings])
-        return Run(path=tmp_path / name, config=config, student=str(tiny(student)), cache=cache)
+        return Run(path=tmp_path / name, config=config, student=str(tiny(student)), caches=(str(cache),))
 
     return make
 
@@ -209,7 +212,7 @@ def test_a_run_keeps_its_recalibrator(run_of):
     (checkpoint,) = [path for path in run.checkpoints.iterdir() if path.name.endswith("2")]
     other = run_of("run", "recalibrator.init=pseudo-inverse", "objective=genrecal-aligned")
     with pytest.raises(TrainingError, match=r"a checkpoint of another run: config\.recalibrator\.layers was 0, now 2"):
-        other.check_checkpoint(read_checkpoint(checkpoint), 1, open_cache(other.cache))
+        other.check_checkpoint(read_checkpoint(checkpoint), 1, open_caches(other.caches))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +238,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(run_of):
 
 
 def test_plan_counts_every_sample_once_an_epoch(cache):
-    opened = open_cache(cache)
+    opened = open_caches([cache])
     config = load_config(None, ["stage1.batch_size=3", "stage1.accumulation=2", "stage1.epochs=1.5"])
     plan = plan_stage(config.stage1, opened)
     assert (plan.num_samples, plan.num_steps, plan.global_batch) == (30, 5, 6)
@@ -246,13 +249,13 @@ def test_plan_counts_every_sample_once_an_epoch(cache):
 def test_categories_can_be_left_out(cache):
     config = load_config(None, ['stage3.exclude_categories=["test"]'])
     with pytest.raises(UsageError, match="no sample is left"):
-        plan_stage(config.stage3, open_cache(cache))
+        plan_stage(config.stage3, open_caches([cache]))
     with pytest.raises(UsageError, match="no sample has the category 'nope'; the cache has test"):
-        plan_stage(load_config(None, ['stage3.exclude_categories=["nope"]']).stage3, open_cache(cache))
+        plan_stage(load_config(None, ['stage3.exclude_categories=["nope"]']).stage3, open_caches([cache]))
 
 
 def test_categories_alone_or_left_out(tmp_path):
-    opened = open_cache(make_cache(tmp_path / "made"))
+    opened = open_caches([make_cache(tmp_path / "made")])
     kind = opened.column("category")
     for chosen, expected in (
         (['include_categories=["kind 1"]'], np.flatnonzero(kind == "kind 1")),
@@ -301,7 +304,7 @@ def test_an_unfinished_cache_is_refused(run_of, cache, tmp_path):
     (copy / "manifest" / "00001.parquet").unlink()
     run = run_of("run")
     with pytest.raises(UsageError, match="2 of 3 shards are finished"):
-        train(Run(path=run.path, config=run.config, student=run.student, cache=str(copy)), stages=(1,))
+        train(Run(path=run.path, config=run.config, student=run.student, caches=(str(copy),)), stages=(1,))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -330,7 +333,7 @@ def test_a_damaged_shard_is_named_in_one_line_wherever_it_is_read(run_of, cache,
     path.write_bytes(path.read_bytes()[:2000])
     run = run_of("run", f"data.workers={workers}")
     with pytest.raises(DamageError, match=r"questions/00001\.tar: member 000000\d\d") as error:
-        train(Run(path=run.path, config=run.config, student=run.student, cache=str(copy)), stages=(1,))
+        train(Run(path=run.path, config=run.config, student=run.student, caches=(str(copy),)), stages=(1,))
     assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
 
 
@@ -345,7 +348,7 @@ def test_damaged_samples_are_skipped_and_counted_if_asked_for(run_of, cache, tmp
     path.write_bytes(data)
     settings = ["data.on_damage=skip", "stage1.max_steps=0", "stage1.epochs=1", f"data.workers={workers}"]
     run = run_of("run", *settings, "data.max_skip=0.05")
-    train(Run(path=run.path, config=run.config, student=run.student, cache=str(copy)), stages=(1,))
+    train(Run(path=run.path, config=run.config, student=run.student, caches=(str(copy),)), stages=(1,))
     lines = read_metrics(run.path)
     (damaged,) = (text for line in lines for text in line.get("damaged", []))
     assert "samples/00001.tar: member 00000009-s9.json" in damaged
@@ -353,7 +356,7 @@ def test_damaged_samples_are_skipped_and_counted_if_asked_for(run_of, cache, tmp
     assert "1 of 20 samples were skipped since they are damaged" in capfd.readouterr().err
     strict = run_of("strict", *settings)
     with pytest.raises(TrainingError, match=r"and 1 are damaged.*data\.max_skip.*00000009-s9"):
-        train(Run(path=strict.path, config=strict.config, student=strict.student, cache=str(copy)), stages=(1,))
+        train(Run(path=strict.path, config=strict.config, student=strict.student, caches=(str(copy),)), stages=(1,))
 
 
 def test_regularisation_without_question_states_is_refused(tiny, run_of, tmp_path):
@@ -362,9 +365,12 @@ def test_regularisation_without_question_states_is_refused(tiny, run_of, tmp_pat
     run_cache_job(teacher, open_samples([data]), tmp_path / "c", CacheOptions(question_codec="none"))
     run = run_of("run")
     with pytest.raises(UsageError, match=r"this cache has none; set loss\.reg_weight=0"):
-        train(Run(path=run.path, config=run.config, student=run.student, cache=tmp_path / "c"), stages=(1,))
+        train(Run(path=run.path, config=run.config, student=run.student, caches=(str(tmp_path / "c"),)), stages=(1,))
     without = run_of("without", "loss.reg_weight=0")
-    train(Run(path=without.path, config=without.config, student=without.student, cache=tmp_path / "c"), stages=(1,))
+    train(
+        Run(path=without.path, config=without.config, student=without.student, caches=(str(tmp_path / "c"),)),
+        stages=(1,),
+    )
     assert "reg_ce" not in read_metrics(without.path)[0]
 
 
@@ -374,7 +380,7 @@ def test_sampled_targets_that_are_not_there_are_refused_before_anything_is_writt
     run_cache_job(teacher, open_samples([data]), tmp_path / "c", CacheOptions())
     run = run_of("run", "loss.target=sample")
     with pytest.raises(UsageError, match=r"loss\.target sample .* has none; .*--targets sample:50"):
-        train(Run(path=run.path, config=run.config, student=run.student, cache=tmp_path / "c"), stages=(1, 2))
+        train(Run(path=run.path, config=run.config, student=run.student, caches=(str(tmp_path / "c"),)), stages=(1, 2))
     assert not run.path.exists()
 
 
@@ -384,12 +390,12 @@ def test_another_head_in_the_cache_is_damage(run_of, cache, tiny, tmp_path):
     HFTeacher.load(tiny("qwen2_5_vl"), dtype=torch.float32).head.save(copy / "head.safetensors")
     run = run_of("run")
     with pytest.raises(DamageError, match=r"head\.safetensors: expected sha256"):
-        train(Run(path=run.path, config=run.config, student=run.student, cache=str(copy)), stages=(1,))
+        train(Run(path=run.path, config=run.config, student=run.student, caches=(str(copy),)), stages=(1,))
 
 
 def test_no_steps_are_refused(cache):
     with pytest.raises(UsageError, match="no step to train"):
-        plan_stage(load_config(None, ["stage1.epochs=0"]).stage1, open_cache(cache))
+        plan_stage(load_config(None, ["stage1.epochs=0"]).stage1, open_caches([cache]))
 
 
 def test_damaged_results_and_leftovers_of_a_killed_process(run_of):
@@ -407,3 +413,65 @@ def test_damaged_results_and_leftovers_of_a_killed_process(run_of):
     (run.path / "run.json").write_text("{")
     with pytest.raises(UsageError, match=r"not a run: run\.json"):
         train(run, stages=(3,))
+
+
+# ----------------------------------------------------------------------------------------------------------- several caches
+
+
+@pytest.fixture(scope="module")
+def parts(tiny, cache, tmp_path_factory):
+    """The samples of `cache` in two caches of the same teacher, 12 and 8."""
+    folder = tmp_path_factory.mktemp("parts")
+    teacher, samples = HFTeacher.load(tiny("qwen2_vl"), dtype=torch.float32), mixed_samples(20)
+    for name, part in (("a", samples[:12]), ("b", samples[12:])):
+        data = write_llava(folder / f"data-{name}", part)
+        run_cache_job(teacher, open_samples([data]), folder / name, CacheOptions(samples_per_shard=8, draws=12))
+    return folder / "a", folder / "b"
+
+
+def mixed_run(run, parts):
+    return replace(run, caches=tuple(map(str, parts)))
+
+
+def test_caches_together_are_the_cache_of_all_their_samples(run_of, parts):
+    whole = "stage1.batch_size=20", "stage1.accumulation=1", "stage1.max_steps=2"
+    one, several = run_of("one", *whole), mixed_run(run_of("several", *whole), parts)
+    for run in (one, several):
+        train(run, stages=(1,))
+    for a, b in zip(untimed(one), untimed(several), strict=True):
+        assert a.keys() == b.keys() and a["samples"] == b["samples"] == 20
+        assert b == {name: pytest.approx(value, rel=2e-5) for name, value in a.items()}
+
+
+def test_a_mixed_run_in_pieces_is_the_run_in_one(run_of, parts):
+    settings = "data.weights=[0.5, 2]", "stage1.max_steps=0", "stage1.epochs=1.5", "stage1.checkpoint_every=3"
+    whole = mixed_run(run_of("whole", *settings), parts)
+    train(whole, stages=(1,))
+    lines = untimed(whole)
+    assert sum(line["samples"] for line in lines) == 33  # 1.5 x (6 + 16)
+    cut = mixed_run(run_of("cut", *settings), parts)
+    shutil.copytree(whole.path, cut.path)
+    cut.stage_result(1).unlink()
+    train(cut, stages=(1,))
+    assert untimed(cut) == lines
+    with pytest.raises(UsageError, match=r"caches was \[.*\], now \["):
+        train(mixed_run(cut, parts[::-1]), stages=(1,))
+
+
+def test_a_run_of_the_version_with_one_cache_goes_on(run_of):
+    run = run_of("run")
+    train(run, stages=(1,))
+    file = run.path / "run.json"
+    content = json.loads(file.read_text())
+    content["cache"], content["cache_sha256"] = content.pop("caches")[0], content.pop("caches_sha256")[0]
+    file.write_text(json.dumps(content))
+    train(run, stages=(2,))
+    assert Run.open(run.path).caches == run.caches and run.last_finished_stage() == 2
+
+
+def test_samples_are_named_with_their_cache(run_of, parts):
+    run = mixed_run(run_of("run", "max_tokens=3", "data.max_skip=0.1"), parts)
+    with pytest.raises(
+        TrainingError, match=f"{re.escape(str(parts[0]))}/000000.*3 tokens|{re.escape(str(parts[1]))}/000000"
+    ):
+        train(run, stages=(1,))

@@ -43,7 +43,7 @@ def run_of(tiny, made, tmp_path_factory):
         )
         config = load_config(None, [*SETTINGS, *evaluation, *settings])
         path = tmp_path_factory.mktemp("run") / "r"
-        return Run(path=path, config=config, student=str(tiny("qwen2_vl")), cache=str(made[0]))
+        return Run(path=path, config=config, student=str(tiny("qwen2_vl")), caches=(str(made[0]),))
 
     return make
 

@@ -128,3 +128,26 @@ def test_out_of_memory_says_what_takes_less(told, monkeypatch):
         "engine=zero2",
     ):
         assert setting in line
+
+
+def test_caches_of_two_teachers(told, made, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(made, other)
+    content = json.loads((other / "cache.json").read_text())
+    content["teacher"]["head_sha256"] = "0" * 64
+    (other / "cache.json").write_text(json.dumps(content))
+    status, line = told(*FEW, "--cache", str(other))
+    assert status == 2 and f"--cache {other}: the teacher's head" in line and "only caches of one teacher" in line
+    status, line = told(*FEW, "--cache", str(other), "--dry-run")
+    assert status == 2 and "only caches of one teacher" in line
+
+
+def test_weights_of_caches(told):
+    status, line = told(*FEW, "--set", "data.weights=[1, 2]")
+    assert (
+        status == 2 and "data.weights: expected a number for each of 1 caches, in the order of --cache, got 2" in line
+    )
+    status, line = told(*FEW, "--set", "data.weights=[0]")
+    assert status == 2 and "data.weights [0.0]: expected numbers above 0" in line
+    status, line = told(*FEW, "--set", 'data.weights=["a"]')
+    assert status == 2 and "setting data.weights: expected a list of numbers, got ['a']" in line

@@ -13,6 +13,7 @@ from genrecal.cache.teacher import HFTeacher
 from genrecal.errors import UsageError
 from genrecal.samples import open_samples
 from genrecal.shards.head import FrozenHead
+from genrecal.shards.mixture import open_caches
 from genrecal.shards.reader import open_cache
 from genrecal.train.batches import BatchBuilder, ShardSource, rows_by_place
 from genrecal.train.checkpoint import trained_parameters
@@ -45,13 +46,15 @@ def run_of(tiny, cache, tmp_path):
     def make(objective, *settings, student=None, name="run"):
         student = student or (SAME if OBJECTIVES[objective].one_tokenizer else OTHER)
         config = load_config(None, [*SETTINGS, f"objective={objective}", *settings])
-        return Run(path=tmp_path / name, config=config, student=str(tiny(student)), cache=str(cache))
+        return Run(path=tmp_path / name, config=config, student=str(tiny(student)), caches=(str(cache),))
 
     return make
 
 
 def micro_batch(run, stage, distiller, places=range(8)):
-    builder = BatchBuilder(ShardSource(open_cache(run.cache)), distiller.student.renderer, wanted_by(stage, run.config))
+    builder = BatchBuilder(
+        ShardSource(open_caches(run.caches)), distiller.student.renderer, wanted_by(stage, run.config)
+    )
     loaded = builder[list(places)]
     assert not loaded.skipped and loaded.error is None
     return loaded.batch
@@ -59,7 +62,7 @@ def micro_batch(run, stage, distiller, places=range(8)):
 
 def distiller_of(run, stage=2):
     torch.manual_seed(5)
-    return build_distiller(run, open_cache(run.cache), stage, torch.device("cpu"), torch.float32)
+    return build_distiller(run, open_caches(run.caches), stage, torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +89,7 @@ def test_both_stages_train_on_every_term(run_of, objective, capsys):
 def test_kl_is_the_dense_formula_over_the_models_own_logits(run_of, target):
     """From files of a cache to the loss: the KL of whole distributions, worked out anew from the two models' logits."""
     run = run_of("kl", f"loss.target={target}", "loss.ce_weight=0.5", "loss.kl_weight=2.0")
-    distiller, cache = distiller_of(run), open_cache(run.cache)
+    distiller, cache = distiller_of(run), open_caches(run.caches)
     batch = micro_batch(run, 2, distiller)
     rows = len(batch.sft_ids)
     output = distiller(batch, Denominators(teacher_rows=rows, student_rows=rows))
@@ -121,7 +124,7 @@ def test_a_teacher_that_is_the_student_has_no_divergence(tiny, cache, tmp_path, 
     folder = shutil.copytree(cache, tmp_path / "same")
     student = tiny("qwen2_vl_padded_head")
     config = load_config(None, [*SETTINGS, f"objective={objective}", "loss.target=exact"])
-    run = Run(path=tmp_path / "run", config=config, student=str(student), cache=str(folder))
+    run = Run(path=tmp_path / "run", config=config, student=str(student), caches=(str(folder),))
     distiller = distiller_of(run)
     batch = micro_batch(run, 2, distiller)
     output = distiller(batch, Denominators(teacher_rows=1, student_rows=1))
@@ -134,7 +137,7 @@ def test_a_teacher_that_is_the_student_has_no_divergence(tiny, cache, tmp_path, 
 def test_uld_pairs_rows_at_the_same_place_of_a_turn(run_of):
     assert rows_by_place([3, 1], [2, 4]).tolist() == [0, 1, -1, 2]
     run = run_of("uld", "loss.target=exact", "loss.ce_weight=0.0")
-    distiller, cache = distiller_of(run), open_cache(run.cache)
+    distiller, cache = distiller_of(run), open_caches(run.caches)
     batch = micro_batch(run, 2, distiller)
     rows = len(batch.sft_ids)
     output = distiller(batch, Denominators(teacher_rows=rows, student_rows=rows))
@@ -161,7 +164,7 @@ def test_uld_pairs_rows_at_the_same_place_of_a_turn(run_of):
 
 def test_dskd_is_its_three_terms_written_out(run_of):
     run = run_of("dskd", "loss.target=exact", "loss.ce_weight=0.5", "loss.kl_weight=2.0")
-    distiller, cache = distiller_of(run), open_cache(run.cache)
+    distiller, cache = distiller_of(run), open_caches(run.caches)
     batch = micro_batch(run, 2, distiller)
     mine, its = len(batch.sft_ids), len(batch.target_ids)
     output = distiller(batch, Denominators(teacher_rows=its, student_rows=mine))
@@ -290,7 +293,7 @@ def test_another_tokenizer_is_refused_before_a_model_loads(run_of, monkeypatch):
 def test_what_tokenizers_have_in_common(cache, tiny, tmp_path):
     opened = open_cache(cache)
     same = shared_with(opened, str(tiny(SAME)))
-    assert same.differences == () and same.ids == opened.description["vocab_size"]
+    assert same.differences == () and same.ids == opened.first.description["vocab_size"]
     # A token of its own behind the others, as students have: answers hold none, and its row counts on neither side.
     folder = shutil.copytree(tiny(SAME), tmp_path / "more")
     content = json.loads((folder / "tokenizer.json").read_text())
@@ -311,7 +314,7 @@ def test_what_tokenizers_have_in_common(cache, tiny, tmp_path):
 def test_a_sample_with_other_tokens_is_left_out_and_named(run_of):
     run = run_of("kl")
     distiller = distiller_of(run)
-    source = ShardSource(open_cache(run.cache))
+    source = ShardSource(open_caches(run.caches))
 
     class Changed:
         def fetch(self, indices, **words):
@@ -333,7 +336,7 @@ def test_seqkd_wants_the_teachers_answers(run_of, cache, tmp_path):
     content["answers"] = {"kind": "greedy", "max_tokens": 64}
     (made / "cache.json").write_text(json.dumps(content))
     run = run_of("seqkd")
-    open_for(Run(path=run.path, config=run.config, student=run.student, cache=str(made)), (2, 3))
+    open_for(Run(path=run.path, config=run.config, student=run.student, caches=(str(made),)), (2, 3))
 
 
 def test_a_head_stays_as_it_was_where_it_is_not_trained(run_of):
@@ -344,4 +347,4 @@ def test_a_head_stays_as_it_was_where_it_is_not_trained(run_of):
         distiller(batch, Denominators(teacher_rows=1, student_rows=1)).loss.backward()
         weight = distiller.student.head.weight
         assert (weight.grad is not None) == weight.requires_grad == (stage == 3)
-    assert isinstance(open_cache(run_of("kl").cache).head(), FrozenHead)
+    assert isinstance(open_caches(run_of("kl").caches).first.head(), FrozenHead)

@@ -15,6 +15,7 @@ from genrecal.cache.options import CacheOptions
 from genrecal.errors import UsageError
 from genrecal.run_folder import MOMENTS, POOLINGS, read_metrics, read_snapshots
 from genrecal.samples import open_samples
+from genrecal.shards.mixture import open_caches
 from genrecal.shards.reader import open_cache
 from genrecal.train.batches import ShardSource
 from genrecal.train.config import load_config
@@ -37,7 +38,7 @@ def cache(teacher, tmp_path_factory):
 
 def new_run(tiny, cache, path, *settings):
     config = load_config(None, [*SETTINGS, *settings])
-    return Run(path=path, config=config, student=str(tiny("internvl_llama")), cache=str(cache))
+    return Run(path=path, config=config, student=str(tiny("internvl_llama")), caches=(str(cache),))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def test_own_cross_entropies_are_the_models(run, snapshots, cache):
             {"": losses.mean(), "_first": losses[firsts].mean(), "_later": losses[~firsts].mean()}, rel=1e-5
         )
     assert snapshots[2].own["student"][""] < snapshots[0].own["student"][""]
-    opened = open_cache(cache)
+    opened = open_caches([cache])
     tokens = opened.column("answer_tokens")
     expected = -(opened.column("log_prob") * tokens).sum() / tokens.sum()
     assert snapshots[0].own["teacher"][""] == pytest.approx(expected, rel=1e-5)
@@ -134,14 +135,14 @@ def naive_states(distiller, record, pairing):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_similarity_is_that_of_the_means(run, snapshots, cache, stage):
     """Against states that are put together and recalibrated one by one, after a stage's training."""
-    opened = open_cache(cache)
+    opened = open_caches([cache])
     distiller = build_distiller(run, opened, stage, torch.device("cpu"), torch.float32)
     weights = run.load_result(stage)
     distiller.load_state_dict(weights, strict=False)
     assert set(weights) <= set(distiller.state_dict())
     distiller.eval()
     snapshot = next(s for s in snapshots if (s.stage, s.moment) == (stage, "end"))
-    records = [opened.by_key(key) for key in snapshot.keys]
+    records = [opened.first.by_key(key) for key in snapshot.keys]
     with torch.no_grad():
         states = {p: [naive_states(distiller, r, p) for r in records] for p in ("own", "splice", "teacher")}
     for pairing in ("own", "splice"):
@@ -183,7 +184,7 @@ def test_tokens_keep_their_distances(run, snapshots, cache):
 
 def test_without_question_states_and_with_damage(tiny, cache, run, tmp_path):
     """The question tier may be deleted after stage 1: no comparison then, and a damaged sample is left out."""
-    opened = open_cache(cache)
+    opened = open_caches([cache])
     distiller = build_distiller(run, opened, 2, torch.device("cpu"), torch.float32)
 
     class Damaged(ShardSource):

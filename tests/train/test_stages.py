@@ -10,7 +10,7 @@ from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.samples import open_samples
-from genrecal.shards.reader import open_cache
+from genrecal.shards.mixture import open_caches
 from genrecal.train.align import align_turn_naive
 from genrecal.train.batches import BatchBuilder, ShardSource, Wanted
 from genrecal.train.checkpoint import trained_parameters
@@ -32,7 +32,7 @@ def cache(tiny, tmp_path_factory):
     data = write_llava(folder / "d", samples)
     teacher = HFTeacher.load(tiny("qwen2_vl"), dtype=torch.float32)
     run_cache_job(teacher, open_samples([data]), folder / "c", CacheOptions(samples_per_shard=5, question_fraction=0.6))
-    return open_cache(folder / "c")
+    return open_caches([folder / "c"])
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def student(tiny):
 def distiller_of(stage, student, cache, **loss):
     torch.manual_seed(3)
     recalibrator = Recalibrator(student.model.config, cache.hidden_size)
-    fraction = cache.description["question_fraction"]
+    fraction = cache.question_share
     return Distiller(stage, student, recalibrator, cache.head(), LossConfig(**loss), question_fraction=fraction)
 
 
@@ -119,7 +119,7 @@ def test_stage_1_loss_is_the_four_terms_written_out(student, cache):
             sums[prefix + "kl"] += losses.kl.sum().item()
     for name, value in sums.items():
         assert output.sums[name].item() == pytest.approx(value, rel=1e-4), name
-    fraction = cache.description["question_fraction"]
+    fraction = cache.question_share
     expected = (sums["ce"] + sums["kl"] + (sums["reg_ce"] + sums["reg_kl"]) / fraction) / len(batch.target_ids)
     assert output.loss.item() == pytest.approx(expected, rel=1e-4)
 
@@ -189,7 +189,7 @@ def test_weights_are_those_of_the_paths_and_of_first_tokens(student, cache, stag
 
     expected = 0.5 * (mean("ce", 7) + mean("kl", 7)) + 0.7 * (mean("aligned_ce", 3) + mean("aligned_kl", 3))
     if stage == 1:
-        fraction = cache.description["question_fraction"]
+        fraction = cache.question_share
         expected += 0.5 * 2.0 / fraction * (mean("reg_ce", 7) + mean("reg_kl", 7))
     else:
         expected += 0.3 * mean("sft", 5)

@@ -13,7 +13,7 @@ from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.errors import ModelError
 from genrecal.samples import open_samples
-from genrecal.shards.reader import open_cache
+from genrecal.shards.mixture import open_caches
 from genrecal.train.batches import BatchBuilder, ShardSource, Wanted
 from genrecal.train.checkpoint import trained_parameters
 from genrecal.train.config import LoraConfig, LossConfig
@@ -31,7 +31,7 @@ def cache(tiny, teacher, tmp_path_factory):
     data = write_llava(folder / "d", mixed_samples(8))
     assert isinstance(teacher, HFTeacher)
     run_cache_job(teacher, open_samples([data]), folder / "c", CacheOptions(samples_per_shard=8))
-    return open_cache(folder / "c")
+    return open_caches([folder / "c"])
 
 
 @pytest.fixture

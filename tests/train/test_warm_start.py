@@ -13,7 +13,7 @@ from genrecal.cache.options import CacheOptions
 from genrecal.errors import UsageError
 from genrecal.samples import open_samples
 from genrecal.shards.head import FrozenHead, LogitTransform
-from genrecal.shards.reader import open_cache
+from genrecal.shards.mixture import open_caches
 from genrecal.train.last_layer import Reads
 from genrecal.train.recalibrator import Recalibrator
 from genrecal.train.warm_start import (
@@ -32,7 +32,7 @@ def cache(teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("warm")
     data = write_llava(folder / "d", mixed_samples(8))
     run_cache_job(teacher, open_samples([data]), folder / "c", CacheOptions())
-    return open_cache(folder / "c")
+    return open_caches([folder / "c"])
 
 
 def random_head(rows, width, *, seed, bias=False, **transform):
@@ -82,7 +82,7 @@ def test_the_map_is_the_best_one_and_exact_where_there_is_an_exact_one():
 
 @pytest.mark.parametrize("family", ["internvl_llama", "internvl_qwen2", "qwen2_vl"])
 def test_shared_entries_stand_for_the_same_bytes(tiny, cache, family):
-    teacher, student = teacher_renderer(cache), load_vlm(tiny(family), dtype=torch.float32).renderer
+    teacher, student = teacher_renderer(cache.first), load_vlm(tiny(family), dtype=torch.float32).renderer
     ids_t, ids_s = shared_entries(teacher, student)
     assert len(set(ids_t.tolist())) == len(ids_t) == len(set(ids_s.tolist())) > 100
     closing = (teacher.marks.end_of_turn_id, student.marks.end_of_turn_id)
@@ -105,7 +105,7 @@ def test_what_the_teachers_head_reads_at_the_start(tiny, cache, layers):
     default = Recalibrator(student.model.config, cache.hidden_size, num_blocks=layers)
     warm = copy.deepcopy(default)
     warm_start(warm, student, head, cache)
-    ids_t, ids_s = (torch.from_numpy(ids) for ids in shared_entries(teacher_renderer(cache), student.renderer))
+    ids_t, ids_s = (torch.from_numpy(ids) for ids in shared_entries(teacher_renderer(cache.first), student.renderer))
     divergence, deviations = [0.0, 0.0], []
     with torch.no_grad():
         for states, rows in answer_states(student, cache):

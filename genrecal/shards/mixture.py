@@ -1,0 +1,158 @@
+"""Several caches of one teacher as one sequence: what a run trains on."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from genrecal.errors import DamageError, UsageError
+from genrecal.shards.head import FrozenHead
+from genrecal.shards.memory import NEW, Memory
+from genrecal.shards.order import MixedOrder, SampleOrder
+from genrecal.shards.reader import Cache, CachedRecord, read_in_step
+from genrecal.shards.record import Record
+
+SAME = ("hidden_size", "head_rows", "vocab_size", "top_k", "sampled_targets")  # in cache.json of all
+
+
+class Mixture(Sequence[CachedRecord]):
+    """The samples of several caches, one cache after another, and how often an epoch takes each cache's.
+
+    Where there are several, a sample's key has its cache's path before it: caches number their samples alike.
+
+    Args:
+        caches: of one teacher, one or more.
+        weights: an epoch takes so many times each cache's samples: of weight 0.5 half of them, and the other half in the
+            epoch after; of weight 2 each twice. Empty for 1 each.
+
+    Raises UsageError for caches of several teachers or that hold other targets, and for weights that do not fit them.
+    """
+
+    def __init__(self, caches: Sequence[Cache], weights: Sequence[float] = ()):
+        if weights and len(weights) != len(caches):
+            raise UsageError(
+                f"data.weights: expected a number for each of {len(caches)} caches, in the order of --cache, got {len(weights)}"
+            )
+        if repeated := sorted({cache.path for cache in caches if [c.path for c in caches].count(cache.path) > 1}):
+            raise UsageError(f"--cache {repeated[0]}: given twice; data.weights can have its samples seen more often")
+        for cache in caches[1:]:
+            _check_same(caches[0], cache)
+        self.caches, self.weights = tuple(caches), tuple(weights) or (1.0,) * len(caches)
+        self._starts = np.cumsum([0, *map(len, caches)])
+
+    @property
+    def path(self) -> str:
+        """Of all of them, for messages."""
+        return ", ".join(cache.path for cache in self.caches)
+
+    @property
+    def first(self) -> Cache:
+        """One of them, for what is the same in all: the teacher, its head and tokenizer, and the shape of its targets."""
+        return self.caches[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """D of the teacher."""
+        return self.first.hidden_size
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of the teacher's head."""
+        return int(self.first.description["head_rows"])
+
+    def head(self, device: str = "cpu") -> FrozenHead:
+        """The teacher's frozen head."""
+        return self.first.head(device)
+
+    @property
+    def question_share(self) -> float:
+        """Of the samples of an epoch, those that come with the teacher's question states, as the caches were asked for."""
+        counts = np.array([len(cache) * weight for cache, weight in zip(self.caches, self.weights, strict=True)])
+        fractions = np.array([float(cache.description["question_fraction"]) for cache in self.caches])
+        return float(counts @ fractions / counts.sum()) if counts.any() else 0.0
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        number, place = self.place(index % len(self))
+        record = self.caches[number][place]
+        return record if len(self.caches) == 1 else replace(record, of=self.caches[number].path)
+
+    def place(self, index: int) -> tuple[int, int]:
+        """The number of a sample's cache, and its index there."""
+        number = int(np.searchsorted(self._starts, index, "right")) - 1
+        return number, int(index - self._starts[number])
+
+    def records(
+        self, indices: Iterable[int], *, question: bool = True, memory: Memory = NEW
+    ) -> list[Record | DamageError]:
+        """`self[i].record()` of each; in the place of a damaged one stands the error that says so."""
+        return read_in_step(self, indices, question=question, memory=memory)
+
+    def arrow_column(self, name: str) -> pa.ChunkedArray:
+        """A manifest column over all samples."""
+        columns = [cache.arrow_column(name) for cache in self.caches]
+        return pa.chunked_array([chunk for column in columns for chunk in column.chunks], type=columns[0].type)
+
+    def column(self, name: str) -> np.ndarray:
+        """The same as numpy."""
+        return np.concatenate([cache.column(name) for cache in self.caches])
+
+    def counts(self, indices: np.ndarray) -> np.ndarray:
+        """int64 `[caches]`: how many samples an epoch over `indices`, which ascend, takes from each cache.
+
+        Raises UsageError if a cache has some there and too small a weight for one.
+        """
+        there = np.diff(np.searchsorted(indices, self._starts))
+        counts = np.rint(there * np.array(self.weights)).astype(np.int64)
+        for cache, weight, has, count in zip(self.caches, self.weights, there, counts, strict=True):
+            if has and not count:
+                raise UsageError(
+                    f"data.weights: {weight:g} takes none of the {has} samples of {cache.path} in an epoch; leave that cache "
+                    "out, or give it more"
+                )
+        return counts
+
+    def order(self, indices: np.ndarray, *, seed: int, window: int) -> MixedOrder:
+        """Of the samples at `indices`, which ascend, by their places among these."""
+        bounds = np.searchsorted(indices, self._starts)
+        shards = self.column("shard")[indices]
+        parts = [shards[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        return MixedOrder([SampleOrder(part, seed=seed, window=window) for part in parts], self.counts(indices))
+
+
+def open_caches(paths: Iterable[str | os.PathLike[str]], weights: Sequence[float] = ()) -> Mixture:
+    """Open caches of one teacher as one sequence; each a directory or any fsspec URL."""
+    return Mixture([Cache(path) for path in paths], weights)
+
+
+def tokenizer_digest(cache: Cache) -> str:
+    """sha256 over the names and digests of the teacher's tokenizer files: a cache made anew with another says so."""
+    files = cache.description["teacher"]["files_sha256"]
+    names = sorted(name for name in files if name != "config.json" and "processor" not in name)
+    return hashlib.sha256("".join(f"{name} {files[name]}\n" for name in names).encode()).hexdigest()
+
+
+def _check_same(first: Cache, other: Cache) -> None:
+    def facts(cache: Cache) -> dict[str, Any]:
+        return {
+            "the teacher's head (sha256)": cache.description["teacher"]["head_sha256"],
+            "the teacher's tokenizer (sha256)": tokenizer_digest(cache),
+            **{name: cache.description.get(name) for name in SAME},
+        }
+
+    for (what, expected), got in zip(facts(first).items(), facts(other).values(), strict=True):
+        if expected != got:
+            raise UsageError(
+                f"--cache {other.path}: {what}: expected {expected}, as {first.path} has, got {got}; only caches of one "
+                "teacher and with targets of one kind can be mixed"
+            )

@@ -1,0 +1,115 @@
+"""Several caches as one: what may be mixed, what a mixture holds, and what it says of a sample."""
+
+import json
+
+import numpy as np
+import pytest
+from made_cache import FRACTION, SAMPLES, make_cache
+
+from genrecal.errors import DamageError, UsageError
+from genrecal.shards.layout import tar_name
+from genrecal.shards.mixture import open_caches
+from genrecal.shards.order import SampleOrder
+from genrecal.shards.reader import open_cache
+
+CACHED = SAMPLES - 1  # one of them is skipped
+
+
+@pytest.fixture
+def two(tmp_path):
+    return [make_cache(tmp_path / name) for name in ("first", "second")]
+
+
+def change(cache, **settings):
+    """Other values in cache.json."""
+    path = cache / "cache.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def test_one_cache_is_itself(two):
+    alone, mixture = open_cache(two[0]), open_caches(two[:1])
+    assert len(mixture) == len(alone) and [r.sample.key for r in mixture] == [r.key for r in alone]
+    assert mixture.column("answer_tokens").tolist() == alone.column("answer_tokens").tolist()
+    assert mixture.question_share == FRACTION and mixture.hidden_size == alone.hidden_size
+    everything = np.arange(len(alone))
+    order, shards = mixture.order(everything, seed=3, window=2), alone.column("shard")
+    assert order.slice(0, 25).tolist() == SampleOrder(shards, seed=3, window=2).slice(0, 25).tolist()
+
+
+def test_records_of_each_cache_by_their_paths(two):
+    mixture, (first, second) = open_caches(two), map(open_cache, two)
+    assert len(mixture) == 2 * CACHED and mixture.column("images").tolist() == 2 * first.column("images").tolist()
+    assert mixture.arrow_column("category").to_pylist() == 2 * first.arrow_column("category").to_pylist()
+    keys = [record.sample.key for record in mixture]
+    assert keys == [f"{cache.path}/{record.key}" for cache in (first, second) for record in cache]
+    found = mixture.records([3, CACHED + 3, 2 * CACHED - 1])
+    assert [record.sample.key for record in found] == [keys[3], keys[CACHED + 3], keys[-1]]
+    for record, index in zip(found, (3, 3, CACHED - 1), strict=True):
+        assert np.array_equal(record.answer.hidden, first[index].hidden())
+    assert mixture[-1].key == second[-1].key and [r.key for r in mixture[CACHED - 1 : CACHED + 1]] == [
+        first[-1].key, second[0].key,
+    ]  # fmt: skip
+    with pytest.raises(IndexError):
+        mixture[2 * CACHED]
+
+
+def test_a_damaged_record_is_named_and_the_others_are_read(two):
+    hurt = open_cache(two[1])[2].row
+    member = next(m for m in hurt["members"] if m["name"].endswith(".answer.arrow"))
+    tar = two[1] / tar_name(member["tier"], hurt["shard"])
+    data = bytearray(tar.read_bytes())
+    data[member["offset"] + 5] ^= 1
+    tar.write_bytes(data)
+    good, bad = open_caches(two).records([2, CACHED + 2])
+    assert isinstance(bad, DamageError) and str(tar) in str(bad) and not isinstance(good, DamageError)
+
+
+def test_weights_say_how_many_samples_an_epoch_takes(two):
+    mixture = open_caches(two, [2, 0.5])
+    assert mixture.counts(np.arange(len(mixture))).tolist() == [2 * CACHED, CACHED // 2]
+    assert mixture.counts(np.arange(4, CACHED + 4)).tolist() == [2 * (CACHED - 4), 2]
+    order = mixture.order(np.arange(4, CACHED + 4), seed=0, window=2)
+    epochs = order.slice(0, 2 * order.num_samples)
+    times = np.bincount(epochs, minlength=CACHED)  # of the samples by their places among those chosen
+    assert times.tolist() == [4] * (CACHED - 4) + [1] * 4
+    with pytest.raises(UsageError, match="0.01 takes none of the 10 samples of .*second in an epoch"):
+        open_caches(two, [1, 0.01]).counts(np.arange(2 * CACHED))
+
+
+def test_questions_of_the_mixture(two):
+    change(two[1], question_fraction=0, question_codec="none")
+    assert open_caches(two, [1, 3]).question_share == pytest.approx(FRACTION / 4)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"top_k": 3}, "top_k: expected 4, as .*first has, got 3"),
+        ({"head_rows": 64}, "head_rows: expected 60, as .*first has, got 64"),
+        ({"sampled_targets": 0}, "sampled_targets: expected 5, as .*first has, got 0"),
+    ],
+)
+def test_other_targets_are_refused(two, settings, message):
+    change(two[1], **settings)
+    with pytest.raises(UsageError, match=f"--cache .*second: {message}; only caches of one teacher"):
+        open_caches(two)
+
+
+def test_another_teacher_is_refused(two):
+    teacher = open_cache(two[1]).description["teacher"]
+    change(two[1], teacher=teacher | {"head_sha256": "0" * 64})
+    with pytest.raises(UsageError, match=r"second: the teacher's head \(sha256\): expected .*, got 0{64}"):
+        open_caches(two)
+    files = teacher["files_sha256"] | {"tokenizer.json": "1" * 64}
+    change(two[1], teacher=teacher | {"files_sha256": files})
+    with pytest.raises(UsageError, match=r"second: the teacher's tokenizer \(sha256\)"):
+        open_caches(two)
+    change(two[1], teacher=teacher | {"files_sha256": teacher["files_sha256"] | {"config.json": "2" * 64}})
+    assert len(open_caches(two)) == 2 * CACHED  # another config.json beside the same head and tokenizer is no other
+
+
+def test_weights_that_do_not_fit(two):
+    with pytest.raises(UsageError, match="expected a number for each of 2 caches, in the order of --cache, got 1"):
+        open_caches(two, [1])
+    with pytest.raises(UsageError, match="first: given twice"):
+        open_caches([two[0], two[0]])
