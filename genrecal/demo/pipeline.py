@@ -21,6 +21,8 @@ from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.compare import Asking, Comparison, Mean, Variant, compare
 from genrecal.errors import UsageError
+from genrecal.report.cache_page import write_cache_page
+from genrecal.report.run_page import write_run_report
 from genrecal.report.summary import markdown_table, plus_minus, terms_by_stage, write_report
 from genrecal.samples import open_samples
 from genrecal.shards.answer_source import GREEDY, AnswerSource
@@ -92,7 +94,7 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], Any]) -> None:
         for variant in variants
     }
     table = _table(before | after, found)
-    report = out / "report.md"
+    report, run_page, cache_page = out / "report.md", out / "report.html", out / "cache.html"
     metrics = read_metrics(variants[1].run_path(out / "compared", seed))
     write_report(
         report,
@@ -104,10 +106,13 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], Any]) -> None:
             ("Seconds", markdown_table(["part", "seconds"], [[k, f"{v:.0f}"] for k, v in timings.items()])),
         ],
     )  # fmt: skip
+    write_run_report([variant.run_path(out / "compared", seed) for variant in variants], run_page)
+    write_cache_page(open_cache(out / "cache"), cache_page)
     say(table)
     say(_table_note(found))
     say(f"cache {out / 'cache'}\ncache {out / 'cache-own'}\nruns {out / 'compared' / 'runs'}")
     say(f"students {', '.join(map(str, students))}\nreport {report}")
+    say(f"page of the runs {run_page}\npage of the cache {cache_page}")
 
 
 def demo_variants(out: Path) -> list[Variant]:

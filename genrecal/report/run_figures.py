@@ -128,10 +128,24 @@ def at(tree: Any, name: str) -> Any:
 
 def read_runs(paths: Sequence[Path]) -> list[RunFigures]:
     """Runs with names that tell them apart. Raises UsageError for a folder that is no run, or whose run has not begun."""
-    names = [path.resolve().name for path in paths]
-    return [
-        _read_run(path, name if names.count(name) == 1 else str(path)) for path, name in zip(paths, names, strict=True)
-    ]
+    return [_read_run(path, name) for path, name in zip(paths, run_names(paths), strict=True)]
+
+
+def run_names(paths: Sequence[Path]) -> list[str]:
+    """The fewest last parts of the paths that tell them apart, without those at the end that all have in common.
+
+    `runs/SFT/seed0` and `runs/GenRecal/seed0` are SFT and GenRecal.
+    """
+    parts = [path.resolve().parts for path in paths]
+    if len(set(parts)) < len(parts):
+        raise UsageError(f"{max(paths, key=lambda path: parts.count(path.resolve().parts))}: given twice")
+    depth = next(
+        depth for depth in range(1, 1 + max(map(len, parts))) if len({p[-depth:] for p in parts}) == len(parts)
+    )
+    ends = [list(each[-depth:]) for each in parts]
+    while len({tuple(end[-1:]) for end in ends}) == 1 and min(map(len, ends)) > 1:
+        ends = [end[:-1] for end in ends]
+    return ["/".join(end) for end in ends]
 
 
 def _read_run(path: Path, name: str) -> RunFigures:

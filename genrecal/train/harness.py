@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from genrecal.errors import GenrecalError, UsageError
-from genrecal.vlm.loading import SPLIT, model_folder
+from genrecal.vlm.loading import SPLIT, load_processor, model_folder, processor_files
 
 # lmms-eval's name for the class of a family, by `model_type` of config.json. Its general class, `huggingface`, hands processors
 # an argument that transformers 5 refuses.
@@ -29,6 +29,9 @@ CLASSES = {
     "qwen2_vl": "qwen2_vl",
     "qwen3_vl": "qwen3_vl",
 }
+# Bounds of a picture's tiles. Its class for InternVL cuts every picture into up to 12, whatever the student's processor says, so
+# that a student that was trained on fewer would be asked about pictures such as it never saw.
+TILES = ("min_patches", "max_patches")
 # What some of its classes log when a question fails; they go on with an empty answer, which is scored as a wrong one.
 FAILED = re.compile(r"Error (.*) in generating")
 
@@ -62,7 +65,8 @@ def lmms_eval_command(
     Args:
         device: "cpu", "cuda", "cuda:N", or "split" for `device_map="auto"`.
         harness_model: lmms-eval's name of a model class; None takes it from `model_type` in the folder's config.json.
-        harness_args: `name=value` each, for that class; they come after ours and win.
+        harness_args: `name=value` each, for that class; they come after ours and win. An InternVL's pictures
+            are cut into as many tiles as its own processor says.
         out: where lmms-eval writes its results and, a file a task, every question with its answer.
         task_folder: tasks of one's own, in lmms-eval's format.
 
@@ -83,6 +87,9 @@ def lmms_eval_command(
         f"device_map={'auto' if device == SPLIT else device}",
     ]
     given += ["trust_remote_code=True"] if trust_remote_code else []
+    if harness_model == "internvl_hf" and processor_files(folder):
+        own = load_processor(folder).image_processor
+        given += [f"{name}={getattr(own, name)}" for name in TILES]
     for text in harness_args:
         if "=" not in text:
             raise UsageError(f"--harness-arg {text!r}: expected name=value")

@@ -27,6 +27,7 @@ from genrecal.cache.options import CacheOptions, WorkOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.errors import GenrecalError
 from genrecal.samples import open_samples
+from genrecal.shards.answer_source import AnswerSource
 
 COUNTED = ("fsync", "replace", "unlink", "mkdir")
 
@@ -81,6 +82,12 @@ def obey_permissions():
         raise OSError(ctypes.get_errno(), "capset")
 
 
+def options_of(request):
+    """A request's options, with the answers that the teacher writes itself."""
+    options = dict(request["options"])
+    return CacheOptions(**options | {"answers": AnswerSource(**options.get("answers", {}))})
+
+
 def run(teacher, data, job, answer):
     """One job, in a child; it never returns."""
     # torch makes its thread pool anew at the first use after a fork. Two threads that come first together find none
@@ -95,7 +102,7 @@ def run(teacher, data, job, answer):
     result = {}
     try:
         work = WorkOptions(threads=2, **job.get("work", {}))
-        report = run_cache_job(teacher, open_samples([data]), job["out"], CacheOptions(**job["options"]), work)
+        report = run_cache_job(teacher, open_samples([data]), job["out"], options_of(job), work)
         result = {name: getattr(report, name) for name in ("shards_done", "shards_found", "shards_missing", "skipped")}
     except GenrecalError as error:
         result = {"error": str(error), "kind": type(error).__name__}
@@ -138,7 +145,7 @@ if __name__ == "__main__":
     for line in sys.stdin:
         request = json.loads(line)
         if "whole" in request:  # in this process, so that children find everything compiled and imported
-            run_cache_job(teacher, open_samples([data]), request["whole"], CacheOptions(**request["options"]))
+            run_cache_job(teacher, open_samples([data]), request["whole"], options_of(request))
             answer = []
         else:
             answer = run_together(teacher, data, request["jobs"])

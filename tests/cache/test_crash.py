@@ -20,14 +20,15 @@ KILLS, IN_A_ROW = 200, 5  # kills in all, and of one cache before a run is left 
 class Runner:
     """The process of tests/cache/job_runner.py, which has a tiny teacher loaded."""
 
-    def __init__(self, model, data, whole):
+    def __init__(self, model, data, whole, **options):
+        self.options = OPTIONS | options
         self.process = subprocess.Popen(
             [sys.executable, str(RUNNER), str(model), str(data)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        self._ask({"whole": str(whole), "options": OPTIONS})
+        self._ask({"whole": str(whole), "options": self.options})
         self.whole = tree(whole)
 
     def _ask(self, request):
@@ -37,7 +38,7 @@ class Runner:
 
     def run(self, *jobs):
         """What becomes of jobs that run side by side."""
-        return self._ask({"jobs": [{"options": OPTIONS} | job | {"out": str(job["out"])} for job in jobs]})
+        return self._ask({"jobs": [{"options": self.options} | job | {"out": str(job["out"])} for job in jobs]})
 
     def finish(self, out):
         """Run the job undisturbed; what it did, its bytes checked to be those of an undisturbed cache."""
@@ -120,6 +121,23 @@ def test_killed_in_the_middle_of_calls(runner, tmp_path):
         interrupt(runner, tmp_path / str(i), [("at", calls, (i + random.Random(i).random()) / 12)]) for i in range(12)
     ]
     assert sum(hits) >= 10
+
+
+def test_killed_while_the_teacher_writes_its_answers(tiny, runner, tmp_path):
+    """What it draws for a conversation follows from the seed and the key, so a run that goes on draws the same."""
+    data = write_llava(tmp_path / "d", mixed_samples(2 * SHARDS))
+    answers = {"kind": "sampled", "max_tokens": 12, "temperature": 0.7, "top_p": 0.9, "seed": 3}
+    writing = Runner(tiny("qwen2_vl"), data, tmp_path / "whole", answers=answers)
+    calls, seconds = calls_and_seconds(writing, tmp_path / "timed")
+    hits = 0
+    for i in range(6):
+        kills = [("at", calls, (i + 0.5) / 6), ("seconds", seconds, (i + 0.5) / 6)]
+        hits += interrupt(writing, tmp_path / str(i), kills)
+    assert hits >= 8
+    assert writing.whole.keys() == runner.whole.keys()  # as many files, of other answers
+    assert writing.whole["cache.json"] != runner.whole["cache.json"]
+    writing.process.stdin.close()
+    writing.process.wait()
 
 
 @pytest.mark.parametrize("together", [1, 2])

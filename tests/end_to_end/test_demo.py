@@ -42,5 +42,10 @@ def test_demo(tmp_path):
     assert given.is_complete and own.is_complete
     same = [a.sample.answers == b.sample.answers for a, b in zip(given, own, strict=False) if a.key == b.key]
     assert 0.5 < sum(same) / len(same) < 0.8  # a conversation has 1.4 answers
-    for path in re.findall(r"^(?:cache|report|students) (\S+?)(?:,.*)?$", done.stdout, flags=re.MULTILINE):
+    for path in re.findall(
+        r"^(?:cache|report|students|page of the \w+) (\S+?)(?:,.*)?$", done.stdout, flags=re.MULTILINE
+    ):
         assert Path(path).exists()
+    assert {path.name for path in out.glob("*.html")} == {"report.html", "cache.html"}
+    page = (out / "report.html").read_text()
+    assert all(folder in page for folder in STUDENTS.values()) and "seed0" not in page.split("</title>")[0]

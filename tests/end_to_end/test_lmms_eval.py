@@ -68,6 +68,15 @@ def task(tmp_path, monkeypatch):
     return make
 
 
+def own_answers(student, folder, tmp_path):
+    """What genrecal's own evaluation has of the student, in the dtype that lmms-eval takes."""
+    words = ["--data", folder / "data", "--dtype", "bfloat16", "--device", "cpu", "--max-new-tokens", TOKENS]
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "--model", str(student), "--out", str(tmp_path / "own.jsonl"), *map(str, words)])
+    assert not stop.value.code
+    return [json.loads(line)["prediction"].strip() for line in (tmp_path / "own.jsonl").read_text().splitlines()]
+
+
 def test_an_internvl_student_is_asked_and_scored(task, tmp_path, capfd):
     """The score is the share of its answers that are the task's; what it answers is in the folder that --out names."""
     student = exported_student("student", tmp_path)
@@ -83,6 +92,7 @@ def test_an_internvl_student_is_asked_and_scored(task, tmp_path, capfd):
     assert len(set(answers)) > 1 and all(answers)
     assert row["value"] == sum(answer == line["target"] for answer, line in zip(answers, lines, strict=True)) / 4
     assert "genrecal: python -m lmms_eval --model internvl_hf" in err
+    assert answers == own_answers(student, folder, tmp_path)
 
 
 def test_a_qwen2_vl_student_and_a_table(task, tmp_path, capfd):
