@@ -29,8 +29,8 @@ CLASSES = {
     "qwen2_vl": "qwen2_vl",
     "qwen3_vl": "qwen3_vl",
 }
-# Bounds of a picture's tiles. Its class for InternVL cuts every picture into up to 12, whatever the student's processor says, so
-# that a student that was trained on fewer would be asked about pictures such as it never saw.
+# Bounds of a picture's tiles. Its class for InternVL cuts every picture into up to 12, whatever the student's processor says:
+# a student that was trained on fewer would be asked about pictures such as it never saw.
 TILES = ("min_patches", "max_patches")
 # What some of its classes log when a question fails; they go on with an empty answer, which is scored as a wrong one.
 FAILED = re.compile(r"Error (.*) in generating")
