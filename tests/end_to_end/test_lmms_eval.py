@@ -70,7 +70,7 @@ def task(tmp_path, monkeypatch):
 
 def own_answers(student, folder, tmp_path):
     """What genrecal's own evaluation has of the student, in the dtype that lmms-eval takes."""
-    words = ["--data", folder / "data", "--dtype", "bfloat16", "--device", "cpu", "--max-new-tokens", TOKENS]
+    words = ["--data", folder / "data/data.json", "--dtype", "bfloat16", "--device", "cpu", "--max-new-tokens", TOKENS]
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", "--model", str(student), "--out", str(tmp_path / "own.jsonl"), *map(str, words)])
     assert not stop.value.code
