@@ -37,8 +37,9 @@ class Mixture(Sequence[CachedRecord]):
             raise UsageError(
                 f"data.weights: expected a number for each of {len(caches)} caches, in the order of --cache, got {len(weights)}"
             )
-        if repeated := sorted({cache.path for cache in caches if [c.path for c in caches].count(cache.path) > 1}):
-            raise UsageError(f"--cache {repeated[0]}: given twice; data.weights can have its samples seen more often")
+        places = [cache.store.absolute for cache in caches]
+        if repeated := [cache.path for cache in caches if places.count(cache.store.absolute) > 1]:
+            raise UsageError(f"--cache {repeated[-1]}: given twice; data.weights can have its samples seen more often")
         for cache in caches[1:]:
             _check_same(caches[0], cache)
         self.caches, self.weights = tuple(caches), tuple(weights) or (1.0,) * len(caches)

@@ -112,4 +112,4 @@ def test_weights_that_do_not_fit(two):
     with pytest.raises(UsageError, match="expected a number for each of 2 caches, in the order of --cache, got 1"):
         open_caches(two, [1])
     with pytest.raises(UsageError, match="first: given twice"):
-        open_caches([two[0], two[0]])
+        open_caches([two[1], two[0], two[0].parent / "second/../first"])
