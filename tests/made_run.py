@@ -15,7 +15,7 @@ def write_run(folder, *, steps=(40, 40, 40), category="numbers", **content):
     """A run's folder with made curves; returns its lines of steps."""
     folder.mkdir(parents=True)
     config = {"objective": "genrecal", "seed": 0, "loss": {"reg_weight": 1.0}}
-    run = {"config": config, "student": "a student", "teacher": "cache", "cache": "/c", "processes": 2} | content
+    run = {"config": config, "student": "a student", "teacher": "cache", "caches": ["/c"], "processes": 2} | content
     (folder / "run.json").write_text(json.dumps(run))
     rng, lines, evaluations = np.random.default_rng(0), [], []
     for stage, count in enumerate(steps, 1):

@@ -294,7 +294,7 @@ def comparison_rows(runs: Sequence[RunFigures]) -> list[Row]:
         ("its states from", [
             "shards" if run.run.get("teacher") == "cache" else _text(run.run.get("teacher")) for run in runs
         ]),
-        ("cache", [_text(run.run.get("cache")) for run in runs]),
+        ("caches", [_caches(run) for run in runs]),
         ("objective", [_text(run.setting("objective")) for run in runs]),
         ("teacher's own cross-entropy, whole cache", [figure(run.teacher_own) for run in runs]),
         ("regularisation's weight", [_text(run.setting("loss.reg_weight")) for run in runs]),
@@ -402,6 +402,11 @@ def _count(value: float) -> str:
 
 def _hours(seconds: float) -> str:
     return "-" if not math.isfinite(seconds) else f"{seconds / 3600:.3g}"
+
+
+def _caches(run: RunFigures) -> str:
+    paths = run.run.get("caches")
+    return ", ".join(map(str, paths)) if isinstance(paths, list) and paths else "-"
 
 
 def _text(value: Any) -> str:

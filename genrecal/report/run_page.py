@@ -77,7 +77,9 @@ def _stage(runs: Sequence[RunFigures], stage: int) -> dict[str, object]:
         for part, words in PARTS.items():
             lines = loss_lines(runs, stage, terms, part)
             if lines and "ce" in terms:
-                lines += own_lines(runs, part)
+                lines += own_lines(
+                    [run for run in runs if any(run.curve(stage, term + part)[1] for term in terms)], part
+                )
             panels.append(panel(words, lines, x_label="step"))
         if drawn := [found for found in panels if found]:
             rows.append((title, drawn))

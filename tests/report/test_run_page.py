@@ -4,6 +4,7 @@ import json
 import math
 import re
 import xml.etree.ElementTree
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from made_run import write_run
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cli import main
+from genrecal.errors import UsageError
 from genrecal.report.chart import HEIGHT, LEFT, RIGHT, WIDTH, Line, panel, round_step, thinned
+from genrecal.report.run_figures import run_names
 from genrecal.report.run_page import write_run_report
 from genrecal.samples import open_samples
 from genrecal.shards.reader import open_cache
@@ -97,6 +100,24 @@ def test_figures_are_the_metrics(tmp_path):
     assert "Of the cache of mine, other" in " ".join(page.text.split())
 
 
+@pytest.mark.parametrize(
+    "paths, names",
+    [
+        (["mine"], ["mine"]),
+        (["runs/SFT/seed0", "runs/GenRecal/seed0"], ["SFT", "GenRecal"]),
+        (["a/x/seed0", "a/y/seed0", "b/x/seed0"], ["a/x", "a/y", "b/x"]),
+        (["a/seed0", "a/seed1", "b/seed0"], ["a/seed0", "a/seed1", "b/seed0"]),
+    ],
+)
+def test_runs_are_named_by_what_tells_them_apart(paths, names):
+    assert run_names([Path(path) for path in paths]) == names
+
+
+def test_a_run_given_twice(tmp_path):
+    with pytest.raises(UsageError, match="mine: given twice"):
+        run_names([tmp_path / "mine", tmp_path / "other", tmp_path / "other/../mine"])
+
+
 def test_accuracy_is_shown_at_each_measured_share(tmp_path):
     write_run(tmp_path / "mine")
     write_run_report([tmp_path / "mine"], tmp_path / "r.html")
@@ -128,7 +149,7 @@ def test_cost_with_lines_left_out(tmp_path):
 def test_a_hostile_run_is_shown_as_text(tmp_path):
     """Names, settings and categories from anywhere: text as it is, and no tag, address or template of theirs."""
     folder = tmp_path / "<img src=x onerror=alert(1)>"
-    lines = write_run(folder, category=HOSTILE, student=HOSTILE, cache=HOSTILE, teacher="live:" + HOSTILE)
+    lines = write_run(folder, category=HOSTILE, student=HOSTILE, caches=[HOSTILE], teacher="live:" + HOSTILE)
     lines[0] |= {"ce": "1e999</svg>", "kl": None, "loss": math.nan, "lr": [1], "memory_gb": True, "seconds": 10**400}
     odd = ["[]", '{"stage": 9, "step": 0}', '{"stage": 1, "step": "0"}', '{"stage": [1], "step": 0}']
     odd += ['{"stage": 2, "step": 1, "evaluation": {"done": "x", "overall": 3, "by_category": {"a": null}}}']
@@ -141,6 +162,7 @@ def test_a_hostile_run_is_shown_as_text(tmp_path):
     visible = HOSTILE.replace("\u202e", "\\u202e").replace("\x00", "\\x00").replace("\ud800", "\\ud800")
     compared = {row[0]: row[1] for row in page.tables["Runs side by side"]}
     assert compared["student"] == visible and compared["its states from"] == "live:" + visible
+    assert compared["caches"] == visible
     assert {row[3] for row in page.tables["Accuracy in numbers"][1:]} >= {visible, "all questions"}
     for svg in re.findall(r"<svg.*?</svg>", (tmp_path / "r.html").read_text(), flags=re.DOTALL):
         xml.etree.ElementTree.fromstring(svg)
@@ -196,6 +218,7 @@ def test_a_real_run(real, tmp_path):
     assert cost["teacher passes with the teacher beside the student"] == "36"
     tars = sum(path.stat().st_size for path in (real.path.parent / "c/questions").iterdir())
     assert cost["cache: bytes of question states"] == f"{tars / 1000:.2f} kB"
+    assert {row[0]: row[1] for row in page.tables["Runs side by side"]}["caches"] == str(real.path.parent / "c")
     rows = page.tables["Accuracy in numbers"][1:]
     assert len(rows) == len(read_evaluations(real.path)) == 7
 
