@@ -4,16 +4,19 @@
 
 The demo's teacher and student, and its data with the flaws of a regime (`genrecal.demo.data`). Each regime has one cache
 of the given answers and one of the teacher's own; every variant is trained from one of them for the same steps
-(`genrecal.compare`), and asked the same held-out questions, whose answers are right. Give the command again to go on, or
-to train what was added. It prints and keeps a table for each regime, with what the teacher scores above it.
+(`genrecal.compare`), and asked the same held-out questions, whose answers are right. Regime `pruned` has another student, the
+teacher without half of its decoder layers, for the objectives that need one tokenizer. Give the command again to go on, or to
+train what was added. It prints and keeps a table for each regime, with what the teacher scores above it.
 """
 
 import argparse
+import shutil
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForImageTextToText
 
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
@@ -45,7 +48,7 @@ SETTINGS = [
 class Variant:
     """Settings, in one string as for `genrecal compare --try`; `own`: from the teacher's own answers, not the given ones.
 
-    Teacher and student split text differently, so `kl`, `reverse-kl` and `skewed-kl` are not for this pair.
+    The demo's teacher and student split text differently, so `kl`, `reverse-kl` and `skewed-kl` are not for that pair.
     """
 
     name: str
@@ -73,14 +76,29 @@ OTHERS = (
     Variant(name="aligned pinv", settings="objective=genrecal-aligned recalibrator.init=pseudo-inverse"),
 )
 
+ONE_TOKENIZER = (
+    *MAIN,
+    Variant(name="kl", settings="objective=kl"),
+    Variant(name="reverse-kl", settings="objective=reverse-kl"),
+    Variant(name="skewed-kl", settings="objective=skewed-kl"),
+    Variant(name="uld", settings="objective=uld"),
+    Variant(name="dskd", settings="objective=dskd"),
+    Variant(name="aligned", settings="objective=genrecal-aligned"),
+    Variant(name="kl own", settings="objective=kl", own=True),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Regime:
-    """What the training data are like, and what is tried on them; held-out pictures are as unclear as these."""
+    """What the training data are like, and what is tried on them; held-out pictures are as unclear as these.
+
+    layers: of the teacher's decoder, those that its pruned copy keeps as the student; none for the demo's student.
+    """
 
     samples: int = 768
     flaws: Flaws = field(default_factory=Flaws)
     variants: tuple[Variant, ...] = MAIN
+    layers: tuple[int, ...] = ()
 
 
 REGIMES = {
@@ -89,6 +107,7 @@ REGIMES = {
     "unclear": Regime(flaws=Flaws(unclear_pictures=1.0)),
     "little": Regime(samples=192),
     "much": Regime(samples=3072),
+    "pruned": Regime(flaws=Flaws(wrong_answers=0.3), variants=ONE_TOKENIZER, layers=(0, 3)),
 }
 
 
@@ -104,6 +123,7 @@ def run_regime(regime: Regime, chosen: list[str], out: Path, seeds: list[int], j
     train = write_dataset(out / "train", num_samples=regime.samples, split="train", seed=0, flaws=regime.flaws)
     given, own = out / "cache-given", out / "cache-own"
     _write_caches(train, given, own)
+    student = _pruned_teacher(out / "student", regime.layers) if regime.layers else ASSETS / "student"
     variants = variants_of(
         [
             f"{v.name}={v.settings} cache={own if v.own else given}"
@@ -117,14 +137,14 @@ def run_regime(regime: Regime, chosen: list[str], out: Path, seeds: list[int], j
     asking = Asking(batch_size=60, dtype="float32")
     found = compare(
         variants,
-        str(ASSETS / "student"),
+        str(student),
         partial(open_samples, [test]),
         out / "compare",
         seeds=seeds,
         asking=asking,
         jobs=jobs,
     )
-    table = f"{_teacher_and_student(out, test)}\n\n{comparison_text(found)}"
+    table = f"{_teacher_and_student(out, test, student)}\n\n{comparison_text(found)}"
     (out / "table.md").write_text(table + "\n")
     return table
 
@@ -138,10 +158,22 @@ def _write_caches(data: Path, given: Path, own: Path) -> None:
             run_cache_job(teacher, open_samples([data]), folder, CacheOptions(samples_per_shard=64, answers=answers))
 
 
-def _teacher_and_student(out: Path, test: Path) -> str:
+def _pruned_teacher(folder: Path, layers: tuple[int, ...]) -> Path:
+    """The teacher with these layers of its decoder alone: a weaker model with the same tokenizer."""
+    if not (folder / "model.safetensors").exists():
+        model = AutoModelForImageTextToText.from_pretrained(ASSETS / "teacher", dtype="auto")
+        decoder, config = model.model.language_model, model.config.text_config
+        decoder.layers = torch.nn.ModuleList(decoder.layers[number] for number in layers)
+        config.num_hidden_layers, config.layer_types = len(layers), [config.layer_types[number] for number in layers]
+        shutil.copytree(ASSETS / "teacher", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+        model.save_pretrained(folder)
+    return folder
+
+
+def _teacher_and_student(out: Path, test: Path, student: Path) -> str:
     """What the teacher and the untrained student score on the held-out questions."""
     lines = []
-    for name, folder in (("teacher", ASSETS / "teacher"), ("student before", ASSETS / "student")):
+    for name, folder in (("teacher", ASSETS / "teacher"), ("student before", student)):
         path = out / f"{name.replace(' ', '-')}.jsonl"
         if not path.exists():
             save_evaluation(evaluate(load_vlm(folder, dtype=torch.float32), open_samples([test]), batch_size=60), path)
