@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -47,7 +48,7 @@ from genrecal.vlm.rendering import Renderer
 RUNNER = Path(__file__).with_name("rank_runner.py")
 # Sums are taken in another order: float32's rounding, which AdamW's division by small moments enlarges from step to step.
 # The gradient of stage 3, over all weights, is the largest sum.
-CLOSE = {1: 2e-6, 2: 2e-6, 3: 1e-4}
+CLOSE = {1: 2e-6, 2: 2e-6, 3: 2e-5}
 GRADIENT_CLOSE = 1e-3
 
 
@@ -458,9 +459,10 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def alone(runner, tiny, cache, awkward, tmp_path_factory):
+    """The run of one process: its folder and its lines."""
     out = tmp_path_factory.mktemp("alone") / "run"
     arguments = words(cache, tiny("internvl_qwen2"), out, *awkward, steps=0, accumulation=4)
-    return runner.finish(1, out, arguments)
+    return out, runner.finish(1, out, arguments)
 
 
 def test_the_awkward_settings_are_awkward(cache, awkward, tiny):
@@ -491,12 +493,16 @@ def test_the_awkward_settings_are_awkward(cache, awkward, tiny):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
 def test_every_engine_gives_the_losses_of_one_process(runner, tiny, cache, awkward, alone, tmp_path, engine):
-    """20 steps of each stage, fp32."""
-    assert [sum(line["stage"] == stage for line in alone) for stage in (1, 2, 3)] == [STEPS] * 3
-    assert any("skipped" in line for line in alone)
+    """20 steps of each stage, fp32, each stage from the weights that one process ended the last one with."""
+    one, expected = alone
+    assert [sum(line["stage"] == stage for line in expected) for stage in (1, 2, 3)] == [STEPS] * 3
+    assert any("skipped" in line for line in expected)
     student, out = tiny("internvl_qwen2"), tmp_path / "run"
-    lines = runner.finish(2, out, words(cache, student, out, f"engine={engine}", *awkward, steps=0))
-    assert_close(alone, lines)
+    for stage in (1, 2, 3):
+        arguments = words(cache, student, out, f"engine={engine}", *awkward, steps=0, stages=str(stage))
+        lines = runner.finish(2, out, arguments)
+        shutil.copy(one / f"stage{stage}/trained.safetensors", out / f"stage{stage}/trained.safetensors")
+    assert_close(expected, lines)
 
 
 @pytest.mark.slow
@@ -504,7 +510,7 @@ def test_the_losses_are_those_of_whole_blocks(runner, tiny, cache, awkward, alon
     """Under eager attention the Recalibrator's last block runs on all rows; the runs above compute the rows read."""
     student, out = tiny("internvl_qwen2"), tmp_path / "run"
     arguments = words(cache, student, out, "attention=eager", *awkward, steps=0, accumulation=4, stages="1,2")
-    assert_close([line for line in alone if line["stage"] < 3], runner.finish(1, out, arguments))
+    assert_close([line for line in alone[1] if line["stage"] < 3], runner.finish(1, out, arguments))
 
 
 @pytest.mark.slow
