@@ -6,13 +6,13 @@ import numpy as np
 
 from genrecal.shards.layout import manifest_name, write_cache_json
 from genrecal.shards.manifest import CACHED, ManifestRow, Member, manifest_bytes
-from genrecal.shards.reader import Cache, open_cache
+from genrecal.shards.mixture import Mixture, open_caches
 from genrecal.shards.storage import open_store
 
 ROWS = 64
 
 
-def planned_cache(folder: Path, *, head_rows: int, categories: tuple[str, ...] = ("General VQA", "Chart")) -> Cache:
+def planned_cache(folder: Path, *, head_rows: int, categories: tuple[str, ...] = ("General VQA", "Chart")) -> Mixture:
     """64 samples of 300 to 3,500 teacher's tokens in one shard, D 8192."""
     rng = np.random.default_rng(0)
     rows = []
@@ -58,4 +58,4 @@ def planned_cache(folder: Path, *, head_rows: int, categories: tuple[str, ...] =
         "num_shards": 1, "data": [],
     }  # fmt: skip
     write_cache_json(store, description)
-    return open_cache(folder)
+    return open_caches([folder])

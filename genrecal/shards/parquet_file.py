@@ -10,6 +10,7 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -24,6 +25,7 @@ PLAIN_TYPES, BYTE_ARRAY = (0, 1, 2, 4, 5), 6  # boolean, int32, int64, float, do
 ENCODINGS = (0, 2, 3, 8)  # plain, dictionary, runs, dictionary; prefixes of strings (7) would need a bound of their own
 PAGES = {5: 2, 7: 2, 8: 4}  # fields of a page header (data, dictionary, data of version 2): where their encoding stands
 INT16, INT32, INT64, FLOAT64, BYTES, LIST, STRUCT = 4, 5, 6, 7, 8, 9, 12  # kinds of fields in the compact protocol
+MOST_REMEMBERED_BYTES = 2**16  # of a footer
 DEEPEST, MOST_STRUCTS = 16, 2**17  # of a footer or of a column's page headers
 Fields = dict[tuple[int, int], Any]
 
@@ -134,10 +136,20 @@ def _footer(file: BinaryIO, file_bytes: int) -> Fields:
     file.seek(max(0, file_bytes - 8))
     length = int.from_bytes(file.read(8)[:4], "little")
     file.seek(max(0, file_bytes - 8 - length))
+    footer = file.read(length)
+    return _parsed(footer) if length <= MOST_REMEMBERED_BYTES else _parse(footer)
+
+
+def _parse(footer: bytes) -> Fields:
     try:
-        return _Compact(file.read(length)).struct()
+        return _Compact(footer).struct()
     except IndexError:
         raise ValueError("a footer that cannot be read") from None
+
+
+_parsed = lru_cache(maxsize=16)(
+    _parse
+)  # a file's columns are read one by one, and each asks for its footer; nobody changes it
 
 
 def _add_column(sums: dict[str, _ColumnSums], path: str, column: Fields, file: BinaryIO, file_bytes: int) -> None:
