@@ -296,6 +296,7 @@ def test_batches_hold_like_lengths_within_the_budget():
     assert list(batches_by_length({0: 5, 1: 1000}, 100)) == [[1], [0]]  # a long one goes alone, and first
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(data, tmp_path, tiny):
     """A real process, killed -9 as its first, second and third shard appear; another then finishes."""
     command = [

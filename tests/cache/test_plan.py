@@ -66,6 +66,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=["defaults", "bf16", "int4-draws"])
 def test_the_demos_bytes(teacher, tmp_path, options):
     data = write_dataset(tmp_path / "data", num_samples=256, split="train", seed=0)

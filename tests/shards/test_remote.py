@@ -189,6 +189,7 @@ WRITE = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["samples/00001.tar", "questions/00001.tar", "manifest/00001.parquet"])
 def test_a_kill_in_the_middle_of_an_upload_leaves_nothing_that_looks_whole(made, proxy, url, where, tmp_path):
     put(made, url)

@@ -123,6 +123,7 @@ def test_resuming_from_a_checkpoint_gives_the_same_losses_and_weights(run_of, st
     assert wanted.keys() == got.keys() and all(torch.equal(wanted[name], got[name]) for name in wanted)
 
 
+@pytest.mark.slow
 def test_killed_process_goes_on(tiny, cache, tmp_path):
     """A real process, killed -9 in stage 1 and in stage 2, ends with the same losses as one that was not."""
     command = [
