@@ -73,6 +73,7 @@ OTHERS = (
     Variant(name="GenRecal KL 3", settings="objective=genrecal loss.kl_weight=3"),
     Variant(name="GenRecal first 3", settings="objective=genrecal loss.first_token_weight=3"),
     Variant(name="aligned linear", settings="objective=genrecal-aligned recalibrator.layers=0"),
+    Variant(name="aligned linear own", settings="objective=genrecal-aligned recalibrator.layers=0", own=True),
     Variant(name="aligned pinv", settings="objective=genrecal-aligned recalibrator.init=pseudo-inverse"),
 )
 
