@@ -24,12 +24,17 @@ def read_run_file(run: Path) -> dict[str, Any]:
     """What the run is of. Raises UsageError if the folder is no run."""
     path = run / RUN_FILE
     try:
-        content = dict(json.loads(path.read_text()))
-        if "cache" in content:  # of a version in which a run had one cache
-            content["caches"], content["caches_sha256"] = [content.pop("cache")], [content.pop("cache_sha256", "")]
-        return content
+        return in_this_versions_names(dict(json.loads(path.read_text())))
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{run}: not a run: {RUN_FILE}: {error}; `genrecal train --out {run}` makes one") from None
+
+
+def in_this_versions_names(content: dict[str, Any]) -> dict[str, Any]:
+    """What a run is of, as an earlier version may have written it: then a run had one cache."""
+    if "cache" not in content:
+        return content
+    others = {name: value for name, value in content.items() if name not in ("cache", "cache_sha256")}
+    return others | {"caches": [content["cache"]], "caches_sha256": [content.get("cache_sha256", "")]}
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -89,7 +89,7 @@ def lmms_eval_command(
     given += ["trust_remote_code=True"] if trust_remote_code else []
     if harness_model == "internvl_hf" and processor_files(folder):
         own = load_processor(folder).image_processor
-        given += [f"{name}={getattr(own, name)}" for name in TILES]
+        given += [f"{name}={getattr(own, name)}" for name in TILES if hasattr(own, name)]
     for text in harness_args:
         if "=" not in text:
             raise UsageError(f"--harness-arg {text!r}: expected name=value")

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 import genrecal
 from genrecal.errors import TrainingError, UsageError
 from genrecal.files import put_in_place, temporary_path, write_whole
-from genrecal.run_folder import RUN_FILE, read_run_file
+from genrecal.run_folder import RUN_FILE, in_this_versions_names, read_run_file
 from genrecal.shards.layout import CACHE_FILE
 from genrecal.shards.mixture import Mixture, tokenizer_digest
 from genrecal.train.checkpoint import Checkpoint, copy_weights, read_tensors
@@ -115,7 +115,7 @@ class Run:
         if not path.exists():
             return now
         found = read_run_file(self.path)
-        if different := differences(found, now):
+        if different := differences(_with_all_settings(found), now):
             raise UsageError(f"--out {self.path} holds another run: {'; '.join(different)}. Use another --out")
         if "global_batch" not in found:
             raise UsageError(
@@ -142,6 +142,11 @@ class Run:
         """Raises UsageError if this machine has another student or cache than the one that the run was begun on."""
         here = self.description(cache)
         found = [("student", here["student"], here["student_config_sha256"], begun["student_config_sha256"])]
+        if len(here["caches"]) != len(begun["caches"]):
+            raise UsageError(
+                f"{platform.node()}: --cache {', '.join(here['caches'])}: expected as many caches as rank 0 has, "
+                f"{len(begun['caches'])}, got {len(here['caches'])}; start all processes with the same command"
+            )
         found += [
             ("cache", *each) for each in zip(here["caches"], here["caches_sha256"], begun["caches_sha256"], strict=True)
         ]
@@ -154,7 +159,8 @@ class Run:
 
     def check_checkpoint(self, checkpoint: Checkpoint, stage: int, cache: Mixture) -> None:
         """Raises TrainingError, naming what differs, for a checkpoint of another run or stage."""
-        different = differences(checkpoint.run, self.description(cache))
+        before = _with_all_settings(in_this_versions_names(checkpoint.run))
+        different = differences(before, self.description(cache))
         if checkpoint.stage != stage:
             different.insert(0, f"stage was {checkpoint.stage}, now {stage}")
         if different:
@@ -232,6 +238,14 @@ class Run:
                 merge_lora(student)
         student.model.requires_grad_(False)
         return student
+
+
+def _with_all_settings(before: dict[str, Any]) -> dict[str, Any]:
+    """What a run was of, with the defaults of settings that came after it; what this version no longer has stays as it is."""
+    try:
+        return before | {"config": json.loads(json.dumps(dataclasses.asdict(config_from(before["config"]))))}
+    except (UsageError, KeyError, TypeError, AttributeError):
+        return before
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -358,9 +358,8 @@ def test_a_checkpoint_says_what_it_is_of_and_another_is_refused(checkpointed):
     content = json.loads((folder / "state.json").read_text())
     assert content["stage"] == 1 and content["step"] == content["updates"] == 3
     assert content["run"]["processes"] == 1 and content["run"]["software"]["torch"] == torch.__version__
-    assert [len(digest) for digest in content["run"]["caches_sha256"]] == [64] and content["run"]["config"]["stage1"][
-        "lr"
-    ] == 1e-3
+    assert [len(digest) for digest in content["run"]["caches_sha256"]] == [64]
+    assert content["run"]["config"]["stage1"]["lr"] == 1e-3
 
     def refused(pattern, **changes):
         (folder / "state.json").write_text(json.dumps(content | changes))
@@ -408,6 +407,10 @@ def test_another_student_on_another_machine_is_refused(tiny, cache, tmp_path):
     run.check_files(begun, open_caches([cache]))
     with pytest.raises(UsageError, match=r"the student .* is not what rank 0 has by that name: its sha256 is"):
         run.check_files(begun | {"student_config_sha256": "00"}, open_caches([cache]))
+    with pytest.raises(UsageError, match=r"the cache .*/c is not what rank 0 has by that name: its sha256 is"):
+        run.check_files(begun | {"caches_sha256": ["00"]}, open_caches([cache]))
+    with pytest.raises(UsageError, match="expected as many caches as rank 0 has, 2, got 1; start all processes"):
+        run.check_files(begun | {"caches": ["/a", "/b"]}, open_caches([cache]))
 
 
 # ------------------------------------------------------------------------------------------------------ forked ranks, slow

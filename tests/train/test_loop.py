@@ -460,14 +460,26 @@ def test_a_mixed_run_in_pieces_is_the_run_in_one(run_of, parts):
 
 
 def test_a_run_of_the_version_with_one_cache_goes_on(run_of):
-    run = run_of("run")
-    train(run, stages=(1,))
-    file = run.path / "run.json"
-    content = json.loads(file.read_text())
-    content["cache"], content["cache_sha256"] = content.pop("caches")[0], content.pop("caches_sha256")[0]
-    file.write_text(json.dumps(content))
-    train(run, stages=(2,))
-    assert Run.open(run.path).caches == run.caches and run.last_finished_stage() == 2
+    """From its checkpoint too: it names one cache, and knew no weights."""
+
+    def as_before(content):
+        content["cache"], content["cache_sha256"] = content.pop("caches")[0], content.pop("caches_sha256")[0]
+        del content["config"]["data"]["weights"]
+
+    run, whole = run_of("run"), run_of("whole")
+    for each in (run, whole):
+        train(each, stages=(1,))
+    run.stage_result(1).unlink()
+    for file in (run.path / "run.json", *run.checkpoints.glob("*/state.json")):
+        content = json.loads(file.read_text())
+        as_before(content.get("run", content))
+        file.write_text(json.dumps(content))
+    train(run, stages=(1, 2))
+    train(whole, stages=(2,))
+    assert Run.open(run.path).caches == run.caches and untimed(run) == untimed(whole)
+    other = replace(run, config=replace(run.config, data=replace(run.config.data, weights=(2.0,))))
+    with pytest.raises(UsageError, match=r"config\.data\.weights was \[\], now \[2\.0\]"):
+        train(other, stages=(3,))
 
 
 def test_samples_are_named_with_their_cache(run_of, parts):
