@@ -14,8 +14,8 @@ sources take turns, and a figure is the median of `--repeat` processes, each the
   `--peak-tflops`.
 
 "memory" holds finished micro-batches: what is slower than that is reading, decoding and rendering. The last columns are
-against shards: the step's time, the processor's (which other work on the machine changes less), and "bound", the FLOPs:
-what leaving out the teacher can save. `--grow` repeats stage 1 with twice and four times
+against shards, the median of the rounds' ratios: the step's time, the processor's (which other work on the machine changes
+less), and "bound", the FLOPs: what leaving out the teacher can save. `--grow` repeats stage 1 with twice and four times
 the samples, the tokens and the vocabulary.
 """
 
@@ -73,17 +73,17 @@ SHAPES: dict[str, Any] = {
                               "num_attention_heads": 3},
         },
     },
-    # The same ratio with as many layers as students of 1 to 2 billion parameters have (24 to 28).
+    # The same ratio with as many layers as students of 1 to 2 billion parameters have (24 to 28), and wider.
     "deep": {
         "teacher": {
-            "text_config": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 17,
-                            "num_attention_heads": 8, "num_key_value_heads": 4,
+            "text_config": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 16,
+                            "num_attention_heads": 16, "num_key_value_heads": 8,
                             "rope_parameters": ROPE | {"mrope_section": [8, 12, 12]}},
-            "vision_config": {"hidden_size": 512, "embed_dim": 192, "depth": 4},
+            "vision_config": {"hidden_size": 1024, "embed_dim": 192, "depth": 4},
         },
         "student": {
-            "text_config": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 28,
-                            "num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": ROPE},
+            "text_config": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 28,
+                            "num_attention_heads": 8, "num_key_value_heads": 4, "rope_parameters": ROPE},
             "vision_config": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4,
                               "num_attention_heads": 3},
         },
@@ -174,7 +174,11 @@ def compare(options: argparse.Namespace, *, sources: tuple[str, ...] = SOURCES) 
     rows = []
     for (stage, source), measured in found.items():
         middle = {name: statistics.median(one[name] for one in measured) for name in measured[0]}
-        shards = {name: statistics.median(one[name] for one in found[stage, "shards"]) for name in ("step", "cpu")}
+        beside = found[stage, "shards"]  # of the same rounds: a machine's speed changes within the hour
+        ratio = {
+            name: statistics.median(one[name] / other[name] for one, other in zip(measured, beside, strict=True))
+            for name in ("step", "cpu")
+        }
         tflops = flops[stage, source == "live"] / 1e12
         rate = tflops / middle["step"]
         rows.append(
@@ -188,8 +192,8 @@ def compare(options: argparse.Namespace, *, sources: tuple[str, ...] = SOURCES) 
                 f"{tflops:.4g}",
                 f"{rate:.3g}",
                 f"{rate / options.peak_tflops:.1%}" if options.peak_tflops else "",
-                f"{middle['step'] / shards['step']:.2f}x",
-                f"{middle['cpu'] / shards['cpu']:.2f}x",
+                f"{ratio['step']:.2f}x",
+                f"{ratio['cpu']:.2f}x",
                 f"{flops[stage, source == 'live'] / flops[stage, False]:.2f}x",
             ]
         )
@@ -311,7 +315,8 @@ def measure(what: str, stage: int, options: argparse.Namespace) -> dict[str, flo
         f"gradient_checkpointing={'false' if counting or options.device == 'cpu' else 'true'}",
         *(f"stage{n}.batch_size={options.batch}" for n in (1, 2)),
         *(f"stage{n}.accumulation={options.accumulation}" for n in (1, 2)),
-        f"stage1.max_steps={steps if stage == 1 else 1}", f"stage2.max_steps={steps}", "data.max_skip=0", *options.set,
+        f"stage1.max_steps={steps if stage == 1 else 1}", f"stage2.max_steps={steps}", "data.max_skip=0",
+        "measure.samples=0", *options.set,
     ]  # fmt: skip
     watch = Watch(source, device, loop.micro_batch_stream)
     loop.micro_batch_stream = watch  # type: ignore[assignment]

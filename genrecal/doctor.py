@@ -19,7 +19,10 @@ from typing import Any
 from packaging.requirements import Requirement
 
 import genrecal
+from genrecal.progress import human_bytes
 
+SHARED_MEMORY = Path("/dev/shm")
+SHARES = " (shared memory: what training reads ahead)"
 IMPORT_SECONDS = 180  # that an import may take; vLLM's first takes a minute on a slow disk
 # The module that a package is imported by, where the names differ.
 MODULES = {"pillow": "PIL", "scikit-learn": "sklearn", "lmms-eval": "lmms_eval", "flash-attn": "flash_attn"}
@@ -95,7 +98,7 @@ def examine(folder: Path = Path()) -> Report:
     """Look at this environment. Imports run side by side in processes of their own; nothing is changed.
 
     Args:
-        folder: of the disk whose free space is told, beside the one of temporary files and of the hub's cache.
+        folder: of the disk whose free space is told, beside those of temporary files, of the hub's cache and of shared memory.
     """
     base, extras = requirements()
     wanted = [*base, *(item for name in EXTRAS for item in extras.get(name, [])), *map(Requirement, OPTIONAL)]
@@ -181,11 +184,11 @@ def _memory() -> int:
 
 
 def _disks(folder: Path) -> list[Path]:
-    """The folder, and those of temporary files and of models from the hub, as far as they exist."""
+    """The folder, those of temporary files and of models from the hub, and shared memory, as far as they exist."""
     import tempfile
 
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    places = [folder.resolve(), Path(tempfile.gettempdir()), home]
+    places = [folder.resolve(), Path(tempfile.gettempdir()), home, SHARED_MEMORY]
     return [path for path in dict.fromkeys(places) if path.is_dir()]
 
 
@@ -202,7 +205,10 @@ def report_text(report: Report) -> str:
         f"machine   {report.cores} cores, {_gigabytes(report.memory)} of memory",
         f"devices   {'; '.join(devices) or 'no GPU that torch can use: everything runs on the CPU'}",
         f"processes {', '.join(report.distributed) or 'none'} (torch.distributed, for engine ddp)",
-        *(f"disk      {_gigabytes(free)} free at {path}" for path, free in report.disk.items()),
+        *(
+            f"disk      {human_bytes(free)} free at {path}{SHARES if path == str(SHARED_MEMORY) else ''}"
+            for path, free in report.disk.items()
+        ),
         "",
         markdown_table(
             ["package", "version", "wanted", ""],

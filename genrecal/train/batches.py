@@ -2,7 +2,7 @@
 
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from genrecal.errors import DamageError, GenrecalError, SampleError
+from genrecal.errors import DamageError, GenrecalError, SampleError, TrainingError
 from genrecal.samples import ImageRef, Message, Sample
 from genrecal.shards.memory import BatchMemory
 from genrecal.shards.mixture import Mixture
@@ -19,9 +19,10 @@ from genrecal.shards.order import MixedOrder, micro_batches
 from genrecal.shards.reader import Cache
 from genrecal.shards.record import AnswerRows, Record
 from genrecal.train.align import align
-from genrecal.train.handover import pack, unpack
+from genrecal.train.handover import Packed, allow_open_files, pack, unpack
 from genrecal.train.last_layer import Reads
 from genrecal.train.splice import splice_index
+from genrecal.vlm.loading import first_line
 from genrecal.vlm.rendering import Encoded, Renderer
 
 
@@ -56,7 +57,7 @@ class MicroBatch:
         picture_rows: which rows of the pictures' tensors in student_inputs are each sample's; see `Renderer.picture_rows`.
         sft_rows: int64 `[M]`, flat in B * L_s: the student's positions that predict an answer token.
         sft_ids: int64 `[M]`, the token each predicts; sft_first: bool `[M]`, the first of a turn's answer.
-        answer_states: float32 `[R, D_t]`, z_a of every turn: the answer's own states.
+        answer_states: `[R, D_t]`, z_a of every turn: the answer's own states; float32 or the dtype of computing.
         splice: student's questions with the teacher's answers; None where only the student's own loss is wanted.
         target_ids: int64 `[N]`; first: bool `[N]`, the first token of a turn's answer.
         topk_ids, topk_log_probs: `[N, k]`; exact_states: float32 `[N, D_t]`, the teacher's state at each row.
@@ -65,7 +66,7 @@ class MicroBatch:
             stand one to one.
         teacher_states: float32 `[N, D_t]`, the teacher's state at each row; token_ids: int64 `[N]`, its token there.
         sft_turns, turns: int64 `[M]` and `[N]`, a number for each turn of each sample.
-        question_states: float32 `[Q, D_t]`, z_q of the samples that have it; None without the regularisation pass.
+        question_states: as answer_states, `[Q, D_t]`, z_q of the samples that have it; None without the regularisation pass.
         reg_splice: the teacher's questions with its own answers; reg_rows: int64, which of the N rows it predicts.
         aligned_rows: int64 `[A]`, which of the N rows a position of the student's lines up with (`genrecal.train.align`);
             aligned_at: those positions in `[B, L_s]`; aligned_first: bool `[A]`, the first of a turn's answer.
@@ -240,6 +241,8 @@ class BatchBuilder(Dataset[Loaded]):
 
     Args:
         stand_in: put beside samples without pictures, and in the place of none at all.
+        states_dtype: of the states that Rec-proj-pre reads. Handed over in the dtype that it computes in, they take half
+            the memory and are the very numbers that it would round them to.
     """
 
     def __init__(
@@ -251,9 +254,10 @@ class BatchBuilder(Dataset[Loaded]):
         max_tokens: int = 0,
         on_damage: str = "fail",
         stand_in: StandIn | None = None,
+        states_dtype: torch.dtype = torch.float32,
     ):
         self.source, self.renderer, self.wanted, self.stand_in = source, renderer, wanted, stand_in
-        self.max_tokens, self.on_damage = max_tokens, on_damage
+        self.max_tokens, self.on_damage, self.states_dtype = max_tokens, on_damage, states_dtype
 
     def __getitem__(self, indices: Sequence[int]) -> Loaded:  # type: ignore[override]
         """One micro-batch. A sample that the student cannot take is left out, with its reason; so is a damaged one, or it
@@ -289,6 +293,9 @@ class BatchBuilder(Dataset[Loaded]):
         batch = _student_part(encoded, self.renderer, beside=beside)
         if self.wanted.teacher:
             _add_teacher_part(batch, encoded, [r for r in records if r is not None], self.wanted)
+            for name in ("answer_states", "question_states"):
+                if (states := getattr(batch, name)) is not None:
+                    setattr(batch, name, states.to(self.states_dtype))
             if self.wanted.questions and batch.reg_splice is None and extra:
                 _add_empty_regularisation(batch, extra)
         return replace(lost, batch=batch)
@@ -529,8 +536,12 @@ def micro_batch_stream(
     workers: int,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator["Step"]:
+) -> Generator[Step, None, None]:
     """This rank's micro-batches of each optimizer step of `steps`, read ahead in worker processes.
+
+    A step begins with all of its micro-batches, since their rows divide each one's loss; so the whole next step is read
+    while one is computed. Close it at the end: the interpreter would ask its processes to end by the signal that they
+    ignore, and wait.
 
     Args:
         last_sample: where the stage ends in the endless stream of samples; the last step takes what is left.
@@ -541,6 +552,9 @@ def micro_batch_stream(
             batch = order.slice(step * global_batch, min((step + 1) * global_batch, last_sample))
             yield micro_batches(batch, lengths, batch_size=batch_size, rank=rank, world_size=world_size)
 
+    micro_steps = -(-global_batch // (batch_size * world_size))
+    if workers:
+        allow_open_files(2 * micro_steps)
     sampler: Any = (indices for share in plan() for indices in share)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch's advice on the number of workers
@@ -550,16 +564,27 @@ def micro_batch_stream(
                 sampler=sampler,
                 batch_size=None,
                 num_workers=workers,
-                prefetch_factor=2 if workers else None,
+                prefetch_factor=max(2, -(-micro_steps // workers)) if workers else None,
                 multiprocessing_context="fork" if workers else None,  # processors and readers are shared, not pickled
-                collate_fn=pack if workers else None,
+                collate_fn=_hand_over if workers else None,
                 worker_init_fn=_ignore_stop_signals,
                 generator=torch.Generator(),  # its own: a draw from the global one would change dropout after a resume
             )
         )
     for step in steps:
         samples = min((step + 1) * global_batch, last_sample) - step * global_batch
-        handed = [next(loader) for _ in range(-(-samples // (batch_size * world_size)))]
+        try:
+            handed = [next(loader) for _ in range(-(-samples // (batch_size * world_size)))]
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = (
+                f"a process that reads samples ended ({first_line(error)}); if it was killed, the machine's memory may have "
+                "run out: lower data.workers, or the stage's batch_size or accumulation. The same command goes on from the "
+                "last checkpoint"
+            )
+            yield Step(batches=[], skipped=[], damaged=[], error=TrainingError(reason))
+            return
         loaded: list[Loaded] = [unpack(item) if workers else item for item in handed]
         yield Step(
             batches=[item.batch for item in loaded],
@@ -567,6 +592,13 @@ def micro_batch_stream(
             damaged=[text for item in loaded for text in item.damaged],
             error=next((item.error for item in loaded if item.error is not None), None),
         )
+
+
+def _hand_over(loaded: Any) -> Packed:
+    try:
+        return pack(loaded)
+    except GenrecalError as error:
+        return pack(Loaded(error=error))
 
 
 def _ignore_stop_signals(_: int) -> None:

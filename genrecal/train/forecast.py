@@ -18,7 +18,7 @@ from genrecal.errors import ModelError, SampleError, UsageError
 from genrecal.progress import human_bytes
 from genrecal.shards.mixture import Mixture
 from genrecal.train.activations import StepShape, TeacherSide, activation_bytes
-from genrecal.train.batches import Wanted
+from genrecal.train.batches import TURNS, Wanted
 from genrecal.train.config import TrainConfig
 from genrecal.train.dual_space import DualSpace
 from genrecal.train.engine import resolve_engine
@@ -100,8 +100,8 @@ class StageForecast:
     Args:
         shape: the micro-step that the activations are of, the longest samples of the stage together.
         other_activations: what they would be with gradient checkpointing switched the other way.
-        host: bytes of the CPU's memory that a process fills at most, by what: pictures' embeddings
-            (`data.vision_cache_gb`) and what ZeRO offloads.
+        host: bytes of the CPU's memory that a process fills, by what: samples that were read, pictures' embeddings
+            (`data.vision_cache_gb`) at most, and what ZeRO offloads.
         hours: of computing at the assumed rate; read_rate: MB/s of all processes together at that rate.
         disk_bytes: checkpoints that are kept and the one being written, and the stage's result.
     """
@@ -245,7 +245,14 @@ def _stage(
             for engine in SHOWN_ENGINES
         },
         other_activations=activations[not config.gradient_checkpointing],
-        host=host_memory(stage, model, config, parameters, options.gpus),
+        host=host_memory(
+            stage,
+            model,
+            config,
+            parameters,
+            options.gpus,
+            lengths.sample_bytes(plan.indices, wanted, cache.hidden_size, dtype),
+        ),
         flops=flops,
         hours=plan.num_samples / per_second / 3600,
         read_bytes=read,
@@ -335,13 +342,18 @@ def memory_of(
     }
 
 
-def host_memory(stage: int, model: Any, config: TrainConfig, parameters: Parameters, gpus: int) -> dict[str, int]:
-    """Bytes of the CPU's memory that a process fills at most, by what; nothing where all stays on the GPU.
+def host_memory(
+    stage: int, model: Any, config: TrainConfig, parameters: Parameters, gpus: int, sample_bytes: float
+) -> dict[str, int]:
+    """Bytes of the CPU's memory that a process fills, by what. What is read ahead, a whole step beside the one that is
+    computed, lies in shared memory (/dev/shm).
 
     Args:
-        model: the student, on the meta device.
+        model: the student, on the meta device. sample_bytes: of a sample that was read, the mean.
     """
-    host = {}
+    host, settings = {}, config.stage(stage)
+    if config.data.workers:
+        host["two steps' samples (/dev/shm)"] = int(2 * settings.batch_size * settings.accumulation * sample_bytes)
     if config.data.vision_cache_gb and keeps_pictures(stage, model.base_model):
         host["pictures' embeddings"] = int(config.data.vision_cache_gb * 1e9)
     engine = resolve_engine(config.engine, gpus)
@@ -358,7 +370,7 @@ def host_memory(stage: int, model: Any, config: TrainConfig, parameters: Paramet
 class _Lengths:
     """Tokens of each cached sample, int64 `[n]`: the teacher's, and the student's (rendered, or scaled from those).
 
-    patches: of each rendered sample's pictures, tile by tile.
+    patches: of each rendered sample's pictures, tile by tile. picture_bytes: of a rendered sample's inputs, the mean.
     """
 
     question: np.ndarray
@@ -367,6 +379,7 @@ class _Lengths:
     student_answer: np.ndarray
     has_question: np.ndarray
     patches: list[tuple[int, ...]]
+    picture_bytes: float
     rendered: bool
     max_tokens: int
 
@@ -383,6 +396,7 @@ class _Lengths:
         student_question, student_answer = question.copy(), answer.copy()
         folder = model_folder(student)
         patches: list[tuple[int, ...]] = []
+        picture_bytes: list[int] = []
         if rendered := bool(processor_files(folder)):
             renderer = Renderer(load_processor(folder, trust_remote_code=trust_remote_code))
             most = max(config.stage(stage).batch_size for stage in (1, 2, 3))
@@ -396,6 +410,7 @@ class _Lengths:
                     continue
                 seen[place] = sum(encoded.question_lengths), sum(encoded.answer_lengths)
                 patches.append(patches_of(encoded.inputs, renderer.processor))
+                picture_bytes.append(encoded.num_bytes)
             if not seen:
                 raise ModelError(f"{student}: its processor can render none of {len(drawn)} samples of the cache")
             places = np.array(list(seen))
@@ -410,6 +425,7 @@ class _Lengths:
             student_answer=student_answer,
             has_question=cache.column("has_question").astype(bool),
             patches=patches,
+            picture_bytes=float(np.mean(picture_bytes)) if picture_bytes else 0.0,
             rendered=rendered,
             max_tokens=config.max_tokens,
         )
@@ -434,6 +450,14 @@ class _Lengths:
             questions=int(self.question[asked].sum()),
             student_answers=int(self.student_answer[chosen].sum()),
         )
+
+    def sample_bytes(self, indices: np.ndarray, wanted: Wanted, hidden_size: int, dtype: torch.dtype) -> float:
+        """Of a sample as it is handed to the training process: pictures, the teacher's states in the dtype of computing, and
+        in float32 where they are a target; the mean."""
+        answers, questions = self.answer[indices], self.question[indices] * self.has_question[indices]
+        read = answers * (wanted.teacher and wanted.splice) + questions * wanted.questions
+        whole = answers * (wanted.exact or wanted.beside == TURNS)
+        return float(np.mean(read * dtype.itemsize + whole * FLOAT32)) * hidden_size + self.picture_bytes
 
     def vision_bytes(self, sizes: ModelShape, batch_size: int, dtype: torch.dtype) -> int:
         """What the frozen image encoder holds at once for a micro-step's pictures: the residual stream, the MLP's two

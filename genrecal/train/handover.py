@@ -7,24 +7,36 @@ way it pickles, between processes of one run: nothing that was read from a file 
 
 import io
 import pickle
+import resource
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from genrecal.errors import TrainingError, UsageError
+
+SHARED_MEMORY = Path("/dev/shm")
+OTHER_FILES = 256  # that a process has open besides
 ALIGNMENT = 64  # bytes: no tensor begins in the middle of a cache line
 
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """content: the object, pickled, with places in `buffer` for its tensors; buffer: uint8."""
+    """content: the object, pickled, with places in `buffer` for its tensors; buffer: uint8, in shared memory."""
 
     content: bytes
     buffer: torch.Tensor
 
 
 def pack(value: Any) -> Packed:
-    """An object with tensors on the CPU -> one that crosses to another process with one buffer."""
+    """An object with tensors on the CPU -> one that crosses to another process with one buffer.
+
+    Raises:
+        TrainingError: the shared memory is full. torch itself would find that out in a thread of its own, on the way to the
+            other process, which would then wait for ever.
+    """
     tensors: list[torch.Tensor] = []
     starts: list[int] = []
     end = 0
@@ -41,10 +53,39 @@ def pack(value: Any) -> Packed:
 
     content = io.BytesIO()
     Pickler(content).dump(value)
-    buffer = torch.empty(end, dtype=torch.uint8)
+    try:
+        buffer = torch.empty(end, dtype=torch.uint8).share_memory_()
+    except RuntimeError as error:
+        raise TrainingError(_full(end, error)) from None
     for start, tensor in zip(starts, tensors, strict=True):
         _view(buffer, start, tensor.dtype, tuple(tensor.shape)).copy_(tensor)
     return Packed(content=content.getvalue(), buffer=buffer)
+
+
+def allow_open_files(buffers: int) -> None:
+    """Let this process hold so many buffers at once: each is an open file, and many systems begin with 1,024.
+
+    Raises:
+        UsageError: the system's hard limit is lower.
+    """
+    needed = buffers + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UsageError(
+            f"two steps of {buffers // 2} micro-batches need {needed:,} open files, and this system allows {hard:,} "
+            "(ulimit -Hn); lower the stage's accumulation, or set data.workers=0"
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _full(size: int, error: RuntimeError) -> str:
+    free = f", which has {shutil.disk_usage(SHARED_MEMORY).free / 1e6:,.0f} MB left" if SHARED_MEMORY.is_dir() else ""
+    return (
+        f"{size / 1e6:,.1f} MB do not fit into shared memory ({SHARED_MEMORY}{free}), through which the processes that read "
+        f"hand over their samples: {str(error).splitlines()[0]}; give the container more (docker run --shm-size=16g, or "
+        "--ipc=host), lower the stage's batch_size or accumulation, or set data.workers=0"
+    )
 
 
 def unpack(packed: Packed) -> Any:

@@ -1,12 +1,13 @@
 """The training loop, from top to bottom: for each stage, set up, step through the samples, keep the result."""
 
+import gc
 import json
 import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -261,6 +262,8 @@ def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> N
     if stage == 1 and first_step == 0:
         _measure(job, distiller, source, plan, "start")
     with (
+        few_to_collect(),
+        closing(stream),
         RunLog(run.path, stage, first_step=first_step, writes=ranks.first, wandb=job.wandb) as log,
         Progress(f"stage {stage}", plan.num_steps, "steps", done=first_step, shown=ranks.first) as progress,
     ):
@@ -334,6 +337,21 @@ def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> N
         run.save_result(stage, state.weights)
 
 
+@contextmanager
+def few_to_collect() -> Iterator[None]:
+    """What is there before the steps is left out of Python's garbage collection until they are done.
+
+    Half a million objects, nearly all of them modules', take it half a second, in the middle of a step and on each rank at
+    another one; and in a forked process it writes to every page that it looks at, which copies them.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def _in_words(values: dict[str, Any]) -> str:
     """A step's values, for the line of progress."""
     terms = [f"{name} {values[name]:.3f}" for name in ("loss", *TERMS) if name in values]
@@ -374,7 +392,9 @@ def _measure(job: StageJob, distiller: Distiller, source: RecordSource, plan: St
     job.ranks.together(measure)
 
 
-def _prepare(job: StageJob, source: RecordSource) -> tuple[StagePlan, Engine, Distiller, Iterator[Step], int]:
+def _prepare(
+    job: StageJob, source: RecordSource
+) -> tuple[StagePlan, Engine, Distiller, Generator[Step, None, None], int]:
     """The stage's plan; its engine, where the newest checkpoint left it; what it trains; the samples from there on; and
     the first step."""
     run, cache, stage, ranks, config, settings = job.run, job.cache, job.stage, job.ranks, job.run.config, job.settings
@@ -434,6 +454,7 @@ def _prepare(job: StageJob, source: RecordSource) -> tuple[StagePlan, Engine, Di
         )
         if ranks.size > 1
         else None,
+        states_dtype=compute_dtype,
     )
     stream = micro_batch_stream(
         builder,

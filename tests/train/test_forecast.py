@@ -160,12 +160,17 @@ def test_zero_shares_out_optimizer_gradients_and_weights_in_turn():
 def test_the_cpus_memory_is_counted_too(tiny):
     model, language_model = (meta_model(tiny(family)) for family in ("internvl_qwen2", "llama3"))
     counted = Parameters(trained={"student": 8}, frozen={"student": 80}, frozen_bytes=320, head_bytes=32)
-    keeps = load_config(None, ["data.vision_cache_gb=2"])
+
+    def counts(stage, student, *settings):
+        return host_memory(stage, student, load_config(None, ["data.workers=0", *settings]), counted, 4, 1000)
+
     for stage, student, expected in ((1, model, 2e9), (2, model, 2e9), (3, model, 0), (1, language_model, 0)):
-        assert sum(host_memory(stage, student, keeps, counted, 4).values()) == expected
-    assert host_memory(1, model, load_config(None, ["engine=zero2"]), counted, 4) == {}
-    offloads = [load_config(None, [f"engine=zero{stage}", "offload=true"]) for stage in (2, 3)]
-    assert [host_memory(1, model, config, counted, 4) for config in offloads] == [{"offloaded": 24}, {"offloaded": 104}]
+        assert sum(counts(stage, student, "data.vision_cache_gb=2").values()) == expected
+    assert counts(1, model, "engine=zero2") == {}
+    offloads = [counts(1, model, f"engine=zero{stage}", "offload=true") for stage in (2, 3)]
+    assert offloads == [{"offloaded": 24}, {"offloaded": 104}]
+    read = counts(2, model, "data.workers=1", "stage2.batch_size=3", "stage2.accumulation=5")
+    assert read == {"two steps' samples (/dev/shm)": 2 * 15 * 1000}
 
 
 @pytest.mark.parametrize("objective", ["genrecal", pytest.param("genrecal-aligned", marks=pytest.mark.slow)])
@@ -247,7 +252,8 @@ def test_a_config_and_manifests_are_enough(tmp_path, capsys):
             ]
         )
     text = capsys.readouterr().out
-    assert "host        2 GB of the CPU's memory a process: pictures' embeddings 2 GB\n" in text
+    assert "of the CPU's memory a process: two steps' samples (/dev/shm) " in text
+    assert ", pictures' embeddings 2 GB\n" in text
     assert stop.value.code == 1 and "NOT enough room" in text and "has no processor" in text
     assert f"{STUDENTS[student][1]} billion parameters" in text and not (tmp_path / "r").exists()
 

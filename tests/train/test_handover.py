@@ -1,15 +1,22 @@
 """An object's tensors cross to another process in one buffer, and are the same behind it."""
 
 import dataclasses
+import os
+import resource
+import signal
+import time
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from genrecal.errors import DamageError
-from genrecal.train.handover import ALIGNMENT, pack, unpack
+from genrecal.errors import DamageError, TrainingError, UsageError
+from genrecal.train.batches import Loaded, micro_batch_stream
+from genrecal.train.handover import ALIGNMENT, allow_open_files, pack, unpack
 
 DTYPES = [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -63,3 +70,71 @@ def test_it_comes_out_of_a_loading_process():
         for tensor, other in zip(tensors_of(expected), tensors_of(found), strict=True):
             assert torch.equal(tensor, other)
     assert number == 2
+
+
+class Noted(Dataset):
+    """Micro-batches of nothing; each leaves a file that says that it was made."""
+
+    def __init__(self, folder, last=10**9):
+        self.folder, self.last = folder, last
+
+    def __getitem__(self, indices):
+        if max(indices) > self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        (self.folder / str(indices[0])).touch()
+        return Loaded()
+
+
+class Whole(Dataset):
+    def __getitem__(self, indices):
+        return Loaded(batch={"indices": torch.tensor(indices)})
+
+
+class AsTheyCome:
+    def slice(self, start, end):
+        return np.arange(start, end)
+
+
+def stream_of(dataset, *, workers=2, steps=5):
+    """Steps of eight micro-batches of two samples."""
+    return micro_batch_stream(
+        dataset, order=AsTheyCome(), lengths=np.zeros(16 * steps), steps=range(steps), global_batch=16,
+        last_sample=16 * steps, batch_size=2, workers=workers,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_the_next_step_is_read_while_one_is_computed(tmp_path, workers):
+    """All of it, and no more than a worker's share of one more."""
+    stream = stream_of(Noted(tmp_path), workers=workers)
+    for step in range(1, 4):
+        assert len(next(stream).batches) == 8
+        end = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) < 8 * (step + 1) and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert 8 * (step + 1) <= len(list(tmp_path.iterdir())) <= 8 * (step + 1) + workers
+
+
+def test_as_many_micro_batches_as_a_step_has(tmp_path, monkeypatch):
+    """Each is an open file, of which a system allows 1,024 at first."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (400, limits[1]))
+    try:
+        stream = micro_batch_stream(
+            Whole(), order=AsTheyCome(), lengths=np.zeros(1500), steps=range(3), global_batch=500, last_sample=1500,
+            batch_size=1, workers=1,
+        )  # fmt: skip
+        assert [len(step.batches) for step in stream] == [500] * 3
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (400, 1000))
+        with pytest.raises(UsageError, match=r"two steps of 500 micro-batches need 1,256 open files.* allows 1,000"):
+            allow_open_files(1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_loading_process_that_is_killed_is_told(tmp_path):
+    steps = list(stream_of(Noted(tmp_path, last=40)))
+    error = steps[-1].error
+    assert isinstance(error, TrainingError) and [step.error for step in steps[:-1]] == [None] * (len(steps) - 1)
+    assert "a process that reads samples ended (DataLoader worker" in str(error) and "data.workers" in str(error)

@@ -1,5 +1,6 @@
 """Whole small runs: order of stages, schedules, resume, and what is refused."""
 
+import gc
 import json
 import os
 import re
@@ -25,6 +26,8 @@ from genrecal.errors import DamageError, TrainingError, UsageError
 from genrecal.samples import open_samples
 from genrecal.shards.mixture import open_caches
 from genrecal.shards.reader import open_cache
+from genrecal.train import loop
+from genrecal.train.batches import BatchBuilder
 from genrecal.train.checkpoint import read_checkpoint
 from genrecal.train.config import load_config
 from genrecal.train.logs import MACHINE, read_metrics
@@ -162,6 +165,34 @@ def test_worker_processes_change_nothing(run_of):
     for run in (alone, workers):
         train(run, stages=(1,))
     assert untimed(alone) == untimed(workers)
+
+
+def test_little_is_left_to_collect_between_steps(run_of, monkeypatch):
+    """A collection of everything would stop a step for half a second, and copy the pages of a process that reads."""
+    seen, step = [], loop.train_step
+
+    def counted(*args):
+        seen.append(gc.get_freeze_count())
+        return step(*args)
+
+    monkeypatch.setattr(loop, "train_step", counted)
+    train(run_of("run", "stage1.max_steps=1"), stages=(1,))
+    assert len(seen) == 1 and seen[0] > 100_000 and gc.get_freeze_count() == 0
+
+
+def test_states_in_bfloat16_are_what_bfloat16_computes_with(run_of, monkeypatch):
+    """Handed over in half the bytes, the numbers are the same bit for bit."""
+    half, whole = run_of("half", "precision=bf16"), run_of("whole", "precision=bf16")
+    train(half, stages=(1, 2))
+    seen = []
+
+    def in_float32(*args, states_dtype, **others):
+        seen.append(states_dtype)
+        return BatchBuilder(*args, **others)
+
+    monkeypatch.setattr(loop, "BatchBuilder", in_float32)
+    train(whole, stages=(1, 2))
+    assert seen == [torch.bfloat16] * 2 and untimed(half) == untimed(whole)
 
 
 def test_sft_needs_no_recalibrator_and_takes_the_same_samples(run_of):

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -128,6 +130,39 @@ def test_out_of_memory_says_what_takes_less(told, monkeypatch):
         "engine=zero2",
     ):
         assert setting in line
+
+
+@pytest.fixture
+def ended(made, tiny, tmp_path):
+    """The exit status and error line of a `genrecal train` of stage 1 in a process of its own, which reads in two more."""
+
+    def make(*words, before=()):
+        words = ["--out", str(tmp_path / "r"), "--stages", "1", "--set", "loss.reg_weight=0", *FEW, *words]
+        words = ["train", "--cache", str(made), "--student", str(tiny("internvl_qwen2")), *words]
+        command = [*before, sys.executable, "-m", "genrecal", *words, "--set", "measure.samples=0"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("genrecal: error: ")] or [done.stderr]
+        assert "Traceback" not in done.stderr
+        return done.returncode, line
+
+    return make
+
+
+def test_an_error_ends_the_processes_that_read(ended):
+    """They ignore the signal by which the interpreter would end them, so a command that left them to it never ended."""
+    status, line = ended("--set", "stage1.lr=1e30", "--set", "stage1.batch_size=1")
+    assert status == 1 and "the loss is nan on samples" in line
+
+
+@pytest.mark.slow
+def test_shared_memory_that_is_full(ended):
+    """As in a container that was given little of it: torch would wait for ever. 64 kB here, in a namespace of its own."""
+    small = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=64k none /dev/shm && exec "$@"', "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*small, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    status, line = ended(before=small)
+    assert status == 1 and "do not fit into shared memory (/dev/shm" in line
+    assert "--shm-size=16g" in line and "data.workers=0" in line
 
 
 def test_caches_of_two_teachers(told, made, tmp_path):
