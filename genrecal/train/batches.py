@@ -553,8 +553,11 @@ def micro_batch_stream(
             yield micro_batches(batch, lengths, batch_size=batch_size, rank=rank, world_size=world_size)
 
     micro_steps = -(-global_batch // (batch_size * world_size))
-    if workers:
-        allow_open_files(2 * micro_steps)
+    try:
+        allow_open_files(2 * micro_steps if workers else 0)
+    except GenrecalError as error:
+        yield Step(batches=[], skipped=[], damaged=[], error=error)
+        return
     sampler: Any = (indices for share in plan() for indices in share)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch's advice on the number of workers

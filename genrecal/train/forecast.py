@@ -37,7 +37,7 @@ from genrecal.vlm.loading import load_processor, model_folder, processor_files
 from genrecal.vlm.rendering import Renderer
 from genrecal.vlm.shape import ModelShape, meta_model, patches_of, shape_of_model
 
-FLOAT32 = 4
+FLOAT32, INT64 = 4, 8
 SHOWN_ENGINES = ("none", "ddp", "zero1", "zero2", "zero3")
 ZERO_BUCKET = 500_000_000  # gradients that ZeRO reduces at once, as genrecal.train.engine sets it
 ZERO_LIVE = 1_000_000_000  # weights that DeepSpeed's ZeRO-3 leaves whole after their use (stage3_max_live_parameters)
@@ -251,7 +251,7 @@ def _stage(
             config,
             parameters,
             options.gpus,
-            lengths.sample_bytes(plan.indices, wanted, cache.hidden_size, dtype),
+            lengths.sample_bytes(plan.indices, wanted, teacher, dtype),
         ),
         flops=flops,
         hours=plan.num_samples / per_second / 3600,
@@ -451,13 +451,16 @@ class _Lengths:
             student_answers=int(self.student_answer[chosen].sum()),
         )
 
-    def sample_bytes(self, indices: np.ndarray, wanted: Wanted, hidden_size: int, dtype: torch.dtype) -> float:
+    def sample_bytes(self, indices: np.ndarray, wanted: Wanted, teacher: TeacherSide, dtype: torch.dtype) -> float:
         """Of a sample as it is handed to the training process: pictures, the teacher's states in the dtype of computing, and
-        in float32 where they are a target; the mean."""
+        in float32 where they are a target, its top k; the mean."""
         answers, questions = self.answer[indices], self.question[indices] * self.has_question[indices]
         read = answers * (wanted.teacher and wanted.splice) + questions * wanted.questions
         whole = answers * (wanted.exact or wanted.beside == TURNS)
-        return float(np.mean(read * dtype.itemsize + whole * FLOAT32)) * hidden_size + self.picture_bytes
+        states = (read * dtype.itemsize + whole * FLOAT32) * teacher.hidden_size
+        return (
+            float(np.mean(states + answers * wanted.teacher * teacher.top_k * (INT64 + FLOAT32))) + self.picture_bytes
+        )
 
     def vision_bytes(self, sizes: ModelShape, batch_size: int, dtype: torch.dtype) -> int:
         """What the frozen image encoder holds at once for a micro-step's pictures: the residual stream, the MLP's two

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import mixed_samples, write_llava
@@ -31,6 +32,8 @@ from genrecal.train.forecast import (
     make_forecast,
     memory_of,
 )
+from genrecal.train.forecast import _Lengths as Lengths
+from genrecal.train.handover import pack
 from genrecal.train.loop import build_distiller, plan_stage, stages_to_train
 from genrecal.train.run import Run
 from genrecal.train.stages import Denominators, wanted_by
@@ -171,6 +174,25 @@ def test_the_cpus_memory_is_counted_too(tiny):
     assert offloads == [{"offloaded": 24}, {"offloaded": 104}]
     read = counts(2, model, "data.workers=1", "stage2.batch_size=3", "stage2.accumulation=5")
     assert read == {"two steps' samples (/dev/shm)": 2 * 15 * 1000}
+
+
+@pytest.mark.parametrize(
+    "stage, dtype", [(1, torch.float32), (1, torch.bfloat16), (2, torch.float32), (3, torch.float32)]
+)
+def test_bytes_that_are_handed_over(tiny, cache, stage, dtype):
+    """What the forecast leaves out, ids and places, is a larger part of so narrow a teacher's samples than of a real one's."""
+    config, student = load_config(None, []), str(tiny("internvl_qwen2"))
+    wanted = wanted_by(stage, config)
+    builder = BatchBuilder(
+        ShardSource(cache), Renderer(load_processor(student)), wanted, max_tokens=config.max_tokens, states_dtype=dtype
+    )
+    indices = np.arange(len(cache))
+    found = sum(pack(builder[[place]]).buffer.numel() for place in indices) / len(cache)
+    side = TeacherSide(
+        hidden_size=cache.hidden_size, head_rows=cache.head_rows, top_k=cache.first.description["top_k"], draws=0
+    )
+    lengths = Lengths.measure(cache, student, len(cache), config, trust_remote_code=False)
+    assert 0.75 * found < lengths.sample_bytes(indices, wanted, side, dtype) < found
 
 
 @pytest.mark.parametrize("objective", ["genrecal", pytest.param("genrecal-aligned", marks=pytest.mark.slow)])
