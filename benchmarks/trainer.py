@@ -73,19 +73,21 @@ SHAPES: dict[str, Any] = {
                               "num_attention_heads": 3},
         },
     },
-    # The same ratio with as many layers as students of 1 to 2 billion parameters have (24 to 28), and wider.
-    "deep": {
+    # Qwen2-VL-72B and InternVL2.5-8B, the paper's 9:1, with their depths and an eighth of every width, the vocabulary's
+    # too: each matrix product has the share of a step that it has there.
+    "72b-8b/8": {
         "teacher": {
-            "text_config": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 16,
-                            "num_attention_heads": 16, "num_key_value_heads": 8,
+            "text_config": {"hidden_size": 1024, "intermediate_size": 3696, "num_hidden_layers": 80,
+                            "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 19_008,
                             "rope_parameters": ROPE | {"mrope_section": [8, 12, 12]}},
-            "vision_config": {"hidden_size": 1024, "embed_dim": 192, "depth": 4},
+            "vision_config": {"hidden_size": 1024, "embed_dim": 160, "depth": 32, "num_heads": 4, "mlp_ratio": 4},
         },
         "student": {
-            "text_config": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 28,
-                            "num_attention_heads": 8, "num_key_value_heads": 4, "rope_parameters": ROPE},
-            "vision_config": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4,
-                              "num_attention_heads": 3},
+            "text_config": {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 32,
+                            "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 11_569,
+                            "rope_parameters": ROPE},
+            "vision_config": {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 24,
+                              "num_attention_heads": 4},
         },
     },
     # Qwen2-VL-7B's and InternVL2-2B's widths and depths, pictures of 256 tokens.
@@ -122,6 +124,7 @@ def main() -> None:
     parser.add_argument("--stages", default="1,2")
     parser.add_argument("--words", type=int, default=0, help="put before each first question")
     parser.add_argument("--vocab", type=int, default=0, help="rows of both heads, in place of the shape's")
+    parser.add_argument("--question-fraction", type=float, default=1.0, help="as of `genrecal cache`")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], help="a setting of `genrecal train`")
     parser.add_argument("--peak-tflops", type=float, default=0.0)
@@ -169,7 +172,8 @@ def compare(options: argparse.Namespace, *, sources: tuple[str, ...] = SOURCES) 
     facts = (
         f"{options.shape}, {options.device}, batch {options.batch} x {options.accumulation}: N_t {prepared['teacher']:,}, "
         f"N_s {prepared['student']:,} parameters, (N_t + N_s) / N_s = {1 + prepared['teacher'] / prepared['student']:.2f}; "
-        f"a sample is {prepared['teacher_tokens']:.0f} teacher tokens, of them {prepared['answer_tokens']:.0f} in answers"
+        f"a sample is {prepared['teacher_tokens']:.0f} teacher tokens, of them {prepared['answer_tokens']:.0f} in answers; "
+        f"questions cached: {options.question_fraction:.0%}"
     )
     rows = []
     for (stage, source), measured in found.items():
@@ -236,7 +240,8 @@ def prepare(options: argparse.Namespace) -> dict[str, float]:
             said["value"] += " " + " ".join(["the", "red", "bar", "is"][n % 4] for n in range(options.words))
         data.write_text(json.dumps(records))
     teacher = HFTeacher.load(options.work / "teacher", dtype=dtype_of(options), device=options.device)
-    run_cache_job(teacher, open_samples([data]), options.work / "cache", CacheOptions(samples_per_shard=64))
+    asked = CacheOptions(samples_per_shard=64, question_fraction=options.question_fraction)
+    run_cache_job(teacher, open_samples([data]), options.work / "cache", asked)
     cache = open_cache(options.work / "cache")
     answers = float(cache.column("answer_tokens").mean())
     return {
