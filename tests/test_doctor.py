@@ -49,6 +49,7 @@ def test_a_package_that_does_not_load(tmp_path, monkeypatch):
     assert found.fault == "cannot be imported: OSError: libcudart.so.99: cannot open shared object file"
 
 
+@pytest.mark.slow
 def test_the_command(capsys, monkeypatch, tmp_path):
     """Everything the project needs is installed where its tests run, and one thing that is not is asked for."""
     monkeypatch.setattr(doctor, "OPTIONAL", {"no-such-package": "attention = none_such"})

@@ -73,6 +73,7 @@ def test_the_demos_bytes(teacher, tmp_path, options):
     check_forecast(teacher, data, tmp_path / "cache", options)
 
 
+@pytest.mark.slow
 def test_the_demos_bytes_from_a_part_of_it(teacher, tmp_path):
     data = write_dataset(tmp_path / "data", num_samples=256, split="train", seed=1)
     plan, written = check_forecast(teacher, data, tmp_path / "cache", CacheOptions(), probe=150)
@@ -115,6 +116,7 @@ def test_what_writing_the_answers_costs(teacher, tmp_path):
     assert make_plan(shape, teacher.vlm.renderer, samples, CacheOptions(), assumed).answers is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SROIE.exists(), reason="the receipts are not here")
 def test_the_receipts_bytes(teacher, tmp_path):
     check_forecast(teacher, SROIE, tmp_path / "cache", CacheOptions(samples_per_shard=16))

@@ -1,6 +1,7 @@
 """The cache job on a real Ray cluster of two nodes on this machine: same bytes, nodes lost, errors told."""
 
 import functools
+import os
 import subprocess
 import sys
 import threading
@@ -52,6 +53,8 @@ def cluster():
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        assert "@ray" in os.environ["PYTEST_CURRENT_TEST"], "two clusters at once; give pytest `--dist loadgroup`"
     memory = 100 * 2**20
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{Path(__file__).parents[2]}")

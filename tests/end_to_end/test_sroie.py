@@ -18,6 +18,7 @@ def run(*words):
     assert stop.value.code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SROIE.exists(), reason="the receipts are not here")
 def test_receipts_through_every_command(tmp_path, capsys):
     cache, out, student = tmp_path / "cache", tmp_path / "run", tmp_path / "student"

@@ -157,7 +157,7 @@ def test_wrong_places_are_named(proxy, url, teacher, data, made):
         genrecal.open_cache(url)
 
 
-@pytest.mark.parametrize("kind", ["s3", "memory"])
+@pytest.mark.parametrize("kind", [pytest.param("s3", marks=pytest.mark.slow), "memory"])
 def test_damage_is_found_set_aside_and_mended(made, proxy, url, tmp_path, kind):
     url = {"s3": url, "memory": f"memory://{tmp_path}/cache"}[kind]
     put(made, url)

@@ -109,6 +109,7 @@ def one_process(cache, student, out, *settings, steps):
     return run
 
 
+@pytest.mark.slow
 def test_two_processes_under_torchrun_train_as_one(tiny, cache, tmp_path):
     """ddp by default; rank 0 alone prints and writes, and both ask the student."""
     student = tiny("internvl_qwen2")

@@ -148,6 +148,7 @@ def ended(made, tiny, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_an_error_ends_the_processes_that_read(ended):
     """They ignore the signal by which the interpreter would end them, so a command that left them to it never ended."""
     status, line = ended("--set", "stage1.lr=1e30", "--set", "stage1.batch_size=1")
