@@ -369,7 +369,11 @@ def test_keys_are_the_same_in_a_second_opening(ten: SampleSet) -> None:
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 parts = st.lists(texts | st.integers(0, 2).map(ImageRef), max_size=4).map(tuple)
-messages = st.lists(st.builds(Message, role=st.sampled_from(["system", "user", "assistant"]), parts=parts), max_size=5)
+plain = st.builds(Message, role=st.sampled_from(["system", "user", "assistant"]), parts=parts)
+answers = st.builds(
+    Message, role=st.just("assistant"), parts=parts, target=st.booleans(), reasoning=texts | st.just("")
+)
+messages = st.lists(plain | answers, max_size=5)
 
 
 @settings(deadline=None)

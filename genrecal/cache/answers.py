@@ -95,7 +95,7 @@ def up_to_turn(sample: Sample, answers: Sequence[str]) -> Sample:
     for message in sample.messages:
         if not left:
             break
-        messages.append(message if message.role != "assistant" else Message(role="assistant", parts=(left.pop(0),)))
+        messages.append(message if not message.is_target else Message(role="assistant", parts=(left.pop(0),)))
     images = 1 + max((part.index for m in messages for part in m.parts if isinstance(part, ImageRef)), default=-1)
     return dataclasses.replace(sample, messages=tuple(messages), images=sample.images[:images])
 
@@ -104,8 +104,7 @@ def with_answers(sample: Sample, answers: Sequence[str]) -> Sample:
     """The conversation with these answers in the place of the given ones, which it keeps beside them."""
     left = list(answers)
     messages = tuple(
-        Message(role="assistant", parts=(left.pop(0),)) if message.role == "assistant" else message
-        for message in sample.messages
+        Message(role="assistant", parts=(left.pop(0),)) if message.is_target else message for message in sample.messages
     )
     return dataclasses.replace(sample, messages=messages, given_answers=sample.answers)
 

@@ -352,7 +352,7 @@ def _counted_by_rule(sample: Sample, images: Sequence[bytes], shape: ModelShape,
     prompts = []
     for message in sample.messages:
         tokens = round(len(message.text.encode()) / BYTES_PER_TOKEN)
-        if message.role == "assistant":
+        if message.is_target:
             prompts.append(question + answer)
             answer, question = answer + tokens + 1, question + TOKENS_PER_TURN // 2
         else:

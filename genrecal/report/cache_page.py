@@ -266,8 +266,9 @@ def _turns(record: RecordDescription) -> Iterable[Turn]:
     turn, room = 0, TOKENS
     for message in record.messages:
         text = "".join(p["text"] if p["type"] == "text" else f"[picture {p['index']}]" for p in message["content"])
-        if message["role"] != "assistant":
-            yield Turn(role=message["role"], text=text)
+        is_context = not message.get("target", True)
+        if is_context or message["role"] != "assistant":
+            yield Turn(role=f"{message['role']}{' (context only)' if is_context else ''}", text=text)
             continue
         tokens = [token for token in record.tokens if token.turn == turn]
         shown = tokens[: max(room, 0)]

@@ -56,19 +56,33 @@ class ImageRef:
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """One turn of one side: `role` is system, user or assistant; `parts` are texts and images in reading order."""
+    """One turn of one side.
+
+    Args:
+        role: system, user or assistant.
+        parts: texts and images in reading order.
+        target: False for an assistant turn that is context only: it is rendered as part of the next question.
+        reasoning: what an assistant thought before the answer, which templates render in their own way or leave out.
+    """
 
     role: str
     parts: tuple[str | ImageRef, ...]
+    target: bool = True
+    reasoning: str = ""
 
     @property
     def text(self) -> str:
         return "".join(part for part in self.parts if isinstance(part, str))
 
+    @property
+    def is_target(self) -> bool:
+        """Whether this is an answer to learn."""
+        return self.role == "assistant" and self.target
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One conversation: user and assistant turns in alternation, perhaps after one system message.
+    """One conversation: user and assistant turns in alternation, perhaps after one system message, up to the last target.
 
     `key` names the sample in a cache: its place in the input and its id, so it is the same in every run over the same
     files. It holds no dot and no slash. `given_answers` are the input's, turn by turn, where a teacher wrote those in
@@ -86,8 +100,13 @@ class Sample:
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """The assistant's texts, turn by turn."""
-        return tuple(message.text for message in self.messages if message.role == "assistant")
+        """The texts of the target turns: the assistant's but those that are context only."""
+        return tuple(self.messages[place].text for place in self.target_places)
+
+    @property
+    def target_places(self) -> list[int]:
+        """Where in `messages` the target turns stand."""
+        return [place for place, message in enumerate(self.messages) if message.is_target]
 
     @property
     def image_indices(self) -> list[int]:
@@ -104,6 +123,8 @@ class Sample:
             "messages": [
                 {
                     "role": message.role,
+                    **({} if message.target else {"target": False}),
+                    **({"reasoning_content": message.reasoning} if message.reasoning else {}),
                     "content": [
                         {"type": "text", "text": part}
                         if isinstance(part, str)
@@ -119,13 +140,21 @@ class Sample:
     def from_json(cls, key: str, content: dict[str, Any], images: Sequence[ImageSource]) -> "Sample":
         """The inverse of `to_json`. Raises ValueError, KeyError or TypeError for content that `to_json` would not give."""
         messages = tuple(
-            Message(role=message["role"], parts=tuple(_stored_part(part) for part in message["content"]))
+            Message(
+                role=message["role"],
+                parts=tuple(_stored_part(part) for part in message["content"]),
+                target=message.get("target", True),
+                reasoning=message.get("reasoning_content", ""),
+            )
             for message in content["messages"]
         )
         names = {name: content[name] for name in ("sample_id", "category", "source")}
         for name, value in (*names.items(), *(("role", message.role) for message in messages)):
             if not isinstance(value, str) or (name == "role" and value not in ROLES.values()):
                 raise ValueError(f"{name} {value!r}")
+        for message in messages:
+            if type(message.target) is not bool or not isinstance(message.reasoning, str):
+                raise ValueError(f"target {message.target!r}, reasoning_content {message.reasoning!r}")
         given = content.get("given_answers", [])
         if not isinstance(given, list) or not all(isinstance(answer, str) for answer in given):
             raise ValueError("given_answers that are no list of texts")

@@ -185,7 +185,9 @@ def record_text(record: RecordDescription) -> Group:
     turn = 0
     for message in record.messages:
         parts += [Text(), Text(visible(message["role"]), style="bold"), _message_text(message)]
-        if message["role"] == "assistant":
+        if not message.get("target", True):
+            parts += [Text("context only, not an answer to learn", style="dim")]
+        elif message["role"] == "assistant":
             if record.given_answers:
                 given = (
                     visible(record.given_answers[turn], keep="\n" + JOINERS) if turn < len(record.given_answers) else ""

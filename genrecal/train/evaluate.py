@@ -155,11 +155,10 @@ class _Asked:
 def prompts_of(model: VLM, sample: Sample, pictures: Sequence[Image.Image]) -> list[dict[str, torch.Tensor]]:
     """The prompt of each turn: everything before it, with the right answers of the turns before."""
     prompts = []
-    for number, message in enumerate(sample.messages):
-        if message.role == "assistant":
-            before = sample.messages[:number]
-            count = sum(not isinstance(part, str) for m in before for part in m.parts)
-            prompts.append(model.renderer.encode_prompt(before, pictures[:count]))
+    for place in sample.target_places:
+        before = sample.messages[:place]
+        count = sum(not isinstance(part, str) for m in before for part in m.parts)
+        prompts.append(model.renderer.encode_prompt(before, pictures[:count]))
     return prompts
 
 
@@ -170,7 +169,7 @@ def _answer(model: VLM, batch: Sequence[_Asked], metric: str, max_new_tokens: in
     losses = answer_log_losses(model, [asked.encoded for asked in batch])
     predictions = []
     for asked, sample_losses in zip(batch, losses, strict=True):
-        questions = [message.text for message in asked.sample.messages if message.role == "user"]
+        questions = [asked.sample.messages[place - 1].text for place in asked.sample.target_places]
         for turn, (question, answer) in enumerate(zip(questions, asked.sample.answers, strict=True)):
             text, rule = texts.pop(0), metric_for(question, answer) if metric == "auto" else metric
             predictions.append(

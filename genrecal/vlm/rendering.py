@@ -116,10 +116,12 @@ class Renderer:
         key: str = "",
         max_tokens: int | None = None,
     ) -> Encoded:
-        """Render messages that end with an assistant's turn."""
+        """Render messages that end with a target turn; an assistant turn that is none is part of the next question."""
         if images and not self.takes_pictures:
             raise SampleError("the conversation has pictures, and this is a language model, which takes text alone")
-        answers = [message.text for message in messages if message.role == "assistant"]
+        answers = [message.text for message in messages if message.is_target]
+        if any(message.reasoning for message in messages):
+            raise SampleError("the assistant's reasoning cannot be rendered")
         self._refuse_special_tokens(messages)
         text, ordinals = self._text_without_answers(messages, num_answers=len(answers))
         inputs = self._process(text, _in_reading_order(messages, images))
@@ -134,7 +136,7 @@ class Renderer:
 
         Answers have the same tokens as in `encode_messages`. Raises SampleError as that does.
         """
-        answers = [message.text for message in messages if message.role == "assistant"]
+        answers = [message.text for message in messages if message.is_target]
         text, ordinals = self._text_without_answers(messages, num_answers=len(answers))
         tokenize = getattr(self.processor, "raw_ids", None)  # a placeholder that is no single token needs care
         ids = list(tokenize(text) if tokenize is not None else self.tokenizer(text)["input_ids"])
@@ -242,7 +244,7 @@ class Renderer:
     def _render(self, messages: Sequence[Message], *, answer: str | None = None, prompt: bool = False) -> str:
         rendered: list[dict[str, Any]] = []
         for message in messages:
-            parts = [answer] if answer is not None and message.role == "assistant" else message.parts
+            parts = [answer] if answer is not None and message.is_target else message.parts
             content: Any = [
                 {"type": "image"} if isinstance(p, ImageRef) else {"type": "text", "text": p} for p in parts
             ]

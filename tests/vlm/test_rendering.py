@@ -1,5 +1,7 @@
 """Conversations -> ids and segments, over every tiny family: nothing here may depend on one."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tiny_models
@@ -50,6 +52,17 @@ def test_byte_ranges_tile_each_answer(renderers, family):
         data = answer.encode()
         assert b"".join(data[s:e] for s, e in zip(tokens.starts, tokens.ends, strict=True)) == data
         assert (tokens.starts[-1], tokens.ends[-1]) == (len(data), len(data))  # the end-of-turn token
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_context_turn_is_part_of_the_next_question(renderers, family):
+    renderer = renderers(family)
+    whole = conversation(("What?", "a b c"), ("And?", "7"), ("Last?", "no"), images={0: 1, 1: 1})
+    context = [dataclasses.replace(m, target=place != 3) for place, m in enumerate(whole.messages)]
+    full, part = renderer.encode(whole), renderer.encode(dataclasses.replace(whole, messages=tuple(context)))
+    assert part.input_ids.tolist() == full.input_ids.tolist()
+    (q1, q2, q3), (a1, a2, a3) = full.question_lengths, full.answer_lengths
+    assert (part.question_lengths, part.answer_lengths) == ((q1, q2 + a2 + q3), (a1, a3))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
