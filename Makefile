@@ -8,7 +8,7 @@ EVAL_VENV ?= .venv-eval
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready-dev
 
-.PHONY: demo test test-all test-vllm test-eval slow check docs support-matrix clean
+.PHONY: demo test test-all test-ray test-browser test-vllm test-eval slow check docs support-matrix clean
 
 demo: $(READY)
 	$(BIN)/genrecal demo
@@ -16,20 +16,29 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not vllm and not eval" tests
 
-test-all: test slow test-vllm test-eval
+# Every suite, with all kills and all damages (tests/conftest.py).
+test-all: export GENRECAL_FULL = 1
+test-all: test slow test-ray test-browser test-vllm test-eval
+
+slow: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow and not ray and not browser" tests
+
+# The suites of .ci/seams.toml; `scripts/seams run` records there that one passed.
+test-ray: $(READY)
+	$(PYTHON) scripts/seams run ray $(BIN)/python -m pytest -m ray tests/cache/test_ray.py
+
+test-browser: $(READY)
+	$(PYTHON) scripts/seams run browser $(BIN)/python -m pytest -m browser tests/report/test_browser.py
 
 # vLLM pins an older transformers, so its tests have an environment of their own.
 test-vllm:
 	PYTHON=$(PYTHON) scripts/make_vllm_env $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pytest -m vllm tests/cache/test_vllm.py tests/end_to_end/test_serving.py
+	$(PYTHON) scripts/seams run vllm $(VLLM_VENV)/bin/python -m pytest -m vllm tests/cache/test_vllm.py tests/end_to_end/test_serving.py
 
 # lmms-eval pins versions of its own too.
 test-eval:
 	PYTHON=$(PYTHON) scripts/make_eval_env $(EVAL_VENV)
-	$(EVAL_VENV)/bin/python -m pytest -m eval tests/end_to_end/test_lmms_eval.py
-
-slow: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow tests
+	$(PYTHON) scripts/seams run eval $(EVAL_VENV)/bin/python -m pytest -m eval tests/end_to_end/test_lmms_eval.py
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ class Page:
     """
 
     def __init__(self, path, *, width=1000, height=800, dark=False):
+        assert PROGRAM, "no Chromium on this machine: apt-get install chromium"
         self.events, self._next = [], 0
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         to_browser, self._out = os.pipe()

@@ -21,6 +21,8 @@ from genrecal.cache.teacher import HFTeacher
 from genrecal.samples import ImageRef, ImageSource, Message, Sample
 
 torch.set_num_threads(1)
+# `make test-all` sets it: all damages and all kills, of which CI tries a share.
+FULL = bool(os.environ.get("GENRECAL_FULL"))
 # CI tries the same examples every time; elsewhere every run tries new ones.
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):

@@ -4,7 +4,6 @@ it reachable by keyboard, light and dark with enough contrast, and no script of 
 import json
 import shutil
 
-import browser
 import pytest
 from browser import Page
 from conftest import conversation, mixed_samples, write_llava
@@ -20,8 +19,8 @@ from genrecal.train.run import Run
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.browser,
     pytest.mark.xdist_group("browser"),
-    pytest.mark.skipif(browser.PROGRAM is None, reason="no chromium here: apt-get install chromium"),
 ]
 EVIL = HOSTILE.replace("\ud800", "").replace("\x00", "")
 LUMINANCE = """
