@@ -9,6 +9,10 @@ __version__ = "0.1.0"
 __all__ = ["open_cache"]
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     if name == "open_cache":
         from genrecal.shards.reader import open_cache

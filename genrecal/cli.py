@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -301,7 +302,6 @@ def cache(
     from genrecal.cache.job import run_cache_job
     from genrecal.cache.options import CacheOptions, RayOptions, WorkOptions
     from genrecal.samples import open_samples
-    from genrecal.shards.manifest import SKIPPED
     from genrecal.shards.reader import open_cache
 
     source = context.get_parameter_source("top_k")
@@ -369,11 +369,10 @@ def cache(
             f"{report.shards_missing} shards of other workers are not finished yet; the last worker completes the cache"
         )
         return
-    skipped = [row["reason"] for row in open_cache(out).manifest().to_pylist() if row["status"] == SKIPPED]
-    for reason in skipped[:SHOWN_SKIPPED]:
+    for reason in itertools.islice(open_cache(out).skipped(), min(report.skipped, SHOWN_SKIPPED)):
         console.print(f"skipped {reason}", style="yellow")
-    if len(skipped) > SHOWN_SKIPPED:
-        console.print(f"and {len(skipped) - SHOWN_SKIPPED} more; `genrecal inspect {out}` counts them by reason")
+    if report.skipped > SHOWN_SKIPPED:
+        console.print(f"and {report.skipped - SHOWN_SKIPPED} more; `genrecal inspect {out}` counts them by reason")
     console.print(f"{out}: {report.cached} samples cached, {report.skipped} skipped; {done}")
 
 

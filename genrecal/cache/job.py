@@ -226,7 +226,7 @@ def prepare_directory(teacher: Teacher, samples: SampleSet, store: Store, option
     try:
         store.prepare()
         exists = store.exists(CACHE_FILE)
-        head_digest = _write_head(teacher, store, exists)
+        head_digest = _known_head(store) if exists else _write_head(teacher, store)
     except (OSError, StorageError) as error:
         raise UsageError(f"--out {store.url}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
     description = _description(teacher, samples, options, files, head_digest)
@@ -265,6 +265,7 @@ def _description(
             "name": folder.resolve().name if folder.is_dir() else teacher.path,
             "files_sha256": {file.name: file_digest(file) for file in files},
             "head_sha256": head_digest,
+            "head_xxh3": teacher.head.fingerprint(),  # tells another head at a restart, without writing it out
             "dtype": str(teacher.head.weight.dtype).removeprefix("torch."),
         },
         "backend": teacher.backend,
@@ -289,16 +290,21 @@ def _description(
     }  # fmt: skip
 
 
-def _write_head(teacher: Teacher, store: Store, exists: bool) -> str:
-    """The head's digest; written unless this cache has its head already."""
+def _known_head(store: Store) -> Any:
+    """The head's sha256 as cache.json has it."""
+    teacher = read_cache_json(store).get("teacher")
+    return teacher.get("head_sha256") if isinstance(teacher, dict) else None
+
+
+def _write_head(teacher: Teacher, store: Store) -> str:
+    """Write the head and return its file's sha256."""
     data = teacher.head.to_bytes()
-    if not exists:
-        temporary = store.temporary(HEAD_FILE)
-        try:
-            temporary.write_bytes(data)
-            store.place(temporary, HEAD_FILE)
-        finally:
-            temporary.unlink(missing_ok=True)
+    temporary = store.temporary(HEAD_FILE)
+    try:
+        temporary.write_bytes(data)
+        store.place(temporary, HEAD_FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
     return hashlib.sha256(data).hexdigest()
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import pyarrow.compute as pc
+
 from genrecal.cache.answers import answered
 from genrecal.cache.batching import batches_by_length
 from genrecal.cache.options import CacheOptions
@@ -20,6 +22,7 @@ from genrecal.samples import BadRecord, Sample
 from genrecal.shards.codecs import CODECS
 from genrecal.shards.index import read_shard_manifest
 from genrecal.shards.layout import manifest_name, tar_name
+from genrecal.shards.manifest import CACHED, SKIPPED
 from genrecal.shards.record import Record
 from genrecal.shards.storage import Store, storage_errors
 from genrecal.shards.writer import CodedRecord, ShardWriter
@@ -172,21 +175,20 @@ def size_of_store(store: Store) -> SizeOf:
 
 
 def finished_facts(store: Store, shard: int, size_of: SizeOf) -> dict[str, Any] | None:
-    """The facts of a shard that is done: its manifest can be read and its tars have the size it says."""
+    """The counts of a shard that is done: its manifest can be read and its tars have the size it says."""
     if size_of(manifest_name(shard)) is None:
         return None
     try:
         table, facts = read_shard_manifest(store, shard)
     except DamageError:
         return None
-    ends = {tier: 0 for tier in facts["sha256"]}
-    for members in table.column("members").to_pylist():
-        for member in members:
-            ends[member["tier"]] = max(ends[member["tier"]], member["offset"] + member["size"])
-    for tier, end in ends.items():
+    members = pc.list_flatten(table.column("members"))
+    tiers, offsets, sizes = (pc.struct_field(members, name) for name in ("tier", "offset", "size"))
+    for tier in facts["sha256"]:
+        end = pc.max(pc.add(offsets, sizes).filter(pc.equal(tiers, tier))).as_py() or 0
         size = size_of(tar_name(tier, shard))
         if size is None and tier == "questions":
             continue  # the tier may be deleted after stage 1
         if size is None or size < end:
             return None
-    return facts
+    return {name: facts[name] for name in ("rows", CACHED, SKIPPED)}

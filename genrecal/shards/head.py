@@ -76,6 +76,19 @@ class FrozenHead:
         bias = None if self.bias is None else self.bias.to(device)
         return dataclasses.replace(self, weight=self.weight.to(device), bias=bias)
 
+    def fingerprint(self) -> str:
+        """XXH3-128, in hex, of the weight's and bias's bytes and of what follows them: the same head gives the same."""
+        import torch
+        import xxhash
+
+        facts = dataclasses.asdict(self.transform) | {"vocab_size": self.vocab_size, "dtype": str(self.weight.dtype)}
+        digest = xxhash.xxh3_128(json.dumps(facts, sort_keys=True).encode())
+        for tensor in (self.weight, self.bias):
+            if tensor is not None:
+                digest.update(str(list(tensor.shape)).encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
     def to_bytes(self) -> bytes:
         """The content of the head's file. The same head gives the same bytes."""
         from safetensors.torch import save

@@ -6,6 +6,7 @@ It is made when a cache is finished, from the manifests alone; without it the ma
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from genrecal.errors import DamageError
+from genrecal.errors import DamageError, FormatError
 from genrecal.shards.layout import FORMAT_VERSION, manifest_name
 from genrecal.shards.manifest import (
     CACHED,
@@ -34,6 +35,7 @@ INDEX_FILE = "index.parquet"
 ROW_GROUP = 2**20
 MOST_FOOTER_BYTES = 2**26  # it holds a digest of each manifest, twice
 AGAIN = "delete it and run `genrecal cache` again: finished shards are kept"
+BLOCK_SHARDS = 512  # manifests whose rows are held as they are read, before they are joined
 READERS = 16  # manifests read at once; a remote store answers them side by side
 COUNTS = ("turns", "images", "question_tokens", "answer_tokens")
 TEXT = pa.dictionary(pa.int32(), pa.string())
@@ -84,30 +86,69 @@ class Index:
         return int(end - self._starts[number])
 
 
-Scan = Sequence[tuple[pa.Table, dict[str, Any]]]  # of each shard, the index's columns and the facts of its manifest
+class Scan:
+    """What the index takes of the manifests, gathered shard by shard in memory that does not grow with their keys.
+
+    digests: `content_xxh3` of each manifest, by shard. totals: sums of cached and skipped records.
+    """
+
+    def __init__(self) -> None:
+        self.digests: dict[int, str] = {}
+        self.totals: Counter[str] = Counter()
+        self._blocks: list[pa.Table] = []
+        self._tables: list[pa.Table] = []
+
+    def add(self, columns: pa.Table, facts: dict[str, Any]) -> None:
+        """Take a shard's index columns (`index_columns`) and its manifest's facts, in the shards' order."""
+        self.digests[facts["shard"]] = str(facts.get(DIGEST))
+        self.totals.update({status: facts[status] for status in (CACHED, SKIPPED)})
+        self._tables.append(columns)
+        if len(self._tables) == BLOCK_SHARDS:
+            self._blocks, self._tables = [*self._blocks, _joined(self._tables)], []
+
+    @property
+    def table(self) -> pa.Table:
+        """All shards' columns, in the types of SCHEMA."""
+        return _joined([*self._blocks, *self._tables])
 
 
 def scan(store: Store, shards: Sequence[int]) -> Scan:
-    """Read these shards' manifests, several at once, and keep what the index needs. Raises DamageError."""
+    """Read these shards' manifests, several at once, and keep what the index needs.
+
+    Raises DamageError, or FormatError for a version that is not known.
+    """
 
     def read(shard: int) -> tuple[pa.Table, dict[str, Any]]:
         table, facts = read_shard_manifest(store, shard)
+        check_version(store, shard, facts)
         return index_columns(table), facts
 
+    found = Scan()
     with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(read, shards))
+        for start in range(0, len(shards), BLOCK_SHARDS):
+            for columns, facts in pool.map(read, shards[start : start + BLOCK_SHARDS]):
+                found.add(columns, facts)
+    return found
+
+
+def check_version(store: Store, shard: int, facts: dict[str, Any]) -> None:
+    """Raises FormatError for a manifest of another format version."""
+    if facts["format_version"] != FORMAT_VERSION:
+        raise FormatError(
+            f"{store.where(manifest_name(shard))}: format version {facts['format_version']!r}; "
+            f"this genrecal reads version {FORMAT_VERSION}"
+        )
 
 
 def index_of(scanned: Scan) -> Index:
     """The index of what was scanned, in memory."""
-    table = _joined(scanned)
-    return Index(table.column, {facts["shard"]: str(facts.get(DIGEST)) for _, facts in scanned})
+    return Index(scanned.table.column, scanned.digests)
 
 
 def index_bytes(scanned: Scan) -> bytes:
     """The index file of a finished cache. The same manifests give the same bytes."""
-    facts = {"format_version": FORMAT_VERSION, "manifests": [facts[DIGEST] for _, facts in scanned]}
-    table = _joined(scanned).replace_schema_metadata({METADATA_KEY: json.dumps(facts, sort_keys=True)})
+    facts = {"format_version": FORMAT_VERSION, "manifests": list(scanned.digests.values())}
+    table = scanned.table.replace_schema_metadata({METADATA_KEY: json.dumps(facts, sort_keys=True)})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True, row_group_size=ROW_GROUP)
     return sink.getvalue().to_pybytes()
@@ -115,9 +156,8 @@ def index_bytes(scanned: Scan) -> bytes:
 
 def totals_of(scanned: Scan) -> dict[str, int]:
     """The sums that `cache.json` holds of a finished cache."""
-    totals = {status: sum(facts[status] for _, facts in scanned) for status in (CACHED, SKIPPED)}
-    table = _joined(scanned)
-    return totals | {name: int(pc.sum(table.column(name)).as_py() or 0) for name in COUNTS}
+    table = scanned.table
+    return dict(scanned.totals) | {name: int(pc.sum(table.column(name)).as_py() or 0) for name in COUNTS}
 
 
 def index_columns(manifest: pa.Table) -> pa.Table:
@@ -127,9 +167,10 @@ def index_columns(manifest: pa.Table) -> pa.Table:
     return manifest.select(names).append_column("cached", cached).select(SCHEMA.names).combine_chunks()
 
 
-def _joined(scanned: Scan) -> pa.Table:
-    tables = [table for table, _ in scanned]
-    return pa.concat_tables(tables).combine_chunks().cast(SCHEMA) if tables else SCHEMA.empty_table()
+def _joined(tables: list[pa.Table]) -> pa.Table:
+    if not tables:
+        return SCHEMA.empty_table()
+    return pa.concat_tables([table.cast(SCHEMA) for table in tables]).unify_dictionaries().combine_chunks()
 
 
 def read_index(store: Store, *, num_shards: int, num_samples: int | None) -> Index:
@@ -167,10 +208,9 @@ def index_difference(store: Store, scanned: Scan | None) -> str:
         return str(error).removeprefix(f"{store.where(INDEX_FILE)}: ").removesuffix(f"; {AGAIN}")
     if scanned is None:
         return ""
-    digests = [facts_of_shard.get(DIGEST) for _, facts_of_shard in scanned]
-    if facts != {"format_version": FORMAT_VERSION, "manifests": digests}:
+    if facts != {"format_version": FORMAT_VERSION, "manifests": list(scanned.digests.values())}:
         return "its metadata is not the manifests'"
-    expected = _joined(scanned)
+    expected = scanned.table
     for name, its in columns.items():
         ours = expected.column(name)
         if SCHEMA.field(name).type == TEXT:  # whatever their dictionaries' order

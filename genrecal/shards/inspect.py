@@ -6,7 +6,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from genrecal.shards.answer_source import AnswerSource
 from genrecal.shards.arrow_file import READ_ERRORS, batch_sizes, schema_and_batches
 from genrecal.shards.inspect_record import MEASURED, RecordDescription, describe_record, find_record, save_images
 from genrecal.shards.layout import TIERS, shard_name
-from genrecal.shards.manifest import SKIPPED
+from genrecal.shards.manifest import SCHEMA, SKIPPED
 from genrecal.shards.reader import Cache, CachedRecord
 
 __all__ = [
@@ -137,12 +137,34 @@ class Summary:
     warnings: tuple[str, ...]
 
 
-def _fidelity(cache: Cache) -> dict[str, TierFidelity]:
-    measured: dict[str, list[dict[str, Any]]] = {}
-    for facts in cache.shard_facts.values():
-        for tier, values in facts.get("fidelity", {}).items():
+@dataclass
+class _Read:
+    """What one pass over the manifests adds up."""
+
+    fidelity: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    skipped: int = 0
+    bytes: Counter[str] = field(default_factory=Counter)
+
+
+def _read_manifests(cache: Cache) -> _Read:
+    read = _Read()
+    for manifest in cache.manifests():
+        for tier, values in manifest.facts.get("fidelity", {}).items():
             if values["rows"]:
-                measured.setdefault(tier, []).append(values)
+                read.fidelity.setdefault(tier, []).append(values)
+        skipped = manifest.table.filter(pc.equal(manifest.table.column("status"), SKIPPED))
+        read.skipped += len(skipped)
+        for reason in skipped.column("reason").to_pylist():
+            kind = reason_kind(reason or "")
+            read.reasons[kind] += 1
+            read.examples.setdefault(kind, reason or "")
+        read.bytes.update(_member_bytes(manifest.table.column("members")))
+    return read
+
+
+def _fidelity(measured: dict[str, list[dict[str, Any]]]) -> dict[str, TierFidelity]:
     return {
         tier: TierFidelity(
             rows=sum(shard["rows"] for shard in shards),
@@ -168,9 +190,8 @@ def summarize(cache: Cache, *, column_records: int = COLUMN_RECORDS) -> Summary:
     read are named in the warnings.
     """
     _check_measured(cache)
-    table = cache.manifest()
-    skipped = table.filter(pc.equal(table.column("status"), SKIPPED))
-    reasons, examples = _skip_reasons(reason or "" for reason in skipped.column("reason").to_pylist())
+    read = _read_manifests(cache)
+    reasons = dict(read.reasons.most_common())
     weights = cache.column("answer_tokens").astype(np.float64)
 
     def total(name: str) -> int:
@@ -193,20 +214,20 @@ def summarize(cache: Cache, *, column_records: int = COLUMN_RECORDS) -> Summary:
         sampled_targets=cache.draws,
         answers=cache.answers,
         codecs={"answer": description["answer_codec"], "question": description["question_codec"]},
-        fidelity=_fidelity(cache),
+        fidelity=_fidelity(read.fidelity),
         shards=(len(cache.shards), cache.num_shards),
         cached=len(cache),
-        skipped=len(skipped),
+        skipped=read.skipped,
         skip_reasons=reasons,
-        skip_examples=examples,
-        categories=dict(Counter(cache.column("category").tolist()).most_common()),
-        sources=dict(Counter(cache.column("source").tolist()).most_common()),
+        skip_examples={kind: read.examples[kind] for kind in reasons},
+        categories=_counts(cache, "category"),
+        sources=_counts(cache, "source"),
         turns=total("turns"),
         images=total("images"),
         question_tokens=total("question_tokens"),
         answer_tokens=total("answer_tokens"),
         with_question=int(cache.column("has_question").sum()),
-        bytes=_bytes(cache),
+        bytes=_bytes(cache, read.bytes),
         columns=columns,
         entropy=over_tokens("entropy"),
         log_prob=log_prob,
@@ -266,17 +287,6 @@ def blind_teacher(top1_agreement: float, log_prob: float, head_rows: int) -> Ite
 # --------------------------------------------------------------------------------------------------------------- skipped
 
 
-def _skip_reasons(reasons: Iterable[str]) -> tuple[dict[str, int], dict[str, str]]:
-    """Counts by kind of reason, most frequent first, and the first reason of each kind in full."""
-    counts: Counter[str] = Counter()
-    examples: dict[str, str] = {}
-    for reason in reasons:
-        kind = reason_kind(reason)
-        counts[kind] += 1
-        examples.setdefault(kind, reason)
-    return dict(counts.most_common()), {kind: examples[kind] for kind, _ in counts.most_common()}
-
-
 def reason_kind(reason: str) -> str:
     """`FILE:LINE: image a/7.png does not exist` -> `image … does not exist`: the place and the particulars left out."""
     why = re.sub(r"\A.*?:\d+: ", "", reason, flags=re.DOTALL)
@@ -287,27 +297,40 @@ def reason_kind(reason: str) -> str:
 # ----------------------------------------------------------------------------------------------------------------- bytes
 
 
-def _bytes(cache: Cache) -> dict[str, int]:
-    """Bytes by what they are: pictures, conversations, answer states, question states, and the tars as files."""
-    members = pc.list_flatten(cache.cached.column("members"))
+KINDS = {
+    "conversations": r"^[^.]*\.json$",
+    "answer states": r"\.answer\.arrow$",
+    "question states": r"\.question\.arrow$",
+}
+
+
+def _member_bytes(column: pa.ChunkedArray) -> Counter[str]:
+    """Bytes of a manifest's members by what they are; what is of no other kind is an image."""
+    members = pc.list_flatten(column)
     names, sizes = pc.struct_field(members, "name"), pc.struct_field(members, "size").to_numpy()
-    kinds = {
-        "conversations": r"^[^.]*\.json$",
-        "answer states": r"\.answer\.arrow$",
-        "question states": r"\.question\.arrow$",
-    }
-    found: Counter[str] = Counter()
-    others = np.ones(len(sizes), bool)
-    for kind, pattern in kinds.items():
-        matches = np.asarray(pc.match_substring_regex(names, pattern).to_numpy(zero_copy_only=False), bool)
+    found: Counter[str] = Counter(images=int(sizes.sum()))
+    for kind, pattern in KINDS.items():
+        matches = np.asarray(pc.match_substring_regex(names, pattern).to_numpy(), bool)
         found[kind] = int(sizes[matches].sum())
-        others &= ~matches
-    found["images"] = int(sizes[others].sum())
+        found["images"] -= found[kind]
+    return found
+
+
+def _bytes(cache: Cache, members: Counter[str]) -> dict[str, int]:
+    """Bytes by what they are: images, conversations, answer states, question states, and the tars as files."""
+    found = dict(members)
     for tier in TIERS:
         sizes = cache.store.sizes(tier)
         found[f"{tier} tars"] = sum(sizes.get(f"{shard_name(shard)}.tar", 0) for shard in cache.shards)
     order = ("conversations", "images", "answer states", "question states", *(f"{tier} tars" for tier in TIERS))
-    return {name: found[name] for name in order if found[name] or name.endswith("tars")}
+    return {name: found.get(name, 0) for name in order if found.get(name) or name.endswith("tars")}
+
+
+def _counts(cache: Cache, name: str) -> dict[str, int]:
+    """Samples by a text column's value, the most frequent first."""
+    counted = cache.arrow_column(name).value_counts()
+    values, counts = counted.field("values").to_pylist(), counted.field("counts").to_pylist()
+    return dict(sorted(zip(values, counts, strict=True), key=lambda entry: -entry[1]))
 
 
 def _measured_columns(cache: Cache, num_records: int) -> tuple[dict[str, MeasuredColumns], list[str]]:
@@ -407,6 +430,26 @@ class SqlResult:
         return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
 
 
+@dataclass(frozen=True)
+class _ManifestStream:
+    """The manifests as an Arrow stream, begun anew for each scan of a query, so that they are never all in memory."""
+
+    cache: Cache
+    damage: list[DamageError] = field(default_factory=list)
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        try:
+            for manifest in self.cache.manifests():
+                yield from manifest.table.to_batches()
+        except DamageError as error:  # Arrow would wrap it into its own message, with the traceback
+            self.damage.append(error)
+            raise
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
+        batches = self._batches()
+        return pa.RecordBatchReader.from_batches(SCHEMA, batches).__arrow_c_stream__(requested_schema)
+
+
 def run_sql(cache: Cache, query: str) -> SqlResult:
     """Run a DuckDB query over the manifest, all input records, as the table `manifest`; nothing else can be reached.
 
@@ -421,7 +464,8 @@ def run_sql(cache: Cache, query: str) -> SqlResult:
             "--sql needs DuckDB, which is not installed: `pip install duckdb`, or genrecal with its extra `report`"
         ) from None
     with duckdb.connect(":memory:") as connection:
-        connection.register("manifest", cache.manifest())
+        manifest = _ManifestStream(cache)
+        connection.register("manifest", manifest)
         for setting, value in SQL_SETTINGS.items():
             connection.execute(f"SET {setting} = {value}")
         connection.execute("SET lock_configuration = true")
@@ -432,6 +476,8 @@ def run_sql(cache: Cache, query: str) -> SqlResult:
             described = [(str(column[0]), str(column[1])) for column in result.description]
             rows = tuple(result.fetchall())
         except duckdb.Error as error:
+            if manifest.damage:
+                raise manifest.damage[0] from None
             message = re.split(r"\n+LINE \d|\nTraceback", str(error))[0]
             raise UsageError(f"--sql: {message}; the table is `manifest`") from None
     names: list[str] = []

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from genrecal.errors import DamageError, UsageError
@@ -145,36 +144,46 @@ def find_record(cache: Cache, name: str) -> CachedRecord:
 
     Raises UsageError, with the nearest keys, if there is none; FormatError with the reason if it was skipped.
     """
-    table = cache.manifest()
-    if pc.any(pc.equal(table.column("key"), name)).as_py():
+    if cache.row_of(name) is not None:
         return cache.by_key(name)
-    same = table.filter(pc.equal(table.column("sample_id"), name)).column("key") if name else table.column("key")[:0]
+    same: list[str] = []
+    if name:
+        for manifest in cache.manifests():
+            keys = manifest.table.column("key")
+            same += keys.filter(pc.equal(manifest.table.column("sample_id"), name)).to_pylist()
     if len(same) == 1:
-        return cache.by_key(same[0].as_py())
+        return cache.by_key(same[0])
     if len(same) > 1:
-        shown = ", ".join(same[:NEAREST_KEYS].to_pylist()) + (", ..." if len(same) > NEAREST_KEYS else "")
+        shown = ", ".join(same[:NEAREST_KEYS]) + (", ..." if len(same) > NEAREST_KEYS else "")
         raise UsageError(f"{cache.path}: {len(same)} samples have the id {name!r}; give the key of one: {shown}")
-    nearest = nearest_keys(table, name)
+    nearest = nearest_keys(cache, name)
     hint = f"the nearest are {', '.join(nearest)}" if nearest else "the cache has no finished samples"
     raise UsageError(f"{cache.path}: no sample has the key or id {name!r}; {hint}")
 
 
-def nearest_keys(table: pa.Table, name: str) -> list[str]:
-    """Keys that are like `name`, or whose sample id is: those that hold it first, then by letters in common."""
-    keys, ids = table.column("key"), table.column("sample_id")
-    found: list[str] = []
-    if name:
-        holds = pc.or_(pc.match_substring(keys, name), pc.match_substring(ids, name))
-        found = keys.filter(holds)[:NEAREST_KEYS].to_pylist()
-    if not found:
-        # Letters are compared in Python, so of a large cache only with keys that begin alike, or with the first ones.
-        alike = table.filter(pc.starts_with(keys, name[: len(name) // 2])) if len(table) > COMPARED_KEYS else table
-        some = (alike if len(alike) else table)[:COMPARED_KEYS]
-        key_of = dict(zip(some.column("sample_id").to_pylist(), some.column("key").to_pylist(), strict=True))
-        key_of |= {key: key for key in key_of.values()} | {key: key for key in some.column("key").to_pylist()}
-        close = difflib.get_close_matches(name, list(key_of), n=2 * NEAREST_KEYS, cutoff=0.0)
-        found = list(dict.fromkeys(key_of[word] for word in close))[:NEAREST_KEYS]
-    return found
+def nearest_keys(cache: Cache, name: str) -> list[str]:
+    """Keys that are like `name`, or whose sample id is: those that hold it first, then by letters in common.
+
+    Letters are compared in Python, so in a large cache only those of the first COMPARED_KEYS keys that begin like `name`,
+    or else of the first keys.
+    """
+    alike: list[tuple[str, str]] = []
+    first: list[tuple[str, str]] = []
+    for manifest in cache.manifests():
+        table = manifest.table.select(["key", "sample_id"])
+        keys, ids = table.column("key"), table.column("sample_id")
+        if name:
+            holds = pc.or_(pc.match_substring(keys, name), pc.match_substring(ids, name))
+            if found := keys.filter(holds)[:NEAREST_KEYS].to_pylist():
+                return found
+        begin = table.filter(pc.starts_with(keys, name[: len(name) // 2]))
+        for words, part in ((alike, begin), (first, table)):
+            part = part[: COMPARED_KEYS - len(words)]
+            words += zip(part.column("key").to_pylist(), part.column("sample_id").to_pylist(), strict=True)
+    words = alike or first
+    key_of = {sample_id: key for key, sample_id in words} | {key: key for key, _ in words}
+    close = difflib.get_close_matches(name, list(key_of), n=2 * NEAREST_KEYS, cutoff=0.0)
+    return list(dict.fromkeys(key_of[word] for word in close))[:NEAREST_KEYS]
 
 
 # ---------------------------------------------------------------------------------------------------------------- images

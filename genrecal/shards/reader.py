@@ -4,6 +4,7 @@ import bisect
 import hashlib
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -17,10 +18,19 @@ from genrecal.errors import DamageError, FormatError
 from genrecal.samples import ImageSource, Sample
 from genrecal.shards.answer_source import AnswerSource
 from genrecal.shards.head import HEAD_FILE, MOST_HEADER_BYTES, FrozenHead
-from genrecal.shards.index import INDEX_FILE, Index, index_of, read_index, read_shard_manifest, scan
+from genrecal.shards.index import (
+    INDEX_FILE,
+    READERS,
+    Index,
+    check_version,
+    index_of,
+    read_index,
+    read_shard_manifest,
+    scan,
+)
 from genrecal.shards.index import SCHEMA as INDEX_SCHEMA
-from genrecal.shards.layout import FORMAT_VERSION, TIERS, manifest_name, read_cache_json, tar_name, wrong_settings
-from genrecal.shards.manifest import DIGEST, MEMBER, SCHEMA, SKIPPED
+from genrecal.shards.layout import TIERS, manifest_name, read_cache_json, tar_name, wrong_settings
+from genrecal.shards.manifest import CACHED, DIGEST, MEMBER, SCHEMA, SKIPPED
 from genrecal.shards.memory import NEW, Memory
 from genrecal.shards.record import (
     AnswerRows,
@@ -83,6 +93,9 @@ class Cache(Sequence["CachedRecord"]):
         self._index = self._from_index() if has_index else self._from_manifests()
         self._manifest_of = lru_cache(maxsize=MANIFESTS_HELD)(self._read_manifest)
 
+    def __repr__(self) -> str:
+        return f"Cache({self.path!r}, {len(self)} samples, {len(self.shards)} of {self.num_shards} shards)"
+
     def _from_index(self) -> Index:
         num_samples = self.description.get("num_samples")
         return read_index(
@@ -92,22 +105,12 @@ class Cache(Sequence["CachedRecord"]):
         )
 
     def _from_manifests(self) -> Index:
-        scanned = scan(self.store, self.shards)
-        for shard, (_, facts) in zip(self.shards, scanned, strict=True):
-            self._check_version(shard, facts)
-        return index_of(scanned)
-
-    def _check_version(self, shard: int, facts: dict[str, Any]) -> None:
-        if facts["format_version"] != FORMAT_VERSION:
-            raise FormatError(
-                f"{self.store.where(manifest_name(shard))}: format version {facts['format_version']!r}; "
-                f"this genrecal reads version {FORMAT_VERSION}"
-            )
+        return index_of(scan(self.store, self.shards))
 
     def _read_manifest(self, shard: int) -> "ShardManifest":
         """A shard's manifest, which must be the one that the index was made from."""
         table, facts = read_shard_manifest(self.store, shard)
-        self._check_version(shard, facts)
+        check_version(self.store, shard, facts)
         if str(facts.get(DIGEST)) != self._index.digests[shard]:
             raise DamageError(
                 f"{self.store.where(manifest_name(shard))}: expected {DIGEST} {self._index.digests[shard]} by "
@@ -144,24 +147,36 @@ class Cache(Sequence["CachedRecord"]):
         """Whose answers these are: the data's, or the teacher's own."""
         return AnswerSource.from_json(self.description["answers"])
 
+    def manifests(self) -> Iterator["ShardManifest"]:
+        """The finished shards' manifests, one after another; memory does not grow with their number."""
+        with ThreadPoolExecutor(READERS) as pool:
+            for start in range(0, len(self.shards), READERS):
+                yield from pool.map(self._read_manifest, self.shards[start : start + READERS])
+
     def manifest(self) -> pa.Table:
-        """One row per input sample, skipped ones too; see `genrecal.shards.manifest.SCHEMA`. Reads every manifest."""
-        return self._whole_manifest
+        """One row per input sample, skipped ones too; see `genrecal.shards.manifest.SCHEMA`. Reads every manifest.
 
-    @cached_property
-    def _whole_manifest(self) -> pa.Table:
-        tables = [self._read_manifest(shard).table for shard in self.shards]
-        return pa.concat_tables(tables) if tables else SCHEMA.empty_table()
+        The whole table is in memory: about 0.5 kB per row. `manifests` gives it shard by shard.
+        """
+        return pa.concat_tables([SCHEMA.empty_table(), *(manifest.table for manifest in self.manifests())])
 
-    @cached_property
+    @property
     def cached(self) -> pa.Table:
-        """The manifests' rows of this sequence, row i being record i. Reads every manifest."""
-        return self.manifest().take(pa.array(self._index.rows))
+        """The manifests' rows of this sequence, row i being record i, all in memory."""
+        table = self.manifest()
+        return table.filter(pc.equal(table.column("status"), CACHED))
 
     @cached_property
     def shard_facts(self) -> dict[int, dict[str, Any]]:
         """Each finished shard's facts, such as its codecs' fidelity. Reads every manifest."""
-        return {shard: self._read_manifest(shard).facts for shard in self.shards}
+        return {manifest.facts["shard"]: manifest.facts for manifest in self.manifests()}
+
+    def skipped(self) -> Iterator[str]:
+        """The reasons of the input records that were skipped, in input order."""
+        for manifest in self.manifests():
+            if manifest.facts[SKIPPED]:
+                rows = pc.equal(manifest.table.column("status"), SKIPPED)
+                yield from manifest.table.column("reason").filter(rows).to_pylist()
 
     def arrow_column(self, name: str) -> pa.ChunkedArray:
         """A manifest column over the cached samples; from the index, if it holds that column."""
@@ -185,7 +200,7 @@ class Cache(Sequence["CachedRecord"]):
         try:
             if (size := self.store.size(HEAD_FILE)) > most:
                 raise DamageError(f"{path}: expected at most {most} bytes, by cache.json, got {size}; {MAKE_AGAIN}")
-            file = self.store.local_copy(HEAD_FILE)
+            file = self.store.local_copy(HEAD_FILE, str(expected))
             with file.open("rb") as opened:
                 digest = hashlib.file_digest(opened, "sha256").hexdigest()
         except OSError as error:
@@ -221,17 +236,23 @@ class Cache(Sequence["CachedRecord"]):
 
         return read_in_step(self, indices, question=question, memory=memory)
 
-    def by_key(self, key: str) -> "CachedRecord":
-        """The record of that key. Raises FormatError if there is none, with the reason if it was skipped."""
+    def row_of(self, key: str) -> "Row | None":
+        """The manifest row of an input record, cached or skipped; None if no finished shard has the key."""
         for shard in self._shards_of_key(key):
             manifest = self._manifest_of(shard)
             found = pc.index(manifest.table.column("key"), key).as_py()
             if found >= 0:
-                row = Row(manifest, found)
-                if row["status"] == SKIPPED:
-                    raise FormatError(f"{self.path}: sample {key} was skipped: {row['reason']}")
-                return CachedRecord(self, row)
-        raise FormatError(f"{self.path}: no sample has the key {key!r}")
+                return Row(manifest, found)
+        return None
+
+    def by_key(self, key: str) -> "CachedRecord":
+        """The record of that key. Raises FormatError if there is none, with the reason if it was skipped."""
+        row = self.row_of(key)
+        if row is None:
+            raise FormatError(f"{self.path}: no sample has the key {key!r}")
+        if row["status"] == SKIPPED:
+            raise FormatError(f"{self.path}: sample {key} was skipped: {row['reason']}")
+        return CachedRecord(self, row)
 
     def _shards_of_key(self, key: str) -> list[int]:
         """The shard where a key must be: a key begins with its record's number in the input, and these ascend."""
@@ -255,6 +276,11 @@ class ShardManifest:
     table: pa.Table
     facts: dict[str, Any]
     _values: dict[str, list[Any]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def cached(self) -> pa.Table:
+        """The rows of cached samples."""
+        return self.table.filter(pc.equal(self.table.column("status"), CACHED))
 
     def value(self, name: str, place: int) -> Any:
         """A row's value in a column. One at a time out of Arrow, four take as long as a short record's states."""
@@ -299,7 +325,7 @@ class Row(Mapping[str, Any]):
         return self._manifest.table.num_columns
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CachedRecord:
     """One sample of a cache; every property reads what it needs from disk, and no more.
 
@@ -309,6 +335,10 @@ class CachedRecord:
     cache: Cache
     row: Mapping[str, Any]
     of: str = ""
+
+    def __repr__(self) -> str:
+        row = self.row
+        return f"CachedRecord({self.key!r}, {row['turns']} turns, {row['images']} images, {row['answer_tokens']} answer tokens)"
 
     @cached_property
     def _members(self) -> list[dict[str, Any]]:

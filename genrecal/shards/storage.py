@@ -6,19 +6,30 @@ name. An object store shows an upload when it is complete and never before, so a
 
 import abc
 import contextlib
+import fcntl
 import functools
+import hashlib
 import io
 import os
 import shutil
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from genrecal.errors import StorageError, UsageError
-from genrecal.files import flush, process_runs, put_in_place, remove_stale_temporaries, temporary_path, write_whole
+from genrecal.files import (
+    flush,
+    machine_name,
+    process_runs,
+    put_in_place,
+    remove_stale_temporaries,
+    temporary_path,
+    write_whole,
+)
 from genrecal.shards.memory import Memory
 
 ATTEMPTS = 4  # of one remote operation, on top of what the file system itself retries
@@ -97,8 +108,11 @@ class Store(abc.ABC):
         """Whether anything stands under this name, be it a folder or a link that leads nowhere."""
 
     @abc.abstractmethod
-    def local_copy(self, name: str) -> Path:
-        """A local file with the content of this one, to be read only: the file itself where the cache is local."""
+    def local_copy(self, name: str, sha256: str) -> Path:
+        """A local file with the content of this one, to be read only: the file itself where the cache is local.
+
+        A remote file of this digest is downloaded once for all processes of a user on this machine.
+        """
 
     @abc.abstractmethod
     def discard_temporaries(self, folder: str) -> None:
@@ -167,27 +181,31 @@ class LocalStore(Store):
         return str(self.root.resolve())
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
-        descriptor, size = self._range(name, offset, sys.maxsize if size is None else size)
-        data = os.pread(descriptor, size, offset) if size else b""
+        file, size = self._range(name, offset, sys.maxsize if size is None else size)
+        data = os.pread(file.fileno(), size, offset) if size else b""
         while 0 < len(data) < size:  # Linux gives at most 2 GiB at once
-            more = os.pread(descriptor, size - len(data), offset + len(data))
+            more = os.pread(file.fileno(), size - len(data), offset + len(data))
             if not more:
                 break
             data += more
         return data
 
     def view(self, name: str, offset: int, size: int, memory: Memory) -> memoryview:
-        descriptor, size = self._range(name, offset, size)
+        file, size = self._range(name, offset, size)
         data = memoryview(memory.room(size))  # type: ignore[arg-type]
         done = 0
-        while done < size and (count := os.preadv(descriptor, [data[done:]], offset + done)):
+        while done < size and (count := os.preadv(file.fileno(), [data[done:]], offset + done)):
             done += count
         return data[:done]
 
-    def _range(self, name: str, offset: int, size: int) -> tuple[int, int]:
-        """An open file's descriptor, and how many of `size` bytes it has from `offset` on."""
+    def _range(self, name: str, offset: int, size: int) -> tuple[BinaryIO, int]:
+        """An open file, and how many of `size` bytes it has from `offset` on.
+
+        The caller keeps the file, not its descriptor: another thread may push it out of the cache of open files, which
+        closes it as soon as nobody holds it, and then the descriptor's number belongs to another file.
+        """
         path, status = self._file(name)
-        return _open_file(path, status.st_ino, status.st_mtime_ns).fileno(), max(0, min(size, status.st_size - offset))
+        return _open_file(path, status.st_ino, status.st_mtime_ns), max(0, min(size, status.st_size - offset))
 
     def open(self, name: str, *, ahead: int = 0) -> BinaryIO:
         return open(self._file(name)[0], "rb", buffering=0)
@@ -249,7 +267,7 @@ class LocalStore(Store):
     def present(self, name: str) -> bool:
         return os.path.lexists(self.root / name)
 
-    def local_copy(self, name: str) -> Path:
+    def local_copy(self, name: str, sha256: str) -> Path:
         return Path(self._file(name)[0])
 
     def discard_temporaries(self, folder: str) -> None:
@@ -341,18 +359,39 @@ class RemoteStore(Store):
             raise FileExistsError(self.where(new_name))
 
         def move() -> None:
+            """Copy, then delete. An attempt that failed in between has left the copy, or nothing of the old file."""
+            try:
+                size = int(self._fs.info(self._path(name))["size"])
+            except FileNotFoundError:
+                if not self._fs.exists(self._path(new_name)):
+                    raise
+                return
             self._make_folder(new_name)
-            self._fs.mv(self._path(name), self._path(new_name))
+            self._fs.cp_file(self._path(name), self._path(new_name))
+            self._check_size(new_name, size)
+            self._fs.rm_file(self._path(name))
 
         self._retry("move", name, move)
 
     def present(self, name: str) -> bool:
         return bool(self._retry("look up", name, lambda: self._fs.exists(self._path(name))))
 
-    def local_copy(self, name: str) -> Path:
-        path = self.temporary(name)
-        self._retry("download", name, lambda: self._fs.get_file(self._path(name), str(path)))
-        return path
+    def local_copy(self, name: str, sha256: str) -> Path:
+        shared = _downloads() / f"{sha256}.{Path(name).name}"
+        with shared.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if shared.exists():
+                os.utime(shared)
+                return shared
+            path = self.temporary(name)
+            self._retry("download", name, lambda: self._fs.get_file(self._path(name), str(path)))
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    return path  # the caller says so
+            temporary = temporary_path(shared)
+            shutil.move(path, temporary)
+            put_in_place(temporary, shared)
+            return shared
 
     def discard_temporaries(self, folder: str) -> None:
         """Unfinished files are in a local folder of each process, and go with it."""
@@ -445,17 +484,36 @@ def _range(fs: Any, path: str, start: int, end: int | None) -> bytes:
 def _scratch(process: int) -> Path:
     """A local folder of this process for files on their way to a remote store; removed when it ends.
 
-    Those of this user's processes that were killed are removed too.
+    Those of this user's killed processes are removed too, if they ran where process numbers mean the same: not in another
+    container that shares the temporary folder.
     """
     import atexit
 
-    for folder in Path(tempfile.gettempdir()).glob("genrecal-*-*"):
-        pid = folder.name.split("-")[1]
+    prefix = f"genrecal-{machine_name()}-"
+    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
+        pid = folder.name.removeprefix(prefix).split("-")[0]
         with contextlib.suppress(OSError):
             if pid.isdigit() and not process_runs(int(pid)) and folder.stat().st_uid == os.getuid():
                 shutil.rmtree(folder, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"genrecal-{process}-"))
+    folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{process}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+DOWNLOADS_KEPT_SECONDS = 24 * 3600.0
+
+
+def _downloads() -> Path:
+    """This user's folder of downloaded files on this machine; those that nobody asked for in a day are removed."""
+    folder = Path(tempfile.gettempdir()) / f"genrecal-downloads-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise UsageError(f"{folder}: expected a folder of this user; remove it, or set TMPDIR to another folder")
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > DOWNLOADS_KEPT_SECONDS:
+                path.unlink()
     return folder
 
 

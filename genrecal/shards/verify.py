@@ -155,6 +155,8 @@ def verify_cache(
 ) -> Verification:
     """Read every byte of a cache's finished shards once, and check it.
 
+    Raises FormatError for a folder that is no cache.
+
     Args:
         deep: also recompute the logits of every row that has a target from its stored state.
         max_kl: mean KL in nats over which a shard is damaged; `deep` only.
@@ -164,20 +166,28 @@ def verify_cache(
     try:
         description = read_cache_json(store)
     except FormatError as error:
+        if not store.present(CACHE_FILE):
+            raise
         finding = Finding(shard=None, file=CACHE_FILE, what=f"{_unplaced(error, store.where(CACHE_FILE))}; {AGAIN}")
         return Verification(path=store.url, shards=(0, 0), findings=(finding,))
     outside = [*_check_description(description), *_check_head(store, description), *_check_teacher(store, description)]
     # What cache.json does not say rightly cannot be held against the shards.
     settings = {name: value for name, value in description.items() if name not in wrong_settings(description)}
-    head = _deep_head(store, device) if deep and not any(f.file == HEAD_FILE for f in outside) else None
+    head = None
+    if deep and not any(finding.file == HEAD_FILE for finding in outside):
+        head = _deep_head(store, str(_teacher(description, "head_sha256")), device)
     planned = settings.get("num_shards", 0)
     numbers = sorted(shard for shard, _ in files_in(store, "manifest", ".parquet"))
     complete = "totals" in description
     expected = sorted({*numbers, *range(planned)}) if complete else numbers
-    results = []
+    results, scanned = [], Scan()
     with Progress("verify", len(expected), "shards") as progress:
         for shard in expected:
-            results.append(check_shard(store, shard, settings, head))
+            result = check_shard(store, shard, settings, head)
+            if result.scanned is not None and result.sums is not None:
+                scanned.add(*result.scanned)
+            result.scanned = None  # of nine million samples they do not fit into memory one by one
+            results.append(result)
             progress.advance(1, f"{sum(bool(result.findings) for result in results)} damaged")
     findings, notes = outside, []
     if deep and head is None:
@@ -189,7 +199,7 @@ def verify_cache(
     findings += _merge(results, notes)
     findings += _over_limit(results, max_kl)
     if complete:
-        findings += _check_index(store, results, notes)
+        findings += _check_index(store, scanned if len(scanned.digests) == len(results) else None, notes)
     if complete and all(result.sums is not None for result in results):
         findings += _check_totals(description["totals"], results, settings.get("num_samples"))
     return Verification(
@@ -260,7 +270,7 @@ def _check_head(store: Store, description: dict[str, Any]) -> Iterator[Finding]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        path = store.local_copy(HEAD_FILE)
+        path = store.local_copy(HEAD_FILE, str(expected))
         check_header(path)
         with safe_open(path, framework="numpy") as file:
             vocab_size = head_facts(file)["vocab_size"]
@@ -311,13 +321,12 @@ def _sha256(store: Store, name: str) -> str:
         return getattr(error, "strerror", None) or str(error)
 
 
-def _check_index(store: Store, results: "list[ShardResult]", notes: list[str]) -> Iterator[Finding]:
-    """The index against the manifests, if all of them can be read."""
+def _check_index(store: Store, scanned: Scan | None, notes: list[str]) -> Iterator[Finding]:
+    """The index against the manifests; None if some of them cannot be read."""
     if not store.present(INDEX_FILE):
         notes.append(f"no {INDEX_FILE}: opening reads every manifest; `genrecal cache` again writes it")
         return
-    scanned: Scan = [result.scanned for result in results if result.scanned is not None and result.sums is not None]
-    difference = index_difference(store, scanned if len(scanned) == len(results) else None)
+    difference = index_difference(store, scanned)
     if difference:
         yield Finding(shard=None, file=INDEX_FILE, what=f"{difference}; {INDEX_AGAIN}")
 
@@ -824,9 +833,9 @@ def _over_limit(results: Iterable[ShardResult], max_kl: float) -> Iterator[Findi
 # ------------------------------------------------------------------------------------------------------------------- deep
 
 
-def _deep_head(store: Store, device: str) -> FrozenHead:
+def _deep_head(store: Store, sha256: str, device: str) -> FrozenHead:
     """The head, widened once on a CPU, where each product would widen it again."""
-    head = FrozenHead.load(store.local_copy(HEAD_FILE), device)
+    head = FrozenHead.load(store.local_copy(HEAD_FILE, sha256), device)
     return head if head.weight.is_cuda else dataclasses.replace(head, weight=head.weight.float())
 
 

@@ -203,13 +203,25 @@ class CodedRecord:
     statistics: dict[str, Any]
 
 
+class _HashingFile:
+    """A file that is written from begin to end, with the sha256 of what was written."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.sha256 = file, hashlib.sha256()
+        self.tell, self.close = file.tell, file.close
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self._file.write(data)
+
+
 class _Tar:
     """A tar file under a temporary name."""
 
     def __init__(self, store: Store, name: str):
         self.store, self.name, self.temporary = store, name, store.temporary(name)
-        self._file: BinaryIO = self.temporary.open("wb", buffering=BUFFER_BYTES)
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)
+        self._file = _HashingFile(self.temporary.open("wb", buffering=BUFFER_BYTES))
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # type: ignore[call-overload]
 
     def add(self, name: str, data: bytes) -> int:
         """Append a member and return the offset of its first byte."""
@@ -224,10 +236,8 @@ class _Tar:
         """Close, put in place, and return the sha256."""
         self._tar.close()
         self._file.close()
-        with self.temporary.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         self.store.place(self.temporary, self.name)
-        return digest
+        return self._file.sha256.hexdigest()
 
     def discard(self) -> None:
         with contextlib.suppress(OSError):  # what is still to be flushed may not fit on the disk

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import uuid
 from pathlib import Path
@@ -20,6 +21,7 @@ import genrecal
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.errors import DamageError, FormatError, StorageError, UsageError
+from genrecal.files import machine_name
 from genrecal.samples import open_samples
 from genrecal.shards import storage
 from genrecal.shards.storage import open_store
@@ -203,7 +205,7 @@ def test_a_kill_in_the_middle_of_an_upload_leaves_nothing_that_looks_whole(made,
         [sys.executable, "-c", script], env=os.environ | {"TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE
     )
     assert proxy.stalled.wait(60), child.communicate(timeout=5)
-    assert list(tmp_path.glob(f"genrecal-{child.pid}-*"))  # the tars on their way
+    assert list(tmp_path.glob(f"genrecal-{machine_name()}-{child.pid}-*"))  # the tars on their way
     os.kill(child.pid, signal.SIGKILL)
     child.communicate()
     there = names(url) - before
@@ -249,3 +251,42 @@ def test_records_written_by_hand_to_memory_come_back(made):
         expected = make_record(index, head, question=has_question(record.key))
         assert (record.hidden() == expected.answer.hidden).all()
     assert len(cache) == 4
+
+
+def test_the_head_is_downloaded_once_for_all_who_ask(made, url, proxy, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    put(made, url)
+    asked = []
+    proxy.judge = lambda request: asked.append(request) or "pass"
+    heads = [genrecal.open_cache(url).head() for _ in range(3)]
+    assert all(torch.equal(head.weight, make_head().weight) for head in heads)
+    assert sum(request.method == "GET" and "head.safetensors" in request.path for request in asked) == 1
+    asked.clear()
+    open_store(url).write("head.safetensors", b"x" * 100)
+    content = json.loads(open_store(url).read("cache.json"))
+    content["teacher"]["head_sha256"] = "0" * 64  # another head's: the copy that was kept is not its
+    open_store(url).write("cache.json", json.dumps(content).encode())
+    with pytest.raises(DamageError, match="expected sha256 0000"):
+        genrecal.open_cache(url).head()
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_a_move_that_was_cut_off_is_finished(monkeypatch, done):
+    """The store deletes the old file, or not, and its answer is lost."""
+    store = open_store(f"memory://{uuid.uuid4().hex}/cache")
+    store.write("a", b"content")
+    delete, lost = store._fs.rm_file, []
+
+    def rm_file(path):
+        if done or lost:
+            delete(path)
+        if not lost:
+            lost.append(path)
+            raise ConnectionError("lost")
+
+    monkeypatch.setattr(storage, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(type(store._fs), "rm_file", lambda self, path: rm_file(path))
+    store.move("a", "b/a")
+    assert lost and store.read("b/a") == b"content" and not store.exists("a")
+    with pytest.raises(FileNotFoundError):
+        store.move("a", "c/a")

@@ -1,13 +1,17 @@
 """A written shard read back: by us, by plain tools; whole or not there; damage named."""
 
 import dataclasses
+import functools
+import hashlib
 import io
 import json
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 from conftest import conversation
@@ -17,6 +21,7 @@ import genrecal
 from genrecal.errors import DamageError, FormatError
 from genrecal.files import machine_name, remove_stale_temporaries
 from genrecal.samples import BadRecord, ImageSource
+from genrecal.shards import index, storage
 from genrecal.shards.codecs import CODECS
 from genrecal.shards.layout import manifest_name, tar_name, write_cache_json
 from genrecal.shards.memory import BatchMemory
@@ -261,3 +266,47 @@ def test_damaged_or_missing_manifests_are_named(cache):
     write_cache_json(open_store(cache), DESCRIPTION | {"totals": {}})
     with pytest.raises(DamageError, match=r"manifest/00001\.parquet: missing"):
         genrecal.open_cache(cache)
+
+
+def test_threads_that_read_many_files_get_their_own_bytes(tmp_path, monkeypatch):
+    """More files than stay open: a descriptor that another thread closes is soon another file's."""
+    monkeypatch.setattr(storage, "_open_file", functools.lru_cache(maxsize=2)(storage._open_file.__wrapped__))
+    store = open_store(tmp_path)
+    for number in range(24):
+        (tmp_path / str(number)).write_bytes(bytes([number]) * 4096)
+
+    def read(turn):
+        for step in range(400):
+            number = (turn * 7 + step * 5) % 24
+            assert store.read(str(number), 100, 2000) == bytes([number]) * 2000
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(read, range(16)))
+
+
+def test_many_shards_are_summed_as_few_are(cache, monkeypatch):
+    """Blocks of shards are joined as they are scanned, whatever their size."""
+    store, shards = open_store(cache), [0, 1]
+    expected = index.index_bytes(index.scan(store, shards)), index.totals_of(index.scan(store, shards))
+    monkeypatch.setattr(index, "BLOCK_SHARDS", 1)
+    scanned = index.scan(store, shards)
+    assert (
+        pq.read_table(pa.BufferReader(index.index_bytes(scanned))).to_pylist()
+        == pq.read_table(pa.BufferReader(expected[0])).to_pylist()
+    )
+    assert index.totals_of(scanned) == expected[1]
+
+
+def test_what_python_shows_of_a_cache_is_short(cache):
+    opened = genrecal.open_cache(cache)
+    for value in (opened, opened[0], opened[0].sample):
+        assert len(repr(value)) < 1000
+    assert opened[0].key in repr(opened[0])
+    assert "open_cache" in dir(genrecal)
+
+
+def test_the_sha256_of_a_tar_is_the_files(cache):
+    facts = genrecal.open_cache(cache).shard_facts
+    for shard, tier in ((0, "samples"), (1, "questions")):
+        digest = hashlib.sha256((cache / tar_name(tier, shard)).read_bytes()).hexdigest()
+        assert facts[shard]["sha256"][tier] == digest

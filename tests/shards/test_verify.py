@@ -18,7 +18,7 @@ from made_cache import PER_SHARD, make_cache, make_head, make_record, tree, writ
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cli import main
-from genrecal.errors import DamageError
+from genrecal.errors import DamageError, FormatError
 from genrecal.samples import open_samples
 from genrecal.shards import verify
 from genrecal.shards.head import HEAD_FILE
@@ -163,8 +163,8 @@ def test_a_wrong_setting_is_held_against_cache_json_and_not_against_the_shards(c
 
 
 def test_no_cache_at_all(tmp_path):
-    (line,) = found(tmp_path)
-    assert "not a cache" in line
+    with pytest.raises(FormatError, match=r"not a cache: it has no cache\.json; `genrecal cache` makes one"):
+        verify_cache(tmp_path)
 
 
 def test_a_file_that_is_not_the_teachers_is_named(cache):
@@ -535,5 +535,5 @@ def test_the_command_says_what_it_found_and_ends_with_0_or_1(cache, tmp_path, ca
     status, out = run(capsys, cache, "--repair")
     assert status == 1 and f"set aside: {cache}/quarantine/00002.0" in out.splitlines()
     status, out = run(capsys, tmp_path / "none")
-    assert status == 1 and "not a cache" in out
+    assert status == 1 and not out
     assert run(capsys, cache, "--deep", "--max-kl", "-1")[0] == 2
