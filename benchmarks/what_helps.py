@@ -74,7 +74,6 @@ OTHERS = (
     Variant(name="GenRecal first 3", settings="objective=genrecal loss.first_token_weight=3"),
     Variant(name="aligned linear", settings="objective=genrecal-aligned recalibrator.layers=0"),
     Variant(name="aligned linear own", settings="objective=genrecal-aligned recalibrator.layers=0", own=True),
-    Variant(name="aligned pinv", settings="objective=genrecal-aligned recalibrator.init=pseudo-inverse"),
 )
 
 ONE_TOKENIZER = (

@@ -663,8 +663,12 @@ def train(
     ] = False,
     gpus: Annotated[int, typer.Option(help="Of --dry-run: processes that train together, one a GPU.")] = 1,
     gpu_gigabytes: Annotated[float, typer.Option(help="Of --dry-run: memory of a GPU.")] = 80.0,
-    peak_tflops: Annotated[float, typer.Option(help="Of --dry-run: a GPU's dense peak, TFLOP/s.")] = 989.0,
-    utilisation: Annotated[float, typer.Option(help="Of --dry-run: share of the peak that is reached.")] = 0.4,
+    profile: Annotated[
+        int,
+        typer.Option(
+            help="Run this many steps of each stage, print time and peak memory by part, keep nothing.", min=0
+        ),
+    ] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Of --dry-run: print JSON.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -678,16 +682,14 @@ def train(
         raise UsageError(f"--teacher {teacher!r}: expected live:MODEL")
     if dry_run:
         from genrecal.shards.mixture import open_caches
-        from genrecal.train.forecast import ForecastOptions, forecast_text, make_forecast
+        from genrecal.train.forecast import forecast_text, make_forecast
 
-        assumed = ForecastOptions(
-            gpus=gpus, gpu_gigabytes=gpu_gigabytes, peak_tflops=peak_tflops, utilisation=utilisation
-        )
         forecast = make_forecast(
             settings,
             student,
             open_caches(cache, settings.data.weights),
-            assumed,
+            gpus=gpus,
+            gpu_gigabytes=gpu_gigabytes,
             stages=numbers,
             out=out,
             trust_remote_code=trust_remote_code,
@@ -696,6 +698,7 @@ def train(
         raise typer.Exit(0 if forecast.fits else 1)
 
     # These take seconds: only once the settings are known to be right.
+    from genrecal.train.loop import profile as profile_steps
     from genrecal.train.loop import train
     from genrecal.train.ranks import own_device, world_size
     from genrecal.train.run import Run
@@ -712,6 +715,10 @@ def train(
     if teacher:
         device = str(own_device(settings.device))
         live = _live_teacher(teacher.removeprefix("live:"), cache[0], device, trust_remote_code)
+    if profile:
+        if text := profile_steps(run, profile, stages=numbers, live_teacher=live):
+            typer.echo(text)
+        return
     train(run, stages=numbers, live_teacher=live)
     if world_size() and os.environ["RANK"] != "0":
         return

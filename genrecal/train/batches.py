@@ -20,7 +20,6 @@ from genrecal.shards.reader import Cache
 from genrecal.shards.record import AnswerRows, Record
 from genrecal.train.align import align
 from genrecal.train.handover import Packed, allow_open_files, pack, unpack
-from genrecal.train.last_layer import Reads
 from genrecal.train.splice import splice_index
 from genrecal.vlm.loading import first_line
 from genrecal.vlm.rendering import Encoded, Renderer
@@ -32,19 +31,13 @@ class Splice:
 
     Args:
         rows: int64 `[B, L]`; predicts: int64 `[N]`, flat in B * L.
-        reads: `predicts` once more, as the Recalibrator wants it; worked out where the lengths are known.
     """
 
     rows: torch.Tensor
     predicts: torch.Tensor
-    reads: Reads = None  # type: ignore[assignment]
-
-    def __post_init__(self) -> None:
-        if self.reads is None:
-            self.reads = Reads.of(self.predicts, *self.rows.shape)
 
     def to(self, device: torch.device) -> "Splice":
-        return Splice(rows=self.rows.to(device), predicts=self.predicts.to(device), reads=self.reads.to(device))
+        return Splice(rows=self.rows.to(device), predicts=self.predicts.to(device))
 
 
 @dataclass(kw_only=True)
@@ -54,7 +47,6 @@ class MicroBatch:
     Args:
         keys: the samples.
         student_inputs: collated tensors of the student's own rendering, text padded on the right to `[B, L_s]`.
-        picture_rows: which rows of the pictures' tensors in student_inputs are each sample's; see `Renderer.picture_rows`.
         sft_rows: int64 `[M]`, flat in B * L_s: the student's positions that predict an answer token.
         sft_ids: int64 `[M]`, the token each predicts; sft_first: bool `[M]`, the first of a turn's answer.
         answer_states: `[R, D_t]`, z_a of every turn: the answer's own states; float32 or the dtype of computing.
@@ -69,13 +61,12 @@ class MicroBatch:
         question_states: as answer_states, `[Q, D_t]`, z_q of the samples that have it; None without the regularisation pass.
         reg_splice: the teacher's questions with its own answers; reg_rows: int64, which of the N rows it predicts.
         aligned_rows: int64 `[A]`, which of the N rows a position of the student's lines up with (`genrecal.train.align`);
-            aligned_at: those positions in `[B, L_s]`; aligned_first: bool `[A]`, the first of a turn's answer.
+            aligned_at: int64 `[A]`, those positions, flat in B * L_s; aligned_first: bool `[A]`, the first of a turn's answer.
             None where the aligned path is not wanted.
     """
 
     keys: list[str]
     student_inputs: dict[str, torch.Tensor]
-    picture_rows: list[dict[str, slice]]
     sft_rows: torch.Tensor
     sft_ids: torch.Tensor
     sft_first: torch.Tensor
@@ -98,7 +89,7 @@ class MicroBatch:
     reg_splice: Splice | None = None
     reg_rows: torch.Tensor | None = None
     aligned_rows: torch.Tensor | None = None
-    aligned_at: Reads | None = None
+    aligned_at: torch.Tensor | None = None
     aligned_first: torch.Tensor | None = None
 
     def to(self, device: torch.device, student_dtype: torch.dtype) -> "MicroBatch":
@@ -108,7 +99,7 @@ class MicroBatch:
             value = getattr(self, item.name)
             if isinstance(value, torch.Tensor):
                 value = value.to(device, non_blocking=True)
-            elif isinstance(value, Splice | Reads):
+            elif isinstance(value, Splice):
                 value = value.to(device)
             moved[item.name] = value
         moved["student_inputs"] = {
@@ -308,7 +299,6 @@ def _empty_batch(stand_in: StandIn, renderer: Renderer, wanted: Wanted) -> Micro
     batch = MicroBatch(
         keys=[],
         student_inputs=inputs,
-        picture_rows=renderer.picture_rows([stand_in.encoded]),
         sft_rows=none,
         sft_ids=none,
         sft_first=none.bool(),
@@ -319,7 +309,7 @@ def _empty_batch(stand_in: StandIn, renderer: Renderer, wanted: Wanted) -> Micro
             batch.splice = Splice(rows=torch.arange(inputs["input_ids"].shape[1])[None], predicts=none)
         if wanted.aligned:
             batch.aligned_rows, batch.aligned_first = none, none.bool()
-            batch.aligned_at = Reads.of(none, *inputs["input_ids"].shape)
+            batch.aligned_at = none
         if wanted.beside == PLACES:
             batch.teacher_rows = none
         if wanted.beside == TURNS:
@@ -356,7 +346,6 @@ def _student_part(encoded: Sequence[Encoded], renderer: Renderer, *, beside: Seq
     return MicroBatch(
         keys=[item.key for item in encoded],
         student_inputs=inputs,
-        picture_rows=renderer.picture_rows([*encoded, *beside]),
         sft_rows=flat,
         sft_ids=inputs["input_ids"].flatten()[flat + 1],
         sft_first=torch.from_numpy(np.concatenate(first)),
@@ -446,8 +435,7 @@ def _add_alignment(batch: MicroBatch, encoded: Sequence[Encoded], answers: Seque
         row_place += int(answer.predicts.sum())
         place += sum(item.answer_lengths)
     batch.aligned_rows = torch.from_numpy(np.concatenate(rows))
-    read = batch.sft_rows[torch.from_numpy(np.concatenate(places))]
-    batch.aligned_at = Reads.of(read, *batch.student_inputs["input_ids"].shape)
+    batch.aligned_at = batch.sft_rows[torch.from_numpy(np.concatenate(places))]
     batch.aligned_first = torch.from_numpy(np.concatenate(first))
 
 

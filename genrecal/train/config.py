@@ -59,20 +59,9 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RecalibratorConfig:
-    """The Recalibrator.
-
-    Args:
-        layers: decoder blocks; 0 for none, projections alone.
-        init: "default", random weights; "pseudo-inverse", the last projection starts as the map after which the teacher's
-            head gives the student's logits (`genrecal.train.warm_start`).
-    """
+    """The Recalibrator: `layers` decoder blocks; 0 for none, projections alone."""
 
     layers: int = 2
-    init: str = "default"
-
-    def __post_init__(self) -> None:
-        if self.init not in ("default", "pseudo-inverse"):
-            raise UsageError(f"recalibrator.init {self.init!r}: expected default or pseudo-inverse")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +110,6 @@ class DataConfig:
         window: shards among which samples are shuffled.
         on_damage: "fail" stops at a sample whose bytes in the cache are damaged, and names it; "skip" leaves it out,
             names it in the metrics and counts it.
-        vision_cache_gb: memory for the embeddings of pictures in stages 1 and 2, where nothing that makes them is trained:
-            a picture met again, in another epoch, is not encoded again. For each process; 0 keeps none.
         weights: with several caches, how often an epoch takes each one's samples, in the order of `--cache`: 0.5 takes half
             of them, and the next epoch the other half; 2 takes each twice. Empty for once each.
         max_skip: share of a stage's samples that may be left out before the stage stops: those that the student cannot
@@ -134,7 +121,6 @@ class DataConfig:
     on_damage: str = "fail"
     weights: tuple[float, ...] = ()
     max_skip: float = 0.01
-    vision_cache_gb: float = 0.0
 
     def __post_init__(self) -> None:
         if self.on_damage not in ("fail", "skip"):
@@ -243,11 +229,6 @@ class TrainConfig:
             raise UsageError("objective genrecal-aligned with loss.aligned_weight 0 is objective genrecal; set that")
         if self.offload and not self.engine.startswith("zero"):
             raise UsageError(f"offload is for engine zero1, zero2 and zero3; engine is {self.engine}")
-        if self.data.vision_cache_gb and self.engine == "zero3":
-            raise UsageError(
-                "data.vision_cache_gb is not for engine zero3, whose processes must all run the vision encoder together; "
-                "leave it 0, or set engine to zero2"
-            )
 
     def stage(self, number: int) -> StageConfig:
         return (self.stage1, self.stage2, self.stage3)[number - 1]

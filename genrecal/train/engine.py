@@ -24,6 +24,7 @@ from genrecal.errors import TrainingError, UsageError
 from genrecal.train.batches import MicroBatch
 from genrecal.train.checkpoint import MOMENTS, TrainedState, fitting, trained_parameters
 from genrecal.train.config import StageConfig, TrainConfig
+from genrecal.train.profiling import Clock
 from genrecal.train.ranks import Ranks, peers_may_end, world_size
 from genrecal.train.stages import Denominators, Distiller, StepOutput
 
@@ -91,6 +92,7 @@ def start_engine(
     device: torch.device,
     compute_dtype: torch.dtype,
     micro_steps: int,
+    clock: Clock | None = None,
 ) -> Engine:
     """The engine that the run asks for, checked to be it.
 
@@ -103,7 +105,13 @@ def start_engine(
     name = resolve_engine(config.engine, world_size())
     if name in ("none", "ddp"):
         return TorchEngine(
-            distiller, settings, ranks, device=device, compute_dtype=compute_dtype, parallel=name == "ddp"
+            distiller,
+            settings,
+            ranks,
+            device=device,
+            compute_dtype=compute_dtype,
+            parallel=name == "ddp",
+            clock=clock or Clock(),
         )
     return ZeroEngine(
         int(name.removeprefix("zero")),
@@ -114,6 +122,7 @@ def start_engine(
         compute_dtype=compute_dtype,
         micro_steps=micro_steps,
         offload=config.offload,
+        clock=clock or Clock(),
     )
 
 
@@ -136,7 +145,9 @@ class TorchEngine:
         device: torch.device,
         compute_dtype: torch.dtype,
         parallel: bool,
+        clock: Clock,
     ):
+        self.clock = clock
         self.parameters = trained_parameters(distiller)
         self.settings, self.ranks, self.device, self.compute_dtype = settings, ranks, device, compute_dtype
         # One kernel for all tensors on CUDA, and no third array of a moment's size, which torch's default there takes.
@@ -160,11 +171,13 @@ class TorchEngine:
         alone = self.module.no_sync() if self._parallel and not last else contextlib.nullcontext()  # type: ignore[operator]
         batch = batch.to(self.device, self.compute_dtype)
         with alone, peers_may_end():
-            with torch.autocast(
-                self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32
+            with (
+                self.clock.part("forward"),
+                torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32),
             ):
                 output: StepOutput = self.module(batch, denominators)
-            (output.loss * self.ranks.size).backward()
+            with self.clock.part("backward"):
+                (output.loss * self.ranks.size).backward()
         return output
 
     @property
@@ -180,7 +193,8 @@ class TorchEngine:
         ).item()
         if math.isfinite(norm):
             set_learning_rate(self.optimizer, learning_rate)
-            self.optimizer.step()
+            with self.clock.part("optimizer"):
+                self.optimizer.step()
             self.updates += 1
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -228,7 +242,9 @@ class ZeroEngine:
         compute_dtype: torch.dtype,
         micro_steps: int,
         offload: bool,
+        clock: Clock,
     ):
+        self.clock = clock
         deepspeed = import_deepspeed(device)
         self.stage, self.ranks, self.device, self.compute_dtype = stage, ranks, device, compute_dtype
         # Only where a parameter has no gradient at all do ranks get out of step: with partitioned weights, when a module
@@ -299,13 +315,15 @@ class ZeroEngine:
     def micro_step(self, batch: MicroBatch, denominators: Denominators, *, last: bool) -> StepOutput:
         with peers_may_end():
             self.engine.set_gradient_accumulation_boundary(last)
-            output: StepOutput = self.engine(batch.to(self.device, self.compute_dtype), denominators)
-            self.engine.backward(output.loss * self.ranks.size, scale_wrt_gas=False)
+            with self.clock.part("forward"):
+                output: StepOutput = self.engine(batch.to(self.device, self.compute_dtype), denominators)
+            with self.clock.part("backward"):
+                self.engine.backward(output.loss * self.ranks.size, scale_wrt_gas=False)
         return output
 
     def step(self, learning_rate: float) -> float:
         set_learning_rate(self.optimizer, learning_rate)
-        with peers_may_end():
+        with peers_may_end(), self.clock.part("optimizer"):
             self.engine.step()
         if self.optimizer.overflow:
             return math.nan

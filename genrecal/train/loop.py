@@ -3,12 +3,13 @@
 import gc
 import json
 import math
+import os
 import resource
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -44,9 +45,10 @@ from genrecal.train.checkpoint import (
 from genrecal.train.config import StageConfig, TrainConfig
 from genrecal.train.dual_space import DualSpace
 from genrecal.train.engine import Engine, import_deepspeed, resolve_engine, start_engine
-from genrecal.train.logs import RunLog, Wandb, cache_facts, term_means, term_sums
+from genrecal.train.logs import RunLog, Wandb, cache_facts, read_metrics, term_means, term_sums
 from genrecal.train.midway import Midway
 from genrecal.train.objectives import OBJECTIVES, TERMS, check_cache, check_pair, shared_with
+from genrecal.train.profiling import Clock, profile_text, profiled_run, scratch
 from genrecal.train.ranks import Ranks, StopSignals, joined, own_device, world_size
 from genrecal.train.recalibrator import Recalibrator, checkpoint_activations
 from genrecal.train.run import Run
@@ -60,11 +62,10 @@ from genrecal.train.stages import (
     select_trainable,
     wanted_by,
 )
-from genrecal.train.warm_start import warm_start
 from genrecal.vlm.loading import VLM, first_line, resolve_device
 
 
-def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = None) -> None:
+def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = None, profile: bool = False) -> None:
     """Train the stages asked for, going on from where an earlier call of the same run stopped.
 
     Under a launcher every process calls this, and each trains on its share of every global batch.
@@ -72,6 +73,7 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
     Args:
         live_teacher: a `genrecal.cache.teacher.LiveTeacher` that makes the records in place of the shards; handed in,
             since the trainer does not know teachers.
+        profile: measure time and memory by part and write them with each step's metrics.
 
     Raises:
         UsageError: settings, student or cache are not those the run's folder was begun with.
@@ -106,9 +108,19 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
                         begun=begun,
                         midway=midway,
                         wandb=wandb,
+                        clock=Clock(device if profile else None),
                     )
                     _train_stage(job, source, signals)
                 ranks.wait_for(run.stage_result(stage))
+
+
+def profile(run: Run, steps: int, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = None) -> str:
+    """Run the first steps of each stage in a folder that is removed again; what they took, as text."""
+    short = profiled_run(run, steps)
+    first = os.environ.get("RANK", "0") == "0"
+    with scratch(short.path, first=first):
+        train(short, stages=stages, live_teacher=live_teacher, profile=True)
+        return profile_text(read_metrics(short.path)) if first else ""
 
 
 def stages_to_train(config: TrainConfig, stages: Sequence[int]) -> list[int]:
@@ -200,6 +212,7 @@ class StageJob:
     begun: dict[str, Any]
     midway: Midway | None = None
     wandb: Wandb | None = None
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def settings(self) -> StageConfig:
@@ -315,7 +328,7 @@ def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> N
                 "seconds": seconds, "data_wait": max(share.waited for share in shares) / seconds,
                 "tokens_per_second": tokens / seconds, "memory_gb": max(share.memory for share in shares) / 1e9,
             }  # fmt: skip
-            values |= left_out
+            values |= left_out | job.clock.read()
             if step % config.log_every == 0 or step == plan.num_steps - 1 or left_out:
                 log.write(step, values)
             if settings.checkpoint_every and (step + 1) % settings.checkpoint_every == 0 and step + 1 < plan.num_steps:
@@ -433,6 +446,7 @@ def _prepare(
         device=job.device,
         compute_dtype=compute_dtype,
         micro_steps=micro_steps,
+        clock=job.clock,
     )
     if ranks.first and ranks.size > 1:
         sys.stderr.write(
@@ -570,10 +584,6 @@ def build_distiller(
     head = cache.head(str(device)) if needs_teacher_head(stage, config) else None
     if needs_recalibrator(stage, config):
         recalibrator = Recalibrator.of(config, student.model.config, cache.hidden_size).to(device)
-        if stage == 1 and config.recalibrator.init == "pseudo-inverse":
-            assert head is not None
-            with torch.autocast(device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32):
-                warm_start(recalibrator, student, head, cache)
     if config.objective == "dskd":
         dual_space = DualSpace(student.hidden_size, cache.hidden_size).to(device)
     if objective.one_tokenizer:
@@ -589,7 +599,6 @@ def build_distiller(
         head,
         config.loss,
         question_fraction=cache.question_share or 1.0,
-        vision_cache_bytes=int(config.data.vision_cache_gb * 1e9),
         objective=config.objective,
         shared_ids=shared_ids,
         dual_space=dual_space,

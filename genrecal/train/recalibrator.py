@@ -8,9 +8,6 @@ import torch
 from torch import nn
 
 from genrecal.train.config import TrainConfig
-from genrecal.train.last_layer import Reads, at_places
-
-logger = logging.getLogger(__name__)
 
 
 class Recalibrator(nn.Module):
@@ -51,10 +48,6 @@ class Recalibrator(nn.Module):
             self.rec_body.norm = nn.Identity()
         self.rec_proj_post = nn.Linear(student_size, teacher_size)
         self.rec_norm = nn.LayerNorm(teacher_size)
-        self.trims_last_block = self.rec_body is not None and at_places(self.rec_body)
-        if self.rec_body is not None and not self.trims_last_block:
-            block = type(self.rec_body.layers[-1]).__name__
-            logger.info("the Recalibrator's last block (%s, %s) runs on all rows", block, attention)
 
     @classmethod
     def of(cls, config: TrainConfig, student_config: Any, teacher_size: int) -> "Recalibrator":
@@ -67,26 +60,21 @@ class Recalibrator(nn.Module):
             takes_teacher=config.loss.splice_weight > 0,
         )
 
-    def forward(self, splice: torch.Tensor, reads: Reads | None = None) -> torch.Tensor:
-        """Splices `[B, L, D_s]`, padded on the right -> states `[B, L, D_t]`, or `[N, D_t]` of the places read alone.
+    def forward(self, splice: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Splices `[B, L, D_s]`, padded on the right -> states `[B, L, D_t]`, or `[N, D_t]` at the rows alone.
 
         No mask is passed: a causal body cannot look at padding on its right, and without a mask the attention kernels
         take their causal path. Position ids are the default 0, 1, 2, ...
 
         Args:
-            reads: the places that are read. Of the others the last block computes no more than keys and values.
+            rows: int64 `[N]`, flat in B * L.
         """
-        return self.rec_norm(self.projected(splice, reads))
-
-    def projected(self, splice: torch.Tensor, reads: Reads | None = None) -> torch.Tensor:
-        """What comes out of rec_proj_post; arguments and shapes as of `forward`."""
         hidden = splice
-        asked = {"read_positions": reads.positions} if reads is not None and self.trims_last_block else {}
         if self.rec_body is not None:
-            hidden = self.rec_body(inputs_embeds=splice, use_cache=False, **asked).last_hidden_state
-        if reads is not None:
-            hidden = hidden.flatten(0, 1)[reads.chosen] if asked else reads.take(hidden)
-        return self.rec_proj_post(hidden)
+            hidden = self.rec_body(inputs_embeds=splice, use_cache=False).last_hidden_state
+        if rows is not None:
+            hidden = hidden.flatten(0, 1)[rows]
+        return self.rec_norm(self.rec_proj_post(hidden))
 
 
 def recalibrator_config(student_config: Any, num_blocks: int) -> Any:

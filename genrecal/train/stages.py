@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +17,6 @@ from genrecal.train.dual_space import DualSpace
 from genrecal.train.losses import Exact, RowLosses, Sampled, Target, TopK, chunked_cross_entropy, head_losses
 from genrecal.train.objectives import OBJECTIVES
 from genrecal.train.recalibrator import Recalibrator
-from genrecal.train.vision_cache import VisionCache
 from genrecal.vlm.loading import VLM
 
 VISION_PARTS = ("visual", "vision_tower", "vision_model", "image_tower", "vision_encoder")
@@ -67,11 +65,6 @@ def wanted_by(stage: int, config: TrainConfig) -> Wanted:
     )
 
 
-def keeps_pictures(stage: int, body: Any) -> bool:
-    """Whether pictures' embeddings may be kept: nothing that makes them is trained, and the body has pictures."""
-    return stage < 3 and hasattr(body, "get_image_features")
-
-
 def needs_recalibrator(stage: int, config: TrainConfig) -> bool:
     return OBJECTIVES[config.objective].recalibrates and stage < 3
 
@@ -93,7 +86,6 @@ class Distiller(nn.Module):
         dual_space: of objective "dskd".
         question_fraction: share of samples whose questions are cached; their regularisation terms are weighted by its
             inverse, so that the expected loss is that of a full question tier.
-        vision_cache_bytes: room for pictures' embeddings, in stages 1 and 2; stage 3 trains the projector.
     """
 
     def __init__(
@@ -105,7 +97,6 @@ class Distiller(nn.Module):
         loss: LossConfig,
         *,
         question_fraction: float = 1.0,
-        vision_cache_bytes: int = 0,
         objective: str = "genrecal",
         shared_ids: int = 0,
         dual_space: DualSpace | None = None,
@@ -119,8 +110,6 @@ class Distiller(nn.Module):
         for name, module in self.model.named_modules():
             if name.split(".")[-1] in VISION_PARTS:
                 module.eval()  # frozen in every stage: no dropout
-        keeps = vision_cache_bytes and keeps_pictures(stage, student.body)
-        self.vision_cache = VisionCache(student.body, vision_cache_bytes) if keeps else None
 
     def forward(self, batch: MicroBatch, denominators: Denominators) -> StepOutput:
         """One micro-step; `loss` sums to the global batch's loss over its micro-steps."""
@@ -195,18 +184,13 @@ class Distiller(nn.Module):
         take their causal path.
         """
         inputs = {name: value for name, value in batch.student_inputs.items() if name != "attention_mask"}
-        if self.vision_cache is None:
-            serving: AbstractContextManager[None] = nullcontext()
-        else:
-            serving = self.vision_cache.serving(batch.keys, inputs, batch.picture_rows)
-        with serving:
-            return self.student.body(**inputs, use_cache=False).last_hidden_state
+        return self.student.body(**inputs, use_cache=False).last_hidden_state
 
     def _recalibrated(self, questions: torch.Tensor, answers: torch.Tensor, splice: Splice) -> torch.Tensor:
         """Recalibrator(splice) at the prediction positions, `[N, D_t]`."""
         assert self.recalibrator is not None
         source = torch.cat([questions.to(answers.dtype), answers])
-        recalibrated: torch.Tensor = self.recalibrator(source[splice.rows], splice.reads)
+        recalibrated: torch.Tensor = self.recalibrator(source[splice.rows], splice.predicts)
         return recalibrated
 
     def _losses(self, rows: torch.Tensor, batch: MicroBatch, which: slice | torch.Tensor) -> RowLosses:

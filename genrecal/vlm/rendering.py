@@ -296,18 +296,6 @@ class Renderer:
             result[name] = self._join([row.get(name) for row in rows], per_sample=name in self._per_sample_keys)
         return result
 
-    def picture_rows(self, batch: Sequence[Encoded]) -> list[dict[str, slice]]:
-        """Which rows of a collated batch's picture tensors are each conversation's; empty for one without pictures."""
-        result: list[dict[str, slice]] = [{} for _ in batch]
-        for name in dict.fromkeys(name for item in batch for name in item.inputs if name not in self.text_keys):
-            start = 0
-            for item, rows in zip(batch, result, strict=True):
-                end = start + (1 if name in self._per_sample_keys else len(item.inputs.get(name, ())))
-                if item.num_images:
-                    rows[name] = slice(start, end)
-                start = end
-        return result
-
     @staticmethod
     def _join(values: Sequence[torch.Tensor | None], *, per_sample: bool) -> torch.Tensor:
         present = [value for value in values if value is not None]

@@ -117,7 +117,6 @@ def test_a_value_is_read_as_toml_and_takes_the_settings_type(setting: str, name:
         ("log_every=0", "at least 1"),
         ("keep_checkpoints=0", "at least 1"),
         ("objective=kd", r"objective 'kd': expected one of genrecal, genrecal-aligned, sft, seqkd"),
-        ("recalibrator.init=zeros", r"recalibrator\.init 'zeros': expected default or pseudo-inverse"),
         ("loss.splice_weight=0", r"loss\.splice_weight 0 leaves objective genrecal nothing .* genrecal-aligned or sft"),
         ("precision=fp16", "precision 'fp16': expected one of auto, bf16, fp32"),
         ("loss.target=bottomk", r"loss\.target 'bottomk': expected topk, exact or sample"),

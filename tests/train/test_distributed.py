@@ -268,8 +268,6 @@ def test_engines_that_cannot_be_are_refused(launched, monkeypatch, tiny, cache, 
         load_config(None, ["engine=zero4"])
     with pytest.raises(UsageError, match="offload is for engine zero1, zero2 and zero3; engine is auto"):
         load_config(None, ["offload=true"])
-    with pytest.raises(UsageError, match="data.vision_cache_gb is not for engine zero3"):
-        load_config(None, ["engine=zero3", "data.vision_cache_gb=1"])
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(UsageError, match=r'need DeepSpeed: pip install "genrecal\[deepspeed\]"'):
         import_deepspeed(torch.device("cpu"))
