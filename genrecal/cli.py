@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 import genrecal
-from genrecal.errors import GenrecalError, OtherRankError, StoppedError, UsageError
+from genrecal.errors import GenrecalError, OtherRankError, StoppedError, StorageError, UsageError
+from genrecal.files import check_writable
 
 app = typer.Typer(
     help="Cache a large vision-language model's states once, then distil it into small models from the shards.",
@@ -804,7 +805,7 @@ def evaluate(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="Model folder or hub name.")],
     data: Annotated[list[Path] | None, typer.Option(help="Data files, as for cache.")] = None,
-    metric: Annotated[str, typer.Option(help="auto, exact, relaxed, anls or choice.")] = "auto",
+    metric: Annotated[str, typer.Option(help="auto, exact, number, relaxed, anls, vqa or choice.")] = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Write the predictions here, as jsonl; with --harness, a folder for its files.")
     ] = None,
@@ -815,7 +816,7 @@ def evaluate(
     split_seed: SplitSeed = 0,
     limit: Annotated[int | None, typer.Option(help="Use the first N records only, of those selected.", min=1)] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Samples at a time; 8, and with --harness 1.", min=1, show_default=False)
+        int | None, typer.Option(help="Prompts at a time; default 8, and 1 with --harness.", min=1, show_default=False)
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest answer; else the generation config's.", min=1)
@@ -853,31 +854,45 @@ def evaluate(
         _evaluate_by_harness(model, (tasks or "").split(","), options, json_)
         return
 
+    from genrecal.report.summary import plus_minus
     from genrecal.samples import open_samples
     from genrecal.train.evaluate import evaluate, save_evaluation
+    from genrecal.train.scores import check_metric
     from genrecal.vlm.loading import load_vlm
+
+    check_metric(metric, "--metric")
+    if out is not None:
+        try:
+            check_writable(out)
+        except OSError as error:
+            raise UsageError(f"--out {out}: cannot be written: {error.strerror or error}") from None
 
     selection = _selection(include_category, exclude_category, split, split_seed)
     samples = open_samples(data or [], image_root=image_root, limit=limit, selection=selection)
     vlm = load_vlm(model, dtype=_dtype(dtype), device=_device(device), trust_remote_code=trust_remote_code)
     result = evaluate(vlm, samples, metric=metric, batch_size=batch_size or 8, max_new_tokens=max_new_tokens)
-    if out is not None:
-        save_evaluation(result, out)
     for where, why in result.skipped:
         sys.stderr.write(f"skipped {where}: {why}\n")
     scores = {"overall": result.overall, **result.by_category}
-    if json_:
-        _show({name: dataclasses.asdict(score) for name, score in scores.items()}, True)
-        return
-    table = Table("category", "questions", "accuracy", "answer log-loss, nats", box=None, pad_edge=False)
+    rules = {name: result.rules(None if score is result.overall else name) for name, score in scores.items()}
+    table = Table("category", "questions", "accuracy", "answer log-loss, nats", "scored by", box=None, pad_edge=False)
     for name, score in scores.items():
         table.add_row(
             name or "(no category)",
             str(score.n),
-            f"{score.accuracy:.1%} ± {score.accuracy_error:.1%}",
-            f"{score.log_loss:.3f} ± {score.log_loss_error:.3f}",
+            plus_minus(score.accuracy, score.accuracy_error, percent=True),
+            plus_minus(score.log_loss, score.log_loss_error),
+            ", ".join(f"{rule} {count}" for rule, count in rules[name].items()),
         )
-    console.print(table)
+    content = {name: dataclasses.asdict(score) | {"rules": rules[name]} for name, score in scores.items()}
+    _show(content if json_ else table, json_)
+    if out is not None:
+        try:
+            save_evaluation(result, out)
+        except OSError as error:
+            raise StorageError(
+                f"--out {out}: cannot be written: {error.strerror or error}; the scores are printed above"
+            ) from None
 
 
 def _evaluate_by_harness(model: str, tasks: list[str], options: dict[str, Any], as_json: bool) -> None:
@@ -959,8 +974,8 @@ def compare(
     jobs: Annotated[int, typer.Option(help="Runs side by side; GPUs are dealt out to them in turn.", min=1)] = 1,
     image_root: Annotated[Path | None, typer.Option(help="Where relative image paths start.")] = None,
     limit: Annotated[int | None, typer.Option(help="Ask the first N records only.", min=1)] = None,
-    metric: Annotated[str, typer.Option(help="auto, exact, relaxed, anls or choice.")] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Samples that are asked at a time.", min=1)] = 8,
+    metric: Annotated[str, typer.Option(help="auto, exact, number, relaxed, anls, vqa or choice.")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Prompts that are answered at a time.", min=1)] = 8,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest answer; else the generation config's.", min=1)
     ] = None,

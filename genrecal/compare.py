@@ -8,6 +8,7 @@ OUT/table.md                        the table
 
 import contextlib
 import json
+import math
 import multiprocessing
 import re
 import shlex
@@ -34,7 +35,7 @@ from genrecal.train.evaluate import Prediction, clustered_mean, evaluate, read_p
 from genrecal.train.loop import check_stages, open_for, plan_stage, train
 from genrecal.train.ranks import world_size
 from genrecal.train.run import Run, differences
-from genrecal.train.scores import METRICS
+from genrecal.train.scores import check_metric
 from genrecal.vlm.loading import load_processor, model_folder, resolve_device
 from genrecal.vlm.rendering import Renderer
 
@@ -216,8 +217,7 @@ def compare(
     if world_size():
         raise UsageError("compare starts its own processes: expected no launcher; --jobs says how many")
     _check_names(variants, seeds)
-    if asking.metric != "auto" and asking.metric not in METRICS:
-        raise UsageError(f"--metric {asking.metric!r}: expected auto or one of {', '.join(METRICS)}")
+    check_metric(asking.metric, "--metric")
     samples = load_samples()
     _check_questions(student, samples, trust_remote_code)
     runs = {
@@ -490,4 +490,6 @@ def comparison_text(comparison: Comparison) -> str:
 
 
 def _signed(gain: Mean | None, scale: float, digits: int) -> str:
-    return "" if gain is None else f"{gain.value * scale:+.{digits}f} ± {gain.error * scale:.{digits}f}"
+    if gain is None:
+        return ""
+    return f"{gain.value * scale:+.{digits}f} ± {'-' if math.isnan(gain.error) else f'{gain.error * scale:.{digits}f}'}"

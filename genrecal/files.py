@@ -1,6 +1,7 @@
 """Files put in place whole: a temporary name, flushed to disk, then renamed."""
 
 import contextlib
+import errno
 import functools
 import os
 import socket
@@ -54,6 +55,17 @@ def write_whole(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError if `write_whole` cannot write `path` now: a folder or a device, no permission, or a full disk."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder")
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file")
+    probe = path.with_name(f"{path.name}.probe-{os.getpid()}")
+    write_whole(probe, bytes(4096))
+    probe.unlink()
 
 
 def process_runs(pid: int) -> bool:

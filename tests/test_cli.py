@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit status, one line for an error, and what `inspect` says."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import mixed_samples, write_llava
+from conftest import conversation, mixed_samples, write_llava
 
 import genrecal
 from genrecal.cli import main
@@ -327,7 +328,46 @@ def test_evaluate_prints_scores_and_names_what_it_skipped(
     ended = run(*args, "--json")
     scores = json.loads(ended.out)
     assert ended.status == 0 and list(scores) == ["overall", "test"]
-    assert scores["overall"] == scores["test"]
+    assert scores["overall"] == scores["test"] and sum(scores["test"]["rules"].values()) == 12
     assert scores["overall"]["n"] == len((tmp_path / "p.jsonl").read_text().splitlines()) == 12
     [skipped] = [line for line in ended.err.splitlines() if line.startswith("skipped")]
     assert "data.json:" in skipped and skipped.endswith("the last user turn has no answer")
+
+
+def test_evaluate_says_which_rule_scored_how_many(run: Run, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """Of one conversation there is no standard error."""
+    data = write_llava(tmp_path / "d", [conversation(("How many?", "RM 9.00"), ("Which?", "a cat"), ("And?", "7"))])
+    ended = run("evaluate", "--model", tiny("qwen2_vl"), "--data", data, "--max-new-tokens", "2")
+    row = next(line for line in ended.out.splitlines() if line.startswith("overall"))
+    assert ended.status == 0 and row.split()[1:5] == ["3", "0.0%", "±", "-"] and row.endswith("number 2, exact 1")
+    assert "nan" not in ended.out
+
+
+@pytest.mark.parametrize("out", [".", "file/p.jsonl", "/dev/null"])
+def test_evaluate_checks_out_before_it_asks(run: Run, data: Path, tmp_path: Path, out: str) -> None:
+    """And before it loads the model: there is none here."""
+    (tmp_path / "file").write_text("")
+    ended = run("evaluate", "--model", "gone", "--data", data, "--out", tmp_path / out)
+    assert_one_line(ended, 2, f"--out {tmp_path / out}: cannot be written: ")
+
+
+def test_a_disk_that_is_full_before_evaluate_asks_or_after(
+    run: Run, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        data = write_llava(tmp_path / "d", mixed_samples(24))
+        words = ("--data", data, "--max-new-tokens", "1", "--out", disk / "p.jsonl")
+        ended = run("evaluate", "--model", tiny("qwen2_vl"), *words)
+        assert ended.out.splitlines()[1].split()[:2] == ["overall", "42"]
+        assert_one_line(
+            dataclasses.replace(ended, err=ended.err.splitlines(keepends=True)[-1]), 1, "No space left", "printed above"
+        )
+        assert list(disk.iterdir()) == []
+        (disk / "full").write_bytes(bytes(4096))
+        assert_one_line(run("evaluate", "--model", "gone", *words), 2, "cannot be written: No space left")
+    finally:
+        subprocess.run(["umount", disk], check=True)

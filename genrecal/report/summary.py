@@ -1,5 +1,6 @@
 """A run's figures as Markdown: what the models score, and how each loss term went."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plus_minus(value: float, error: float, *, percent: bool = False) -> str:
-    """A mean and its standard error."""
-    return f"{value:.1%} ± {error:.1%}" if percent else f"{value:.3f} ± {error:.3f}"
+    """A mean and its standard error, which is "-" where one conversation gives none (NaN)."""
+    form = ".1%" if percent else ".3f"
+    return f"{value:{form}} ± {'-' if math.isnan(error) else format(error, form)}"
 
 
 def terms_by_stage(metrics: Sequence[Mapping[str, Any]], *, share: float = 0.1) -> list[list[str]]:

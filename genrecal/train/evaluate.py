@@ -1,10 +1,11 @@
 """Generate answers with a model's own generation settings, and score them: accuracy by category, and answer log-loss."""
 
+import contextlib
 import copy
 import json
 import math
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from genrecal.errors import DataError, SampleError, UsageError
+from genrecal.errors import DataError, ModelError, SampleError
 from genrecal.files import write_whole
 from genrecal.progress import Progress
 from genrecal.samples import BadRecord, Sample, SampleSet, decode_image
-from genrecal.train.scores import METRICS, metric_for
+from genrecal.train.scores import check_metric, metric_for, score
 from genrecal.vlm.generation import generate_ids, stop_tokens
-from genrecal.vlm.loading import VLM
+from genrecal.vlm.loading import VLM, first_line
+
+LOGIT_ROWS = 256  # of one answer at a time: a long answer's logits over a large vocabulary take gigabytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,10 @@ class Evaluation:
     by_category: dict[str, Score]
     skipped: list[tuple[str, str]]
 
+    def rules(self, category: str | None = None) -> dict[str, int]:
+        """How many questions each rule of `genrecal.train.scores` scored, in all or in one category; most first."""
+        return dict(Counter(p.metric for p in self.predictions if category in (None, p.category)).most_common())
+
 
 def evaluate(
     model: VLM,
@@ -71,20 +78,22 @@ def evaluate(
     """Ask every user turn with the right answers of the turns before it, and score what is generated.
 
     Args:
-        metric: a name in `genrecal.train.scores.METRICS`, or "auto": by the form of each answer.
+        metric: a name in `genrecal.train.scores.METRICS`, or "auto": `metric_for` of each question.
+        batch_size: prompts that are answered at a time; each turn of a conversation is one.
         max_new_tokens: longest answer; None takes the model's generation config, or 256 where that sets none.
 
     Raises:
-        UsageError: no such metric. DataError: no sample can be used.
+        UsageError: no such metric. DataError: no sample can be used. ModelError: out of memory.
     """
-    if metric != "auto" and metric not in METRICS:
-        raise UsageError(f"--metric {metric!r}: expected auto or one of {', '.join(METRICS)}")
+    check_metric(metric, "--metric")
+    smaller = f"a lower --batch-size than {batch_size}, " if batch_size > 1 else ""
+    advice = f"{smaller}a lower --max-new-tokens, --dtype bfloat16 and --device split (over several GPUs) take less"
     predictions: list[Prediction] = []
     skipped: list[tuple[str, str]] = []
-    with Progress(title, len(samples), "samples") as progress:
+    with Progress(title, len(samples), "samples") as progress, explain_oom(advice):
         for start in range(0, len(samples), batch_size):
             batch = [samples[number] for number in range(start, min(start + batch_size, len(samples)))]
-            found, left_out = ask(model, batch, metric=metric, max_new_tokens=max_new_tokens)
+            found, left_out = ask(model, batch, metric=metric, batch_size=batch_size, max_new_tokens=max_new_tokens)
             predictions += found
             skipped += left_out
             progress.advance(len(batch))
@@ -92,9 +101,13 @@ def evaluate(
 
 
 def ask(
-    model: VLM, samples: Sequence[Sample | BadRecord], *, metric: str, max_new_tokens: int | None
+    model: VLM, samples: Sequence[Sample | BadRecord], *, metric: str, batch_size: int, max_new_tokens: int | None
 ) -> tuple[list[Prediction], list[tuple[str, str]]]:
-    """One batch's predictions, and (location, reason) of records that cannot be asked."""
+    """One batch's predictions, and (location, reason) of records that cannot be asked.
+
+    Args:
+        samples: `batch_size` at most. Their prompts, one a turn, are answered `batch_size` at a time too.
+    """
     batch: list[_Asked] = []
     skipped: list[tuple[str, str]] = []
     for sample in samples:
@@ -105,7 +118,18 @@ def ask(
             batch.append(_Asked.prepare(model, sample))
         except SampleError as error:
             skipped.append((sample.location or sample.key, str(error)))
-    return (_answer(model, batch, metric, max_new_tokens) if batch else []), skipped
+    return (_answer(model, batch, metric, batch_size, max_new_tokens) if batch else []), skipped
+
+
+@contextlib.contextmanager
+def explain_oom(advice: str) -> Iterator[None]:
+    """Turn an allocation that failed, on a GPU or a CPU, into one line (ModelError) that ends with `advice`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise ModelError(f"evaluation is out of memory: {first_line(error)}; {advice}") from None
 
 
 def evaluation_of(predictions: list[Prediction], skipped: list[tuple[str, str]]) -> Evaluation:
@@ -163,15 +187,20 @@ def prompts_of(model: VLM, sample: Sample, pictures: Sequence[Image.Image]) -> l
 
 
 @torch.inference_mode()
-def _answer(model: VLM, batch: Sequence[_Asked], metric: str, max_new_tokens: int | None) -> list[Prediction]:
+def _answer(
+    model: VLM, batch: Sequence[_Asked], metric: str, batch_size: int, max_new_tokens: int | None
+) -> list[Prediction]:
     prompts = [prompt for asked in batch for prompt in asked.prompts]
-    texts = generate(model, prompts, max_new_tokens=max_new_tokens)
+    texts: list[str] = []
+    for start in range(0, len(prompts), batch_size):
+        texts += generate(model, prompts[start : start + batch_size], max_new_tokens=max_new_tokens)
     losses = answer_log_losses(model, [asked.encoded for asked in batch])
     predictions = []
     for asked, sample_losses in zip(batch, losses, strict=True):
         questions = [asked.sample.messages[place - 1].text for place in asked.sample.target_places]
         for turn, (question, answer) in enumerate(zip(questions, asked.sample.answers, strict=True)):
-            text, rule = texts.pop(0), metric_for(question, answer) if metric == "auto" else metric
+            text, names = texts.pop(0), (asked.sample.category, asked.sample.source)
+            rule = metric_for(question, answer, *names) if metric == "auto" else metric
             predictions.append(
                 Prediction(
                     key=asked.sample.key,
@@ -181,7 +210,7 @@ def _answer(model: VLM, batch: Sequence[_Asked], metric: str, max_new_tokens: in
                     answer=answer,
                     prediction=text,
                     metric=rule,
-                    score=METRICS[rule](text, answer),
+                    score=score(rule, text, answer, question),
                     log_loss=sample_losses[turn],
                 )
             )
@@ -214,9 +243,13 @@ def answer_log_losses(model: VLM, batch: Sequence[Any]) -> list[list[float]]:
         turns = []
         for start, end, is_answer in encoded.segments():
             if is_answer:
-                logits = model.transform(model.head(states[start - 1 : end - 1])).float()
-                ids = torch.from_numpy(encoded.input_ids[start:end]).to(logits.device)
-                turns.append(F.cross_entropy(logits, ids, reduction="sum").item())
+                loss = 0.0
+                for first in range(start, end, LOGIT_ROWS):
+                    last = min(first + LOGIT_ROWS, end)
+                    logits = model.transform(model.head(states[first - 1 : last - 1])).float()
+                    ids = torch.from_numpy(encoded.input_ids[first:last]).to(logits.device)
+                    loss += F.cross_entropy(logits, ids, reduction="sum").item()
+                turns.append(loss)
         losses.append(turns)
     return losses
 

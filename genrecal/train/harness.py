@@ -129,6 +129,8 @@ def run_lmms_eval(
             '--harness lmms-eval: it is not installed in this environment; pip install "genrecal[eval]", best in an '
             "environment of its own"
         )
+    if out is not None and out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out}: a file; expected a folder for lmms-eval's results")
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) if out is None else out
         before = set(target.rglob("*_results.json"))

@@ -10,9 +10,9 @@ import torch
 from genrecal.errors import DataError, UsageError
 from genrecal.samples import BadRecord, SampleSet, open_samples
 from genrecal.train.config import EvaluateConfig, TrainConfig
-from genrecal.train.evaluate import Evaluation, Prediction, ask, evaluation_of
+from genrecal.train.evaluate import Evaluation, Prediction, ask, evaluation_of, explain_oom
 from genrecal.train.ranks import Ranks
-from genrecal.train.scores import METRICS
+from genrecal.train.scores import check_metric
 from genrecal.vlm.loading import VLM
 
 
@@ -40,8 +40,7 @@ class Midway:
                 "evaluate.data with engine zero3: a student whose weights lie on several GPUs cannot answer; set engine to "
                 "zero2, or leave evaluate.data out and use `genrecal evaluate` on an exported stage"
             )
-        if settings.metric != "auto" and settings.metric not in METRICS:
-            raise UsageError(f"evaluate.metric {settings.metric!r}: expected auto or one of {', '.join(METRICS)}")
+        check_metric(settings.metric, "evaluate.metric")
         samples = open_samples(
             list(settings.data), image_root=settings.image_root or None, limit=settings.limit or None
         )
@@ -66,18 +65,25 @@ class Midway:
             seed: of the sampling, where the student's generation config samples.
         """
         device, settings = student.device.type, self.config
+        smaller = f"a lower evaluate.batch_size than {settings.batch_size}, " if settings.batch_size > 1 else ""
+        advice = (
+            f"set {smaller}a lower evaluate.max_new_tokens, or evaluate.data=[] (and use `genrecal evaluate` on an "
+            "exported stage), and run the same command again to resume from the last checkpoint"
+        )
 
         def own_share() -> list[tuple[list[Prediction], list[tuple[str, str]]]]:
             mine = range(ranks.rank, len(self.samples), ranks.size)
-            return [
-                ask(
-                    student,
-                    [self.samples[number] for number in mine[start : start + settings.batch_size]],
-                    metric=settings.metric,
-                    max_new_tokens=settings.max_new_tokens or None,
-                )
-                for start in range(0, len(mine), settings.batch_size)
-            ]
+            with explain_oom(advice):
+                return [
+                    ask(
+                        student,
+                        [self.samples[number] for number in mine[start : start + settings.batch_size]],
+                        metric=settings.metric,
+                        batch_size=settings.batch_size,
+                        max_new_tokens=settings.max_new_tokens or None,
+                    )
+                    for start in range(0, len(mine), settings.batch_size)
+                ]
 
         with (
             at_rest(student.model),

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +15,10 @@ from conftest import conversation, mixed_samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genrecal.errors import DataError, UsageError
+from genrecal.errors import DataError, ModelError, UsageError
 from genrecal.samples import BadRecord, ImageSource, Sample, decode_image
 from genrecal.train.evaluate import Evaluation, Prediction, _score, evaluate, prompts_of, save_evaluation
-from genrecal.train.scores import METRICS, metric_for
+from genrecal.train.scores import metric_for, score
 from genrecal.vlm.loading import VLM, load_vlm
 
 NEW_TOKENS = 6
@@ -92,7 +93,8 @@ def test_log_losses_are_those_of_the_models_own_logits(model: VLM, result: Evalu
 
 def test_scores_follow_the_metrics_and_their_means(result: Evaluation) -> None:
     for p in result.predictions:
-        assert p.metric == metric_for(p.question, p.answer) and p.score == METRICS[p.metric](p.prediction, p.answer)
+        assert p.metric == metric_for(p.question, p.answer)
+        assert p.score == score(p.metric, p.prediction, p.answer, p.question)
     assert list(result.by_category) == ["c0", "c1"]
     assert sum(score.n for score in result.by_category.values()) == result.overall.n == len(result.predictions)
     assert result.overall.log_loss == pytest.approx(np.mean([p.log_loss for p in result.predictions]))
@@ -108,7 +110,46 @@ def test_predictions_are_saved_as_json_lines(result: Evaluation, tmp_path: Path)
 
 def test_the_metric_asked_for_is_used_for_every_question(model: VLM) -> None:
     result = evaluate(model, SAMPLES[:2], metric="anls", max_new_tokens=2)
-    assert {p.metric for p in result.predictions} == {"anls"}
+    assert result.rules() == {"anls": 3} and result.rules("c1") == {"anls": 2}
+
+
+def test_a_source_that_names_a_benchmark_brings_its_rule(model: VLM) -> None:
+    chart, other = (dataclasses.replace(conversation(("How many?", "20")), source=s) for s in ("ChartQA", "other"))
+    result = evaluate(model, [chart, other], max_new_tokens=2)
+    assert result.rules() == {"relaxed": 1, "number": 1}
+
+
+def test_no_more_prompts_at_a_time_than_the_batch_size(model: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turns count one by one: twelve of one conversation are six calls of two."""
+    sizes, plain = [], model.model.generate
+
+    def generate(**inputs: Any) -> torch.Tensor:
+        sizes.append(len(inputs["input_ids"]))
+        return plain(**inputs)
+
+    monkeypatch.setattr(model.model, "generate", generate)
+    long = conversation(*((f"question {turn}", "a") for turn in range(12)), images={0: 1, 7: 1})
+    for batch_size, calls in ((2, [2] * 6), (8, [8, 4])):
+        sizes.clear()
+        result = evaluate(model, [long], batch_size=batch_size, max_new_tokens=2)
+        assert sizes == calls and [p.turn for p in result.predictions] == list(range(12))
+
+
+def test_a_long_answers_log_loss_is_summed_in_parts(model: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = [conversation(("q", "a long answer of several words"), images={0: 1})]
+    whole = evaluate(model, samples, max_new_tokens=2).overall.log_loss
+    monkeypatch.setattr("genrecal.train.evaluate.LOGIT_ROWS", 3)
+    assert evaluate(model, samples, max_new_tokens=2).overall.log_loss == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_out_of_memory_is_one_line(model: VLM, monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
+    """An allocation that really fails; a smaller batch is proposed where there is one."""
+    monkeypatch.setattr(model.model, "generate", lambda **_: torch.empty(2**60))
+    with pytest.raises(ModelError, match="evaluation is out of memory: .*--max-new-tokens") as raised:
+        evaluate(model, SAMPLES, batch_size=batch_size)
+    assert ("a lower --batch-size than 4" in str(raised.value)) == (batch_size == 4)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_right_answer_scores_one(model: VLM, result: Evaluation) -> None:
@@ -146,7 +187,9 @@ def test_nothing_to_ask_is_an_error_with_the_first_reason(model: VLM) -> None:
 
 
 def test_an_unknown_metric_is_a_usage_error(model: VLM) -> None:
-    with pytest.raises(UsageError, match="--metric 'bleu': expected auto or one of exact, relaxed, anls, choice"):
+    with pytest.raises(
+        UsageError, match="--metric 'bleu': expected auto or one of exact, number, relaxed, anls, vqa, choice"
+    ):
         evaluate(model, SAMPLES, metric="bleu")
 
 

@@ -11,9 +11,10 @@ from conftest import mixed_samples, write_llava
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import genrecal.train.evaluate
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
-from genrecal.errors import DataError, UsageError
+from genrecal.errors import DataError, ModelError, UsageError
 from genrecal.samples import open_samples
 from genrecal.train.config import load_config
 from genrecal.train.evaluate import evaluate
@@ -114,6 +115,26 @@ def test_a_run_that_goes_on_asks_nothing_twice_and_nothing_less(run_of, asked, m
     ours = [line for line in read_evaluations(asked.path) if line["stage"] < 3]
     assert read_evaluations(run.path) == ours
     assert steps_of(run) == [line for line in steps_of(asked) if line["stage"] < 3]
+
+
+def test_out_of_memory_while_it_asks_is_one_line_and_its_advice_resumes(run_of, asked, monkeypatch):
+    """Memory for two prompts at a time: an allocation that really fails for more."""
+    plain = genrecal.train.evaluate.generate_ids
+
+    def generate_ids(model, prompts, settings):
+        return plain(model, prompts, settings) if len(prompts) <= 2 else torch.empty(2**60)
+
+    monkeypatch.setattr("genrecal.train.evaluate.generate_ids", generate_ids)
+    run = run_of()
+    with pytest.raises(
+        ModelError, match=r"set a lower evaluate\.batch_size than 8,.* run the same command again"
+    ) as raised:
+        train(run, stages=[1, 2, 3])
+    assert "\n" not in str(raised.value)
+    train(
+        replace(run, config=replace(run.config, evaluate=replace(run.config.evaluate, batch_size=2))), stages=[1, 2, 3]
+    )
+    assert steps_of(run) == steps_of(asked)
 
 
 def test_other_questions_do_not_make_another_run(run_of, asked):

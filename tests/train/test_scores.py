@@ -1,6 +1,7 @@
 """The benchmarks' rules for right answers, each against worked examples and a plain reference."""
 
 import functools
+from decimal import Decimal
 
 import pytest
 from hypothesis import given, settings
@@ -10,12 +11,17 @@ from genrecal.train.scores import (
     METRICS,
     anls,
     as_number,
-    chosen_letter,
+    chosen_option,
     exact_match,
     levenshtein,
     metric_for,
     multiple_choice,
+    number_match,
+    options_of,
     relaxed_accuracy,
+    score,
+    vqa_match,
+    vqa_normalised,
 )
 
 texts = st.text(max_size=8)
@@ -39,86 +45,242 @@ def test_exact(prediction: str, answer: str, score: float) -> None:
     assert exact_match(prediction, answer) == score
 
 
-@pytest.mark.parametrize(
-    ("prediction", "answer", "score"),
-    [
-        ("100", "100", 1),
-        ("105", "100", 1),
-        ("95", "100", 1),
-        ("105.1", "100", 0),
-        ("94.9", "100", 0),
-        ("100", "105.3", 0),  # 5 % of the right answer, not of the prediction
-        ("-95", "-100", 1),
-        ("-105.1", "-100", 0),
-        ("100", "-100", 0),
-        ("0", "0", 1),
-        ("0.00", "0", 1),
-        ("0.01", "0", 0),
-        ("12 %", "0.12", 1),
-        ("12 %", "12", 0),
-        ("12%", "12.5%", 1),
-        ("1,234,567", "1234567", 1),
-        ("$1,200.", "1200", 1),
-        ("€ 5", "5", 1),
-        ("RM 5", "5", 0),
-        ("about 100", "100", 0),
-        ("Norway.", "norway", 1),
-        ("Sweden", "Norway", 0),
-        ("100", "Norway", 0),
-        ("", "100", 0),
-        ("1e2", "100", 0),
-        ("nan", "nan", 1),
-        ("inf", "5", 0),
-    ],
-)
+# ChartQA's own rule: the values are those of lmms-eval 0.7.3's `relaxed_correctness`.
+RELAXED = [
+    ("100", "100", 1),
+    ("105", "100", 1),
+    ("105.1", "100", 0),
+    ("94.9", "100", 0),
+    ("100", "105.3", 0),  # 5 % of the right answer, not of the prediction
+    ("-95", "-100", 1),
+    ("100", "-100", 0),
+    ("0", "0", 1),
+    ("0.00", "0", 0),
+    ("12%", "0.12", 1),
+    ("12%", "12", 0),
+    ("12%", "12.5%", 1),
+    ("12 %", "0.12", 1),
+    ("1,234", "1234", 0),
+    ("$5", "5", 0),
+    ("9.00.", "9.00", 0),
+    ("2020", "2019", 1),
+    ("1e2", "100", 1),
+    ("norway", "Norway", 1),
+    ("Norway.", "Norway", 0),
+    ("Sweden", "Norway", 0),
+    ("", "100", 0),
+    ("%", "5", 0),
+    ("inf", "5", 0),
+]
+ANLS = [
+    ("Hello World", "hello  world", 1),
+    ("red.", "red", 0.75),
+    ("abcd", "abce", 0.75),
+    ("ab", "ac", 0.5),
+    ("abc", "axy", 0),  # a third alike is below the half
+    ("abcde", "abcdefghij", 0.5),
+    ("abcd", "abcdefghij", 0),
+    ("", "abc", 0),
+    ("abc", "", 0),
+    ("", "", 1),
+]
+
+
+@pytest.mark.parametrize(("prediction", "answer", "score"), RELAXED)
 def test_relaxed(prediction: str, answer: str, score: float) -> None:
     assert relaxed_accuracy(prediction, answer) == score
 
 
 @pytest.mark.parametrize(
-    ("text", "number"),
-    [("-1,000.5", -1000.5), ("+3", 3.0), (".5", 0.5), ("7.", 7.0), ("£2", 2.0), ("45%", 0.45)]
-    + [(text, None) for text in ("", ".", "-", "1-2", "25/12/2018", "1.2.3", "five", "５ 5", "3 apples")],
+    ("prediction", "answer", "score"),
+    [
+        ("2019", "2019", 1),
+        ("2020", "2019", 0),
+        ("9.30", "9.00", 0),
+        ("9", "9.00", 1),
+        ("21", "20", 0),
+        ("20.0", "20", 1),
+        ("1,249.99", "1249.99", 1),
+        ("1249.99.", "$1,249.99", 1),
+        ("1.249,99", "1249.99", 0),
+        ("1,2", "12", 0),
+        ("5", "-5", 0),
+        ("\N{MINUS SIGN}5", "-5", 1),
+        # Ids and telephone numbers are no amounts.
+        ("5551234568", "5551234567", 0),
+        ("0123456", "123456", 0),
+        ("0123456", "0123456", 1),
+        ("03-1234 5679", "03-1234 5678", 0),
+        # Currencies and units: one side may leave them out.
+        ("RM 9.00", "9.00", 1),
+        ("9.00", "RM9.00", 1),
+        ("9.00 MYR", "RM 9", 1),
+        ("RM 9.00", "$9.00", 0),
+        ("RM 9.30", "9.00", 0),
+        ("$5", "5 dollars", 1),
+        ("US$5", "USD 5", 1),
+        ("S$5", "US$5", 0),
+        ("-$5", "$-5", 1),
+        ("€1,200", "1200 euros", 1),
+        ("5 kg", "5", 1),
+        ("5kg", "5 kilograms", 1),
+        ("5 kg", "5 g", 0),
+        ("45%", "45", 1),
+        ("45", "45 percent", 1),
+        ("0.45", "45%", 1),
+        ("45 %", "0.45", 1),
+        ("1", "100%", 0),
+        ("4.5%", "45%", 0),
+        # What changes the number is no unit.
+        ("20 million", "20", 0),
+        ("20 million", "20 Million", 1),
+        ("1990s", "1990", 0),
+        ("9 pm", "9", 0),
+        ("9pm", "9 PM.", 1),
+        ("1st", "1", 0),
+        ("Day 5", "5 days", 0),
+        ("20 apples", "20", 0),
+        # Times and dates are compared as text.
+        ("9:30", "9.30", 0),
+        ("25/12/2018", "25/12/2018", 1),
+        ("26/12/2018", "25/12/2018", 0),
+        ("seven", "7", 1),
+        ("Two.", "2", 1),
+        ("two cats", "2", 0),
+        ("1e5", "100000", 0),
+        ("", "5", 0),
+    ],
 )
-def test_as_number(text: str, number: float | None) -> None:
-    assert as_number(text) == number
+def test_number(prediction: str, answer: str, score: float) -> None:
+    assert number_match(prediction, answer) == number_match(answer, prediction) == score
 
 
 @pytest.mark.parametrize(
-    ("prediction", "answer", "score"),
-    [
-        ("Hello World", "hello  world.", 1),
-        ("abcd", "abce", 0.75),
-        ("ab", "ac", 0.5),
-        ("abc", "axy", 0),  # a third alike is below the half
-        ("abcde", "abcdefghij", 0.5),
-        ("abcd", "abcdefghij", 0),
-        ("", "abc", 0),
-        ("abc", "", 0),
-        ("", "", 1),
-        (" . ", "", 1),
-    ],
+    ("text", "number"),
+    [("-1,000.5", ("-1000.5", "")), ("+3", ("3", "")), (".5", ("0.5", "")), ("7.", ("7", "")), ("£2", ("2", "pounds"))]
+    + [("45 %", ("45", "percent")), ("zero", ("0", "")), ("3 apples", ("3", "apples")), ("0.10", ("0.10", ""))]
+    + [(text, None) for text in ("", ".", "-", "1-2", "25/12/2018", "1.2.3", "twenty", "５ 5", "$5 €", "007", "1 234")],
 )
+def test_as_number(text: str, number: tuple[str, str] | None) -> None:
+    assert as_number(text) == (number and (Decimal(number[0]), number[1]))
+
+
+# TextVQA's and VQAv2's own normalisation: the values are those of lmms-eval 0.7.3's `EvalAIAnswerProcessor`.
+VQA = [
+    ("Yes!", "yes"),
+    ("The  red bus.", "red bus"),
+    ("two dogs, a cat", "2 dogs cat"),
+    ("none", "0"),
+    ("1,000", "1000"),
+    ("9.00", "9.00"),
+    ("dont know", "don't know"),
+    ("couldn'tve", "couldn't've"),
+    ("he's", "he 's"),
+    ("hot-dog", "hot dog"),
+    ("hot - dog", "hot dog"),
+    ("(left)", "left"),
+    ("4/5", "4 5"),
+    ("a", ""),
+    ("12%", "12%"),
+    ("$5", "$5"),
+    ("What?\nNo", "what no"),
+]
+
+
+@pytest.mark.parametrize(("text", "normalised"), VQA)
+def test_vqa(text: str, normalised: str) -> None:
+    assert vqa_normalised(text) == normalised
+    assert vqa_match(text, normalised) == 1
+
+
+def test_vqa_compares_what_is_left() -> None:
+    assert vqa_match("Two", "2") == vqa_match("the bus", "Bus") == 1
+    assert vqa_match("3", "2") == vqa_match("20", "21") == vqa_match("RM 9", "9") == 0
+
+
+@pytest.mark.parametrize(("prediction", "answer", "score"), ANLS)
 def test_anls(prediction: str, answer: str, score: float) -> None:
     assert anls(prediction, answer) == pytest.approx(score)
 
 
-@pytest.mark.parametrize(
-    "prediction",
-    ["B", " B ", "B.", "B)", "(B)", "(B", "B: red", "B. red", "(B) a red square", "B, as shown", "B\nbecause", "B red"]
-    + ["The answer is B", "the answer is (B).", "So the answer: B", "Answer: B", "Answer B", "The answer is: B", "It is (B)"]
-    + ["A close look shows that the answer is B", "I think that the answer is B"],
-)  # fmt: skip
+@pytest.mark.eval
+def test_the_benchmarks_rules_are_lmms_evals() -> None:
+    """The values of the tables above, from the code that the field's scores are made with."""
+    from lmms_eval.api.metrics import anls as official_anls
+    from lmms_eval.tasks._task_utils.mcq_extract import extract_mcq_answer
+    from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
+    from lmms_eval.tasks.chartqa.utils import relaxed_correctness
+
+    assert [relaxed_correctness(prediction, answer) for prediction, answer, _ in RELAXED] == [s for *_, s in RELAXED]
+    scores = [official_anls([answer], [prediction])["anls"] for prediction, answer, _ in ANLS]
+    assert scores == pytest.approx([score for *_, score in ANLS])
+    assert [EvalAIAnswerProcessor()(text) for text, _ in VQA] == [normalised for _, normalised in VQA]
+    assert [extract_mcq_answer(text, list("ABCD")) for text in OFFICIAL_FORMS] == ["B"] * len(OFFICIAL_FORMS)
+
+
+QUESTION = "Which?\nA. cat\nB. red square\nC. dog\nD. blue hat"
+# All of these are B to lmms-eval too.
+OFFICIAL_FORMS = [
+    "B", " B ", "B.", "B)", "(B)", "(B", "B: red square", "B. red square", "(B) a red square", "B, as shown", "B\nbecause",
+    "**B**", '"B"', "The answer is B", "the answer is (B).", "So the answer: B", "Answer: B", "Answer B", "The answer is: B",
+    "It is (B)", "I think that the answer is B", "Option B", "(A) is wrong, so (B)", "The correct option is **B**.", "答案是B",
+]  # fmt: skip
+OUR_FORMS = [
+    "b",
+    "(b)",
+    "b. red square",
+    "**B.** red",
+    "A close look shows that the answer is B",
+    "答案：B。",
+    "选B",
+    "（B）",
+]
+
+
+@pytest.mark.parametrize("prediction", OFFICIAL_FORMS + OUR_FORMS)
 def test_the_letter_of_a_choice(prediction: str) -> None:
-    assert chosen_letter(prediction) == "B"
-    assert multiple_choice(prediction, "B") == multiple_choice(prediction, "(B)") == 1
-    assert multiple_choice(prediction, "C") == multiple_choice(prediction, "A") == 0
+    for question in (QUESTION, ""):
+        assert chosen_option(prediction, options_of(question)) == "B"
+        assert multiple_choice(prediction, "B", question) == multiple_choice(prediction, "(B)", question) == 1
+        assert multiple_choice(prediction, "C", question) == multiple_choice(prediction, "A", question) == 0
 
 
-@pytest.mark.parametrize("text", ["", "red", "Blue", "Because", "A red square", "I do not know", "K", "BC", "b"])
+@pytest.mark.parametrize(
+    "prediction", ["B red square", "red square", "Red square.", "It is the red square here.", "I think B", "It is B."]
+)
+def test_an_option_by_its_text_or_beside_other_words(prediction: str) -> None:
+    assert multiple_choice(prediction, "B", QUESTION) == multiple_choice(prediction, "red square", QUESTION) == 1
+    assert multiple_choice(prediction, "C", QUESTION) == multiple_choice(prediction, "dog", QUESTION) == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["", "red", "Blue", "Because", "I do not know", "K", "BC", "B+", "C#", "A square", "k"]
+)
 def test_no_letter_is_never_right(text: str) -> None:
-    assert chosen_letter(text) is None
-    assert multiple_choice(text, "B") == multiple_choice(text, text) == 0
+    for question in (QUESTION, ""):
+        assert chosen_option(text, options_of(question)) is None
+        assert multiple_choice(text, "B", question) == multiple_choice(text, text, question) == 0
+
+
+def test_two_options_in_one_answer_are_none() -> None:
+    assert chosen_option("a dog and a cat", options_of(QUESTION)) is None
+    assert chosen_option("a hot dog", {"A": "dog", "B": "hot dog"}) is None
+    assert chosen_option("hot dog", {"A": "dog", "B": "hot dog"}) == "B"
+
+
+@pytest.mark.parametrize(
+    ("question", "options"),
+    [
+        (QUESTION, {"A": "cat", "B": "red square", "C": "dog", "D": "blue hat"}),
+        ("Which? (A) red (B) blue", {"A": "red", "B": "blue"}),
+        ("A. Smith asks: which?\nA) red\nB) blue\nAnswer with the letter.", {"A": "red", "B": "blue"}),
+        ("哪个？\nA. 红\nB. 蓝", {"A": "红", "B": "蓝"}),
+        ("Is it A. or B?", {}),
+        ("How many?", {}),
+    ],
+)
+def test_the_options_of_a_question(question: str, options: dict[str, str]) -> None:
+    assert options_of(question) == options
 
 
 @pytest.mark.parametrize(
@@ -127,12 +289,18 @@ def test_no_letter_is_never_right(text: str) -> None:
         ("Which?\nA. red\nB. blue", "B", "choice"),
         ("Which? (A) red (B) blue", "(B)", "choice"),
         ("Which?\nA) red\nB) blue", "A.", "choice"),
-        ("Which letter is shown?", "B", "exact"),
-        ("Which?\nA. red\nB. blue", "blue", "exact"),
-        ("How many?", "12", "relaxed"),
-        ("What share?", "-3.5%", "relaxed"),
-        ("What total?", "$1,200.00", "relaxed"),
+        ("Which?\nA. red\nB. blue", "blue", "choice"),
+        ("Which?\nA. 4\nB. 5", "5", "choice"),
+        ("Which letter is shown?", "B", "choice"),
+        ("Which?\nA. red\nB. blue", "green", "exact"),
+        ("How many?", "12", "number"),
+        ("Which year?", "2019", "number"),
+        ("What share?", "-3.5%", "number"),
+        ("What total?", "$1,200.00", "number"),
+        ("What total?", "RM 9.00", "number"),
         ("When?", "25/12/2018", "exact"),
+        ("Which number?", "03-1234 5678", "exact"),
+        ("Which code?", "007", "exact"),
         ("Who?", "one two three four five", "exact"),
         ("Who?", "one two three four five six", "anls"),
         ("Where?", "x" * 39, "exact"),
@@ -141,8 +309,26 @@ def test_no_letter_is_never_right(text: str) -> None:
     ],
 )
 def test_the_metric_follows_the_form_of_question_and_answer(question: str, answer: str, metric: str) -> None:
-    assert metric_for(question, answer) == metric
+    assert metric_for(question, answer) == metric_for(question, answer, "", "my charts") == metric
     assert metric in METRICS
+
+
+@pytest.mark.parametrize(
+    ("names", "metric"),
+    [
+        (("", "ChartQA"), "relaxed"),
+        (("Chart & Document", "chart_qa/train/7.png"), "relaxed"),
+        (("ChartQA-Pro", ""), "number"),
+        (("chart", "charts"), "number"),
+        (("DocVQA", ""), "anls"),
+        (("", "lmms-lab/textvqa"), "vqa"),
+        (("VQAv2", ""), "vqa"),
+        (("sroie", "receipts"), "number"),
+    ],
+)
+def test_a_benchmark_that_is_named_brings_its_rule(names: tuple[str, str], metric: str) -> None:
+    assert metric_for("How many?", "2019", *names) == metric
+    assert score(metric, "2020", "2019") == {"relaxed": 1, "anls": 0.5}.get(metric, 0)
 
 
 def reference_distance(a: str, b: str) -> int:
@@ -177,5 +363,5 @@ def test_levenshtein_is_a_distance(a: str, b: str, c: str) -> None:
 def test_scores_are_shares_and_text_rules_are_symmetric(a: str, b: str) -> None:
     assert all(0 <= score(a, b) <= 1 for score in METRICS.values())
     assert exact_match(a, b) == exact_match(b, a) and anls(a, b) == anls(b, a)
-    assert exact_match(a, a) == relaxed_accuracy(a, a) == anls(a, a) == 1
-    assert exact_match(a, b) <= anls(a, b) and exact_match(a, b) <= relaxed_accuracy(a, b)
+    assert exact_match(a, a) == number_match(a, a) == vqa_match(a, a) == anls(a, a) == 1
+    assert exact_match(a, b) <= number_match(a, b) and number_match(a, b) == number_match(b, a)
