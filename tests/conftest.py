@@ -28,6 +28,7 @@ hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
+REAL = Path(os.environ.get("GENRECAL_REAL") or Path(__file__).parents[1] / "build" / "real")
 SROIE = Path(__file__).parents[2] / "shared" / "data" / "sroie" / "sroie.json"
 
 
@@ -42,6 +43,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def teacher(tiny: Callable[[str], Path]) -> HFTeacher:
     """The tiny Qwen2-VL as a teacher, in float32. Who changes one loads another."""
     return HFTeacher.load(tiny("qwen2_vl"), dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """The folder of real models, which scripts/make_real_models.py makes: `real / "gemma3-270m"`. For tests marked `real`."""
+    assert REAL.is_dir(), f"{REAL} is missing: run `make test-real`, or set GENRECAL_REAL to where the models are"
+    return REAL
 
 
 def picture(seed: int = 0, width: int = 90, height: int = 60) -> Image.Image:

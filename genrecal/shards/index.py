@@ -25,9 +25,9 @@ from genrecal.shards.manifest import (
     MOST_FILE_BYTES,
     READ_ERRORS,
     SKIPPED,
+    open_parquet,
     read_manifest,
 )
-from genrecal.shards.parquet_file import open_parquet, read_columns
 from genrecal.shards.storage import Store
 from genrecal.shards.strict_json import strict_json
 
@@ -233,7 +233,7 @@ def _read_column(store: Store, name: str) -> pa.ChunkedArray:
     options = {"read_dictionary": [name]} if SCHEMA.field(name).type == TEXT else {}
     try:
         with store.open(INDEX_FILE) as file, open_parquet(file, MOST_FOOTER_BYTES, **options) as opened:
-            return read_columns(opened, file, [name]).column(name).cast(SCHEMA.field(name).type)
+            return opened.read([name]).column(name).cast(SCHEMA.field(name).type)
     except READ_ERRORS as error:
         raise DamageError(f"{store.where(INDEX_FILE)}: column {name} cannot be read: {error}; {AGAIN}") from None
 

@@ -1,10 +1,12 @@
 """The manifest: one Parquet file a shard, one row an input sample. Its existence is the commit mark of the shard."""
 
+import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,14 +14,14 @@ import xxhash
 
 from genrecal.errors import DamageError
 from genrecal.shards.layout import FORMAT_VERSION, TIERS
-from genrecal.shards.parquet_file import open_parquet, read_columns
 from genrecal.shards.strict_json import strict_json
 
 CACHED, SKIPPED = "cached", "skipped"
 METADATA_KEY = b"genrecal"
 DIGEST = "content_xxh3"  # the fact that covers all others, and the rows
 MOST_ROWS = 2**22
-MOST_FILE_BYTES, MOST_FOOTER_BYTES = 2**28, 2**20
+MOST_FILE_BYTES, MAX_FOOTER_BYTES = 2**28, 2**20
+MAX_LISTED = 256  # row groups, columns, or anything else that a footer lists
 READ_ERRORS = (
     OSError, LookupError, ValueError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError,
     pa.ArrowException,
@@ -105,6 +107,28 @@ def content_digest(table: pa.Table, facts: dict[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(said, sort_keys=True, ensure_ascii=False).encode())
 
 
+@contextmanager
+def open_parquet(file: BinaryIO, max_footer_bytes: int, **options: Any) -> Iterator[pq.ParquetFile]:
+    """A `pyarrow.parquet.ParquetFile` whose footer is not longer than that, its pages checked against their checksums.
+
+    Args:
+        file: a file to read, seekable.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - 8))
+    length = int.from_bytes(file.read(8)[:4], "little")
+    if length > min(max_footer_bytes, size):
+        raise ValueError(f"its footer claims {length} bytes; the limit is {min(max_footer_bytes, size)}")
+    with pq.ParquetFile(
+        file,
+        page_checksum_verification=True,
+        thrift_string_size_limit=max_footer_bytes,
+        thrift_container_size_limit=MAX_LISTED,
+        **options,
+    ) as opened:
+        yield opened
+
+
 def read_manifest(data: bytes, *, where: str) -> tuple[pa.Table, dict[str, Any]]:
     """One shard's table and its shard-level facts, from the file's bytes.
 
@@ -115,11 +139,11 @@ def read_manifest(data: bytes, *, where: str) -> tuple[pa.Table, dict[str, Any]]
         if len(data) > MOST_FILE_BYTES:
             raise ValueError(f"it has more than {MOST_FILE_BYTES} bytes")
         file = pa.BufferReader(data)
-        with open_parquet(file, MOST_FOOTER_BYTES) as opened:
-            facts = strict_json((opened.metadata.metadata or {})[METADATA_KEY], MOST_FOOTER_BYTES)
+        with open_parquet(file, MAX_FOOTER_BYTES) as opened:
+            facts = strict_json((opened.metadata.metadata or {})[METADATA_KEY], MAX_FOOTER_BYTES)
             if opened.metadata.num_rows > MOST_ROWS:
                 raise ValueError(f"it claims {opened.metadata.num_rows} rows; the limit is {MOST_ROWS}")
-            table = read_columns(opened, file, SCHEMA.names).cast(SCHEMA).replace_schema_metadata(None)
+            table = opened.read(SCHEMA.names).cast(SCHEMA).replace_schema_metadata(None)
         table.validate(full=True)
         _check_facts(facts, table)
     except READ_ERRORS as error:

@@ -166,9 +166,12 @@ def verify_cache(
     try:
         description = read_cache_json(store)
     except FormatError as error:
+        what = f"{_unplaced(error, store.where(CACHE_FILE))}; {AGAIN}"
         if not store.present(CACHE_FILE):
-            raise
-        finding = Finding(shard=None, file=CACHE_FILE, what=f"{_unplaced(error, store.where(CACHE_FILE))}; {AGAIN}")
+            if not store.names("manifest"):
+                raise
+            what = "missing; run `genrecal cache` again with the same options: finished shards are kept"
+        finding = Finding(shard=None, file=CACHE_FILE, what=what)
         return Verification(path=store.url, shards=(0, 0), findings=(finding,))
     outside = [*_check_description(description), *_check_head(store, description), *_check_teacher(store, description)]
     # What cache.json does not say rightly cannot be held against the shards.

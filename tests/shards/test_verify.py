@@ -167,6 +167,12 @@ def test_no_cache_at_all(tmp_path):
         verify_cache(tmp_path)
 
 
+def test_a_cache_json_that_is_missing_is_not_to_be_deleted(cache):
+    (cache / "cache.json").unlink()
+    (line,) = found(cache)
+    assert line == "cache.json: missing; run `genrecal cache` again with the same options: finished shards are kept"
+
+
 def test_a_file_that_is_not_the_teachers_is_named(cache):
     (cache / "teacher/added_tokens.json").write_text("{}")
     (cache / "teacher/config.json").write_text("{}")
