@@ -296,20 +296,25 @@ def test_messages_with_parts_of_structs(tmp_path: Path) -> None:
     ]
     said = [{"role": "user", "content": asked}, {"role": "assistant", "content": [asked[1] | {"text": "a"}]}]
     swapped = [{"role": "user", "content": asked[::-1]}, said[1]]
-    messages = pa.array([said, swapped], pa.list_(MESSAGE))
-    pq.write_table(table(messages=messages, images=[[png(0), png(1)]] * 2), tmp_path / "t.parquet")
-    good, bad = open_samples([tmp_path / "t.parquet"])
-    assert good.messages[0].parts == (ImageRef(0), "q", ImageRef(1)) and good.images[1].read() == png(1)
-    assert "index 1 in place 0" in bad.reason
+    twice = [{"role": "user", "content": [asked[0], asked[0]]}, said[1]]
+    messages = pa.array([said, swapped, twice], pa.list_(MESSAGE))
+    pq.write_table(table(messages=messages, images=[[png(0), png(1)]] * 3), tmp_path / "t.parquet")
+    good, turned, bad = open_samples([tmp_path / "t.parquet"])
+    assert good.messages[0].parts == turned.messages[0].parts == (ImageRef(0), "q", ImageRef(1))
+    assert [image.read() for image in good.images] == [png(0), png(1)]
+    assert [image.read() for image in turned.images] == [png(1), png(0)]
+    assert "image places of the numbers [0, 0]" in bad.reason
 
     part = {"type": "image", "text": None, "image": {"bytes": png(2), "path": "x.png"}}
     inline = [
         {"role": "user", "content": [part]},
-        {"role": "assistant", "content": [part | {"type": "text", "text": "a"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a", "image": None}]},
     ]
-    pq.write_table(table(messages=pa.array([inline], INLINE)), tmp_path / "inline.parquet")
-    [sample] = open_samples([tmp_path / "inline.parquet"])
+    hidden = [inline[0], {"role": "assistant", "content": [part | {"type": "text", "text": "a"}]}]
+    pq.write_table(table(messages=pa.array([inline, hidden], INLINE)), tmp_path / "inline.parquet")
+    sample, bad = open_samples([tmp_path / "inline.parquet"])
     assert [(image.read(), image.suffix) for image in sample.images] == [(png(2), "png")]
+    assert "the field 'messages[].content[].image' holds bytes, which is not read" in bad.reason
 
 
 def test_rows_without_a_picture_and_pictures_by_path(tmp_path: Path) -> None:

@@ -129,10 +129,10 @@ def test_every_way_of_placing_a_picture_gives_the_same_sample(folder: Path, reco
 
 def test_a_system_message_several_turns_and_a_picture_in_a_later_turn(folder: Path) -> None:
     record = chat("One?", "1", "Two <image> or <image>?", "2", "Three <image>", "3", images=["a.png", "b.png", "c.png"])
-    record["messages"].insert(0, {"role": "system", "content": "Be <image> brief."})
+    record["messages"].insert(0, {"role": "system", "content": "Be <b>brief</b>."})
     sample = only(folder, record)
     assert [message.role for message in sample.messages] == ["system"] + ["user", "assistant"] * 3
-    assert sample.messages[0].text == "Be <image> brief."
+    assert sample.messages[0].text == "Be <b>brief</b>."
     assert sample.messages[3].parts == ("Two ", ImageRef(0), " or ", ImageRef(1), "?")
     assert sample.messages[5].parts == ("Three ", ImageRef(2))
     assert sample.answers == ("1", "2", "3")
@@ -187,7 +187,7 @@ BAD = {
     "name too long": (llava("q", "a", image="x" * 999), "File name too long"),
     "bare base64": (
         llava("q", "a", image="QUJD" * 5000),
-        "'QUJD.*' of 20000 characters: expected a path or data:image",
+        "'QUJD.*' of 20000 characters: expected a path, or an image as base64",
     ),
     "data of no image": (llava("q", "a", image="data:text/plain,hello"), "expected a path or data:image"),
     "bad base64": (llava("q", "a", image="data:image/png;base64,@@@"), "not valid base64"),
@@ -197,10 +197,9 @@ BAD = {
     "turns no list": ({"conversations": "hello"}, "non-empty list"),
     "no assistant": (llava("q"), "no assistant turn"),
     "empty answer": (llava("q", "a", "q", " \n"), "turn 4: empty answer"),
-    "unanswered": (llava("q", "a", "q"), "last user turn has no answer"),
     "two questions": (without(llava("q", "a", "q", "a"), 1), "turn 2 is of role 'user', expected 'assistant'"),
     "answer first": (without(llava("q", "a", "q", "a"), 0), "turn 1 is of role 'assistant', expected 'user'"),
-    "unknown role": (role("robot"), "unknown role 'robot'; expected one of assistant, gpt, human, system, user"),
+    "unknown role": (role("robot"), "unknown role 'robot'; expected one of ai, assistant, .*--role NAME=user"),
     "role a list": (role(["human"]), r"unknown role \['human'\]"),
     "turn no object": ({"conversations": ["q", "a"]}, "each turn to be an object, got str"),
     "turn without text": ({"messages": [{"role": "user"}]}, "'user' has no text"),

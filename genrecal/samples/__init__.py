@@ -4,6 +4,7 @@ A record of any shape may stand in any container, so the container is told by th
 Records are read when asked for: opening data of a million conversations keeps their places, not their objects.
 """
 
+from genrecal.samples.fields import FieldMap
 from genrecal.samples.images import IMAGE_FORMATS, decode_image, open_image
 from genrecal.samples.record import make_key, parse_record
 from genrecal.samples.sample import ROLES, BadRecord, ImageRef, ImageSource, Message, Sample
@@ -13,6 +14,7 @@ __all__ = [
     "IMAGE_FORMATS",
     "ROLES",
     "BadRecord",
+    "FieldMap",
     "ImageRef",
     "ImageSource",
     "Message",

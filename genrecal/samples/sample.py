@@ -8,7 +8,7 @@ from typing import Any
 
 from genrecal.errors import SampleError
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,8 @@ class Sample:
 
     `key` names the sample in a cache: its place in the input and its id, so it is the same in every run over the same
     files. It holds no dot and no slash. `given_answers` are the input's, turn by turn, where a teacher wrote those in
-    `messages`; else empty.
+    `messages`; else empty. `unread` says what of the record is in none of these, each as in "a field 'tools'"; a cache does
+    not keep it.
     """
 
     key: str
@@ -97,6 +98,7 @@ class Sample:
     category: str = ""
     source: str = ""
     location: str = ""
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -150,7 +152,7 @@ class Sample:
         )
         names = {name: content[name] for name in ("sample_id", "category", "source")}
         for name, value in (*names.items(), *(("role", message.role) for message in messages)):
-            if not isinstance(value, str) or (name == "role" and value not in ROLES.values()):
+            if not isinstance(value, str) or (name == "role" and value not in ROLES):
                 raise ValueError(f"{name} {value!r}")
         for message in messages:
             if type(message.target) is not bool or not isinstance(message.reasoning, str):

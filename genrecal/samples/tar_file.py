@@ -15,12 +15,11 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from genrecal.errors import DataError, SampleError
-from genrecal.samples.record import image_path, listed_images, parse_json, part_image, record_turns
+from genrecal.samples.fields import IMAGE_SUFFIXES
+from genrecal.samples.record import parse_json
 from genrecal.samples.sample import ImageSource, read_part
+from genrecal.samples.sources import MEMBERS, Members, printable
 
-PICTURE_SUFFIXES = frozenset(
-    "avif bmp gif ico img j2k jp2 jpe jpeg jpg mpo pgm png pnm ppm tif tiff webp".split()
-)  # fmt: skip
 MOST_HEADER_BYTES = 2**20  # of a long name or pax records, which are read whole
 MOST_JSON_BYTES = 2**26
 BLOCK = 512
@@ -47,11 +46,13 @@ class TarFile:
         return f"{self.path}:{self._key(row)}"
 
     def record(self, row: int) -> Any:
-        """The record's JSON with its pictures put in. Raises SampleError if a member is missing or broken."""
+        """The record's JSON, with what stands beside it under MEMBERS. Raises SampleError if it is missing or broken."""
         members = self._members(row)
         record = self._json(row, members)
         if isinstance(record, dict):
-            _put_pictures_in(record, self._pictures(members), self._key(row))
+            images = self._images(members)
+            others = tuple(name for name in members if name not in images and name != "json")
+            record[MEMBERS] = Members(key=self._key(row), images=images, others=others)
         return record
 
     def labels(self) -> Iterator[Any]:
@@ -94,9 +95,9 @@ class TarFile:
             record["id"] = key
         return record
 
-    def _pictures(self, members: dict[str, tuple[int, int]]) -> dict[str, ImageSource]:
+    def _images(self, members: dict[str, tuple[int, int]]) -> dict[str, ImageSource]:
         """By extension, numbered ones in the order of their numbers."""
-        names = [name for name in members if _kind(name) in PICTURE_SUFFIXES]
+        names = [name for name in members if _kind(name) in IMAGE_SUFFIXES]
         sources = {}
         for name in sorted(names, key=_numbers_by_value):
             start, size = members[name]
@@ -113,11 +114,6 @@ class TarFile:
             raise DataError(f"{path}: not a readable tar: {getattr(error, 'strerror', None) or error}") from None
 
 
-def printable(text: str) -> str:
-    """A name of a member's as it may stand in a message or a cache: half characters as escapes."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
 def _kind(extension: str) -> str:
     return {"jpeg": "jpg", "jpe": "jpg"}.get(kind := extension.rpartition(".")[2].lower(), kind)
 
@@ -125,48 +121,6 @@ def _kind(extension: str) -> str:
 def _numbers_by_value(name: str) -> list[Any]:
     """So that 2.jpg comes before 10.jpg."""
     return [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", name)]
-
-
-# ------------------------------------------------------------------------------------------------- a record's own pictures
-
-
-def _put_pictures_in(record: dict[str, Any], pictures: dict[str, ImageSource], key: str) -> None:
-    """Replace every entry that names a picture by the member it names; without any entry, list all members.
-
-    Entries that name no member of the record stand for its members in order, if they are as many: tars are often packed
-    with the JSON as it was beside the loose files. Nothing outside the tar is read.
-    """
-    listed = listed_images(record)
-    turns = record_turns(record)
-    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-    contents = [turn.get(name) for turn in turns for name in ("value", "content")]
-    parts = [part for content in contents if isinstance(content, list) for part in content if part_image(part)]
-    if listed:
-        record["image"], record["images"] = None, _members_of(listed, pictures, key)
-    elif parts:
-        for part, source in zip(parts, _members_of([part_image(part) for part in parts], pictures, key), strict=True):
-            part["image"] = source
-    elif pictures:
-        record["images"] = list(pictures.values())
-
-
-def _members_of(entries: list[Any], pictures: dict[str, ImageSource], key: str) -> list[Any]:
-    names = [image_path(entry) for entry in entries]
-    if any(not isinstance(name, str) or name.startswith("data:") for name in names):
-        if all(not isinstance(name, str) or name.startswith("data:") for name in names):
-            return entries  # in the JSON itself, or nothing that names a picture
-        raise SampleError("pictures inside the JSON and beside it in one list")
-    base = key.rpartition("/")[2]
-    known = {f"{prefix}{name}": source for name, source in pictures.items() for prefix in ("", f"{base}.", f"{key}.")}
-    found = [known.get(name) or known.get(name.rpartition("/")[2]) for name in names]
-    if not any(found) and len(found) == len(pictures):
-        return list(pictures.values())
-    for name, source in zip(names, found, strict=True):
-        if source is None:
-            raise SampleError(
-                f"image {name} is none of the members of {printable(key)}: {', '.join(pictures) or 'no picture'}"
-            )
-    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- the walk

@@ -1,0 +1,130 @@
+"""The turns of a record, whatever its shape: conversations, pairs, or a question and an answer with what belongs to them.
+
+All come out in one form, the chat shape's: a list of objects with a role and a content.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from genrecal.errors import SampleError
+from genrecal.samples.fields import PAIR_FIELDS, REFUSED_BESIDE_QUESTION, ROLE_NAMES, Fields, has_content
+
+Open = Callable[[Mapping[str, Any], Mapping[str, Sequence[str]], str], Fields]
+
+
+def turns_of(fields: Fields, open_object: Open) -> list[Any]:
+    """The turns of a record. Raises SampleError if it has none, or if it is not clear which they are.
+
+    Args:
+        fields: the record's; those that are read are taken from it.
+        open_object: gives the fields of an object within it.
+    """
+    if names := fields.called("messages"):
+        turns = _non_empty(fields.left.pop(names[0]), names[0])
+    elif names := fields.called("texts"):
+        turns = [turn for pair in _non_empty(fields.left.pop(names[0]), names[0]) for turn in _pair(pair, open_object)]
+    else:
+        turns = _question_and_answer(fields)
+    turns = [from_json(turn) for turn in turns]
+    system = fields.take("system")
+    if not has_content(system):
+        return turns
+    if not isinstance(system, str):
+        raise SampleError(f"expected text under 'system', got {type(system).__name__}")
+    if _role(turns[0]) != "system":
+        return [{"role": "system", "content": system}, *turns]
+    if system not in turns[0].values():
+        raise SampleError("two system messages, in the field 'system' and in the first turn; give one")
+    return turns
+
+
+def from_json(value: Any) -> Any:
+    """A list or an object that is written as JSON text, as the hub's Json() columns are; else the value itself."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            pass
+    return value
+
+
+def _non_empty(value: Any, name: str) -> list[Any]:
+    turns = from_json(value)
+    if not isinstance(turns, list) or not turns:
+        raise SampleError(f"expected a non-empty list under {name!r}, got {type(turns).__name__}")
+    return turns
+
+
+def _pair(pair: Any, open_object: Open) -> list[dict[str, Any]]:
+    if not isinstance(pair, dict):
+        raise SampleError("expected each entry of 'texts' to be an object with 'user' and 'assistant'")
+    fields = open_object(pair, PAIR_FIELDS, "texts[].")
+    fields.left.pop("source", None)  # `record_names` has it
+    return [{"role": role, "content": fields.take(role)} for role in PAIR_FIELDS]
+
+
+def _question_and_answer(fields: Fields) -> list[Any]:
+    questions, answers, more = (fields.called(name) for name in ("question", "answer", "input"))
+    if more and (not questions or not (questions[0].lower() == "instruction" or fields.given.columns("input"))):
+        questions, more = questions + more, []
+    for what, found in (("question", questions), ("answer", answers)):
+        if len(found) > 1:
+            raise SampleError(
+                f"{' and '.join(map(repr, found))} may all be the {what}; say which, as in --field {what}={found[0]}"
+            )
+    fields.refused = fields.refused | REFUSED_BESIDE_QUESTION
+    if not questions or not answers:
+        list(fields.finish(has_images=True))  # a field that is refused says more
+        names = ", ".join(map(repr, list(fields.left)[:20]))
+        raise SampleError(
+            "no conversation: expected a non-empty list under 'conversations' or 'messages', pairs under 'texts', or a "
+            f"question and an answer; its fields are {names or 'none'} (--field question=NAME --field answer=NAME)"
+        )
+    asked = _asked(fields.left.pop(questions[0]), fields.left.pop(more[0]) if more else "", questions[0])
+    answered = _answered(fields.left.pop(answers[0]), answers[0])
+    if reasoning := fields.take("reasoning"):
+        answered[-1] = {**answered[-1], "reasoning_content": reasoning}
+    return _history(fields.take("history")) + asked + answered
+
+
+def _asked(question: Any, more: Any, name: str) -> list[Any]:
+    if not isinstance(more, str):
+        raise SampleError(f"expected text under 'input', got {type(more).__name__}")
+    if _are_turns(turns := from_json(question)) and not more:
+        return [{**turn, "loss": False} for turn in turns]  # a prompt's answers are context
+    if not isinstance(question, (str, list)):
+        raise SampleError(f"expected text under {name!r}, got {type(question).__name__}")
+    if more:
+        question = f"{question}\n{more}" if isinstance(question, str) else [*question, more]
+    return [{"role": "user", "content": question}]
+
+
+def _answered(answer: Any, name: str) -> list[Any]:
+    if _are_turns(turns := from_json(answer)):
+        return list(turns)
+    if isinstance(answer, list) and all(isinstance(text, str) for text in answer):
+        if len(set(answer)) > 1:
+            raise SampleError(f"{len(set(answer))} different answers under {name!r}; give the one to learn")
+        answer = answer[0]
+    if not isinstance(answer, str):
+        raise SampleError(f"expected text under {name!r}, got {type(answer).__name__}; give the answer as it is said")
+    return [{"role": "assistant", "content": answer}]
+
+
+def _history(history: Any) -> list[Any]:
+    pairs = from_json(history) if has_content(history) else []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise SampleError("expected pairs of a question and an answer under 'history'")
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
+
+
+def _are_turns(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(_role(turn) is not None for turn in value)
+
+
+def _role(turn: Any) -> str | None:
+    """What a turn's role is, or None if it has none."""
+    name = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    return ROLE_NAMES.get(name.strip().lower(), name) if isinstance(name, str) else None
