@@ -62,10 +62,10 @@ def assert_one_line(ended: Ended, status: int, *words: str) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven good records and one without an answer."""
+    """Seven good records and one with an empty answer."""
     path = write_llava(tmp_path_factory.mktemp("data") / "data", mixed_samples(8))
     records = json.loads(path.read_text())
-    records[5]["conversations"].pop()
+    records[5]["conversations"][-1]["value"] = " "
     path.write_text(json.dumps(records, indent=1))
     return path
 
@@ -252,7 +252,7 @@ def test_too_many_skipped_samples_are_an_error_that_says_why(
     warning, error = ended.err.splitlines(keepends=True)  # of a teacher of random weights, and then the error
     assert warning.startswith("warning: the teacher does not know these answers")
     ended = Ended(ended.status, ended.out, error)
-    assert_one_line(ended, 1, "1 of 8 samples cannot be used", "--max-skip", "last user turn has no answer")
+    assert_one_line(ended, 1, "1 of 8 samples cannot be used", "--max-skip", "turn 4: empty answer")
 
 
 def test_another_job_in_the_same_folder_is_refused(
@@ -276,7 +276,7 @@ def test_a_finished_cache_is_found_again(run: Run, tiny: Callable[[str], Path], 
     before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
     ended = run(*cache_args(tiny("qwen2_vl"), data, cache))
     assert ended.status == 0
-    assert ": the last user turn has no answer" in ended.out  # by an earlier run, and still true
+    assert ": turn 4: empty answer" in ended.out  # by an earlier run, and still true
     assert "7 samples cached, 1 skipped; 0 shards written, 3 were there" in ended.out
     assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
 
@@ -292,7 +292,7 @@ def test_inspect_counts_what_the_manifest_counts(run: Run, cache: Path) -> None:
         assert summary[name] == sum(row[name] for row in cached) > 0
     assert summary["with_question"] == sum(row["has_question"] for row in cached)
     assert summary["categories"] == Counter(row["category"] for row in cached)
-    assert summary["skip_reasons"] == {"the last user turn has no answer": 1}
+    assert summary["skip_reasons"] == {"turn 4: empty answer": 1}
     tokens = summary["answer_tokens"]
     mean = sum(row["log_prob"] * row["answer_tokens"] for row in cached) / tokens
     assert summary["log_prob"] == pytest.approx(mean, rel=1e-5)
@@ -331,7 +331,7 @@ def test_evaluate_prints_scores_and_names_what_it_skipped(
     assert scores["overall"] == scores["test"] and sum(scores["test"]["rules"].values()) == 12
     assert scores["overall"]["n"] == len((tmp_path / "p.jsonl").read_text().splitlines()) == 12
     [skipped] = [line for line in ended.err.splitlines() if line.startswith("skipped")]
-    assert "data.json:" in skipped and skipped.endswith("the last user turn has no answer")
+    assert "data.json:" in skipped and skipped.endswith("turn 4: empty answer")
 
 
 def test_evaluate_says_which_rule_scored_how_many(run: Run, tiny: Callable[[str], Path], tmp_path: Path) -> None:

@@ -423,6 +423,68 @@ def test_sixteen_bit_greys_keep_their_shades() -> None:
     assert np.array_equal(np.asarray(decode_image(encoded(image)))[..., 0].ravel(), np.arange(256))
 
 
+def ink(colour: int) -> Image.Image:
+    """A square of ink in the middle of a transparent image."""
+    pixels = np.full((4, 4, 4), colour, np.uint8)
+    pixels[..., 3] = 0
+    pixels[1:3, 1:3, 3] = 255
+    return Image.fromarray(pixels)
+
+
+def test_transparent_images_are_put_on_white() -> None:
+    expected = np.full((4, 4, 3), 255, np.uint8)
+    expected[1:3, 1:3] = 0
+    for image in (ink(0), ink(0).convert("LA")):
+        for kind in ("PNG", "WEBP", "TIFF")[: 3 if image.mode == "RGBA" else 1]:
+            options = {"lossless": True} if kind == "WEBP" else {}
+            assert np.array_equal(np.asarray(decode_image(encoded(image, kind, **options))), expected), (
+                image.mode,
+                kind,
+            )
+    half = Image.new("RGBA", (2, 1), (0, 0, 0, 128))
+    half.putpixel((0, 0), (100, 0, 0, 255))
+    assert np.asarray(decode_image(encoded(half))).tolist() == [[[100, 0, 0], [127, 127, 127]]]
+    shades = Image.fromarray(np.array([[0, 90, 200]], np.uint8))
+    for image in (shades, shades.convert("RGB"), shades.convert("P")):
+        hidden = {"L": 90, "RGB": (90, 90, 90), "P": image.getpixel((1, 0))}[image.mode]
+        decoded = decode_image(encoded(image, transparency=hidden))
+        assert np.asarray(decoded)[0, :, 0].tolist() == [0, 255, 200], image.mode
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (encoded(ink(255)), "no contrast"),
+        (encoded(Image.fromarray(np.array([[0, 200]], np.uint16))), "no contrast"),
+        (encoded(Image.fromarray(np.array([[0.1, 0.9]], np.float32)), "TIFF"), "32 bits a pixel"),
+        (encoded(Image.fromarray(np.array([[7, 900]], np.int32)), "TIFF"), "32 bits a pixel"),
+        *(
+            (encoded(picture(0, 20, 20), kind, save_all=True, append_images=[picture(1, 20, 20)]), "2 frames or pages")
+            for kind in ("GIF", "WEBP", "PNG", "TIFF")
+        ),
+    ],
+)
+def test_an_image_of_which_something_would_be_lost_is_refused(data: bytes, reason: str) -> None:
+    with pytest.raises(SampleError, match=reason):
+        decode_image(data)
+
+
+def test_cmyk_ink_is_dark_and_paper_is_light() -> None:
+    pixels = np.zeros((16, 16, 4), np.uint8)
+    pixels[:8, :, 3] = 255
+    decoded = np.asarray(decode_image(encoded(Image.fromarray(pixels, "CMYK"), "JPEG", quality=100)))
+    assert decoded[:7].max() < 5 and decoded[9:].min() > 250
+
+
+def test_a_blank_image_is_read() -> None:
+    for image in (
+        Image.new("RGBA", (3, 3), "white"),
+        Image.new("RGB", (3, 3)),
+        Image.new("RGBA", (3, 3), (9, 9, 9, 0)),
+    ):
+        assert decode_image(encoded(image)).size == (3, 3)
+
+
 def test_limits_and_damage() -> None:
     data = encoded(picture(0, 20, 10), "JPEG")
     assert decode_image(data, max_pixels=200).size == (20, 10)

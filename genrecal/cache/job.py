@@ -27,6 +27,7 @@ from genrecal.cache.watch import Watch, check_skipped
 from genrecal.cache.windows import Threads
 from genrecal.errors import StorageError, UsageError
 from genrecal.samples import SampleSet
+from genrecal.samples.images import BACKGROUND
 from genrecal.shards.head import HEAD_FILE
 from genrecal.shards.index import INDEX_FILE, READERS, index_bytes, scan, totals_of
 from genrecal.shards.layout import (
@@ -270,6 +271,7 @@ def _description(
         },
         "backend": teacher.backend,
         "image_backend": image_backend(),
+        "image_background": BACKGROUND,
         "hidden_size": hidden_size,
         "head_rows": num_rows,
         "vocab_size": teacher.head.vocab_size,

@@ -9,8 +9,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from genrecal.errors import SampleError
 
-# What is decoded, by Pillow's names: other formats come with programs (EPS runs Ghostscript), or hold many pictures.
+# What is decoded, by Pillow's names: other formats come with programs (EPS runs Ghostscript).
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+ONE_IMAGE_FORMATS = ("ICO", "MPO")  # what else they hold are other sizes, or a phone's preview, of the same image
+BACKGROUND = "white"  # of transparent images, as Qwen's own code and vLLM have it; recorded in cache.json
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -25,11 +27,12 @@ def _known_formats() -> tuple[str, ...]:
 
 
 def decode_image(data: bytes, max_pixels: int = 178_956_970) -> Image.Image:
-    """Encoded bytes -> RGB picture, turned as its EXIF orientation says (both sides must see the same picture).
+    """Encoded bytes -> RGB image, turned as its EXIF orientation says (both sides must see the same image).
 
-    Of an animation the first frame, of a multi-page file the first page; transparency is dropped, not blended.
-    Raises SampleError for bytes that are no image of IMAGE_FORMATS, or one of more than `max_pixels` (Pillow's own bomb
-    limit).
+    Transparent images are put on BACKGROUND. 16 bits become their upper 8. Colour profiles are not applied.
+
+    Raises SampleError for bytes that are no image of IMAGE_FORMATS, one of more than `max_pixels` (Pillow's own bomb limit),
+    and one of which content would be lost: several frames or pages, 32 bits a pixel, or no contrast with the background.
     """
     try:
         image = open_image(data)
@@ -37,10 +40,25 @@ def decode_image(data: bytes, max_pixels: int = 178_956_970) -> Image.Image:
             raise SampleError(
                 f"image of {image.width} x {image.height} pixels is over the limit of {max_pixels} pixels"
             )
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format not in ONE_IMAGE_FORMATS:
+            raise SampleError(f"image has {frames} frames or pages; give each as an image of its own")
         upright = _upright(image)
+        if upright.mode in ("I", "F"):
+            raise SampleError("image of 32 bits a pixel, which does not say what is white; save it with 8 or 16")
         if upright.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion makes all but the darkest white
-            upright = Image.fromarray((np.asarray(upright) >> 8).clip(0, 255).astype(np.uint8))
-        return upright.convert("RGB")
+            rgb = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8)).convert("RGB")
+        elif upright.has_transparency_data:
+            visible = upright.convert("RGBA")
+            rgb = Image.new("RGB", visible.size, BACKGROUND)
+            rgb.paste(visible, mask=visible.getchannel("A"))
+        else:
+            return upright.convert("RGB")
+        if _is_blank(rgb) and not _is_blank(upright):
+            raise SampleError(
+                "image has no contrast: transparent images are put on white, and of 16 bits the upper 8 are read"
+            )
+        return rgb
     except SampleError:
         raise
     except UnidentifiedImageError:  # its own words hold a memory address, and a reason must be the same in every run
@@ -49,6 +67,12 @@ def decode_image(data: bytes, max_pixels: int = 178_956_970) -> Image.Image:
     except Exception as error:  # Pillow raises many kinds for damaged files
         reason = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(str(error).split())) or type(error).__name__
         raise SampleError(f"image cannot be decoded: {reason}") from None
+
+
+def _is_blank(image: Image.Image) -> bool:
+    """Whether all pixels are the same."""
+    bands = image.getextrema()
+    return all(low == high for low, high in (bands if isinstance(bands[0], tuple) else (bands,)))
 
 
 def _upright(image: Image.Image) -> Image.Image:

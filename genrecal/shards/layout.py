@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from genrecal.errors import FormatError
+from genrecal.samples.images import BACKGROUND
 from genrecal.shards.answer_source import AnswerSource
 from genrecal.shards.arrow_file import MOST_WIDTH
 from genrecal.shards.codecs import codec_named
@@ -94,6 +95,8 @@ def wrong_settings(description: dict[str, Any]) -> dict[str, str]:
         wrong["question_seed"] = "a whole number"
     if description.get("image_backend") not in ("pil", "torchvision"):
         wrong["image_backend"] = "pil or torchvision"
+    if description.get("image_background", BACKGROUND) != BACKGROUND:
+        wrong["image_background"] = BACKGROUND
     teacher = description.get("teacher")
     if not isinstance(teacher, dict) or not all(isinstance(teacher.get(name), str) for name in ("name", "dtype")):
         wrong["teacher"] = "an object with a name and a dtype"

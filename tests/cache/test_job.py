@@ -23,6 +23,7 @@ from genrecal.samples import open_samples
 from genrecal.shards.answer_source import AnswerSource
 from genrecal.shards.inspect import summarize
 from genrecal.shards.reader import open_cache
+from genrecal.shards.verify import verify_cache
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,24 @@ def test_writes_what_it_says(teacher, data, tmp_path):
     for name in teacher_files:
         assert (tmp_path / name).read_bytes() == (Path(teacher.path) / name.removeprefix("teacher/")).read_bytes()
     assert torch.equal(cache.head().weight, teacher.head.weight)
+
+
+def test_a_turn_with_loss_false_is_context_and_the_others_have_the_same_rows(teacher, tmp_path):
+    [whole] = [sample for sample in mixed_samples(4) if len(sample.answers) == 3]
+    path, records = write_llava(tmp_path / "data", [whole]), {}
+    content = json.loads(path.read_text())
+    for name in ("whole", "part"):
+        content[0]["conversations"][3] |= {"loss": name == "whole"}
+        path.write_text(json.dumps(content))
+        run_cache_job(teacher, open_samples([path]), tmp_path / name, CacheOptions())
+        [records[name]] = open_cache(tmp_path / name)
+        assert verify_cache(tmp_path / name, deep=True).whole
+    assert records["part"].sample.answers == ("1", "3 3 3") and records["part"].row["turns"] == 2
+    assert records["part"].sample.messages[3].text == "2 2"
+    rows = {name: record.answer_rows() for name, record in records.items()}
+    kept = rows["whole"].turn != 1
+    for field in ("position", "target_id", "target_logit", "logsumexp"):
+        assert np.array_equal(getattr(rows["whole"], field)[kept], getattr(rows["part"], field))
 
 
 def test_summary_is_true(teacher, data, tmp_path):
@@ -224,7 +243,7 @@ def spoil(data, folder, *indices):
 
 def test_bad_samples_are_skipped_with_their_reason_and_counted(teacher, data, tmp_path):
     records = json.loads(spoil(data, tmp_path, 3, 11).read_text())
-    del records[5]["conversations"][-1]
+    del records[5]["conversations"][1]
     path = tmp_path / "spoilt.json"
     path.write_text(json.dumps(records, indent=1))
     options = CacheOptions(samples_per_shard=8, max_skip=0.2)
@@ -234,7 +253,7 @@ def test_bad_samples_are_skipped_with_their_reason_and_counted(teacher, data, tm
     assert [row["status"] for row in table].count("skipped") == 3 and len(table) == 20
     for index, reason in (
         (3, "cannot be decoded"),
-        (5, "no assistant turn|no answer|alternate"),
+        (5, "turns alternate"),
         (11, "cannot be decoded"),
     ):
         assert table[index]["status"] == "skipped"

@@ -320,7 +320,7 @@ def test_skipped_samples_by_reason_with_a_place(cache):
 
 
 @pytest.mark.parametrize(("reason", "kind"), [
-    ("d.jsonl:7: the last user turn has no answer", "the last user turn has no answer"),
+    ("d.jsonl:7: turn 2: empty answer", "turn 2: empty answer"),
     ("a b/d: 2.json:7: turn 2: empty answer", "turn …: empty answer"),
     ("d.json:1: image of 9 x 8 pixels is over the limit of 40 pixels", "image of … x … pixels is over the limit of … pixels"),
     ("d.json:1: image /a/b 1/c.png does not exist", "image … does not exist"),

@@ -147,6 +147,7 @@ def test_missing_files_are_named(cache):
         ({"question_fraction": 0.0}, "question_fraction: 3 of 3 shards disagree"),
         ({"question_fraction": "all"}, "question_fraction: expected a share from 0 to 1, got 'all'"),
         ({"image_backend": "other"}, "image_backend: expected pil or torchvision"),
+        ({"image_background": "black"}, "image_background: expected white"),
         ({"teacher": 3}, "teacher: expected an object"),
         ({"totals": {"cached": 10}}, "totals.skipped: not the manifests' sum"),
         ({"totals": 3}, "totals: expected an object"),
