@@ -36,6 +36,13 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a checkpoint.")
 ]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+Data = Annotated[
+    list[str],
+    typer.Option(
+        help="Files of JSON, JSON lines, CSV, Parquet, Arrow or WebDataset tars, folders of them, patterns such as "
+        "'data-{000..015}.tar', URLs such as s3://..., or a data set of the hub as REPO:SPLIT; may be repeated."
+    ),
+]
 IncludeCategory = Annotated[
     list[str] | None,
     typer.Option(help='Take records of this category alone; may be repeated. "" is those that name none.'),
@@ -126,7 +133,7 @@ def plan(
             help="Teacher model: a folder or a hub name, or qwen2-vl-72b, internvl2-76b, internvl2.5-78b, nvlm-d-72b."
         ),
     ],
-    data: Annotated[list[Path], typer.Option(help="Data files, as for cache.")],
+    data: Data,
     out: Annotated[str | None, typer.Option(help="Where the cache would be: is there room?")] = None,
     image_root: Annotated[Path | None, typer.Option(help="Where relative image paths start.")] = None,
     include_category: IncludeCategory = None,
@@ -217,13 +224,7 @@ def plan(
 def cache(
     context: typer.Context,
     teacher: Annotated[str, typer.Option(help="Teacher model: a folder or a hub name.")],
-    data: Annotated[
-        list[Path],
-        typer.Option(
-            help="LLaVA json, chat jsonl (either may be .zst), WebDataset tars, Parquet, a saved Hugging Face dataset: "
-            "files, folders or patterns such as 'data-{000..015}.tar'; may be repeated."
-        ),
-    ],
+    data: Data,
     out: Annotated[str, typer.Option(help="Cache directory, or a URL such as s3://...; an unfinished one is resumed.")],
     image_root: Annotated[
         Path | None, typer.Option(help="Where relative image paths start; else the data's folder.")
@@ -804,7 +805,7 @@ def convert(
 def evaluate(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="Model folder or hub name.")],
-    data: Annotated[list[Path] | None, typer.Option(help="Data files, as for cache.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Data, as for cache.")] = None,
     metric: Annotated[str, typer.Option(help="auto, exact, number, relaxed, anls, vqa or choice.")] = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Write the predictions here, as jsonl; with --harness, a folder for its files.")
@@ -956,7 +957,7 @@ def compare(
         typer.Option(help="Cache directory or URL, of every variant that names no other; may be repeated to mix."),
     ],
     student: Annotated[str, typer.Option(help="Student model: a folder or a hub name.")],
-    data: Annotated[list[Path], typer.Option(help="Held-out data files, as for cache.")],
+    data: Annotated[list[str], typer.Option(help="Held-out data, as for cache.")],
     out: Annotated[Path, typer.Option(help="Folder of the runs and the table; finished runs there are found again.")],
     try_: Annotated[
         list[str] | None,

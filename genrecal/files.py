@@ -7,8 +7,20 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import Any
+
+from genrecal.errors import UsageError
 
 UNTOUCHED_SECONDS = 24 * 3600.0  # after which a temporary file of another machine is taken for left behind
+PACKAGES = {  # that fsspec needs for a protocol
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "hf": "huggingface_hub",
+    "az": "adlfs",
+    "abfs": "adlfs",
+}
 
 
 def temporary_path(path: Path) -> Path:
@@ -97,3 +109,21 @@ def remove_stale_temporaries(cache: Path) -> list[Path]:
                 path.unlink()
                 removed.append(path)
     return removed
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path in it. Listings are not kept: other processes write too.
+
+    Raises UsageError for a protocol that is not known, or whose package is not installed.
+    """
+    import fsspec
+
+    protocol = url.split("://", 1)[0]
+    try:
+        fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    except ImportError as error:
+        package = PACKAGES.get(protocol, f"the fsspec package for {protocol}")
+        raise UsageError(f"{url}: {protocol}:// needs {package}, which is not installed: {error}") from None
+    except ValueError as error:
+        raise UsageError(f"{url}: not a URL that fsspec knows: {error}") from None
+    return fs, path

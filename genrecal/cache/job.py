@@ -288,7 +288,7 @@ def _description(
         "num_samples": len(samples),
         "num_shards": options.num_shards(len(samples)),
         "selection": samples.selection.to_json(),
-        "data": [{"name": file.path.name, "sha256": file.sha256()} for file in samples.files],
+        "data": samples.describe_files(),
     }  # fmt: skip
 
 
@@ -311,9 +311,10 @@ def _write_head(teacher: Teacher, store: Store) -> str:
 
 
 def _refuse_another_job(store: Store, wanted: dict[str, Any]) -> None:
-    found = read_cache_json(store)
+    found, wanted = dict(read_cache_json(store)), dict(wanted)
     found.pop("totals", None)
-    different = [
+    different = _changed_files(found.pop("data", []), wanted.pop("data"))
+    different += [
         f"{name} was {found.get(name)!r}, now {wanted.get(name)!r}"
         for name in sorted(found.keys() | wanted.keys())
         if found.get(name) != wanted.get(name) and name != "software"
@@ -323,6 +324,17 @@ def _refuse_another_job(store: Store, wanted: dict[str, Any]) -> None:
             f"--out {store.url} holds a cache made by another job: {'; '.join(different)}. "
             "Use the same options to resume it, or another --out"
         )
+
+
+def _changed_files(found: list[dict[str, str]], wanted: list[dict[str, str]]) -> list[str]:
+    """Where the data differ, in words: files by content, wherever they were fetched from."""
+    if len(found) != len(wanted):
+        return [f"data was {len(found)} files, now {len(wanted)}"]
+    return [
+        f"data file {new.get('url', new['name'])} is not the {old.get('url', old['name'])} of then"
+        for old, new in zip(found, wanted, strict=True)
+        if (old["name"], old["sha256"]) != (new["name"], new["sha256"])
+    ][:3]
 
 
 def _complete(store: Store, num_shards: int) -> None:

@@ -1,25 +1,25 @@
 """Files of all formats as one sequence of samples, and what is taken of it."""
 
-import glob
 import json
 import math
-import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 import numpy as np
 import xxhash
-from braceexpand import braceexpand
 
 from genrecal.errors import DataError, SampleError, UsageError
+from genrecal.progress import Progress
 from genrecal.samples.record import parse_record, record_names
 from genrecal.samples.sample import BadRecord, Sample
+from genrecal.samples.data_files import DATA_SUFFIXES, Source, find_sources
 from genrecal.samples.table_file import TABLE_SUFFIXES, Spools, open_table
 from genrecal.samples.tar_file import TarFile
-from genrecal.samples.text_file import TEXT_SUFFIXES, TextFile
+from genrecal.samples.text_file import TEXT_SUFFIXES, TextFile, data_suffix
 
 OPENERS = 8  # files that are indexed at once
 SHOWN_CATEGORIES = 20
@@ -112,6 +112,7 @@ class SampleSet(Sequence[Sample | BadRecord]):
     """
 
     files: Sequence[RecordFile]
+    names: Sequence[str]  # where the files come from; a remote one is read from a copy
     image_root: Path | None = None
     limit: int | None = None
     selection: Selection = field(default_factory=Selection)
@@ -134,7 +135,7 @@ class SampleSet(Sequence[Sample | BadRecord]):
         place = int(index % len(self)) if self._taken is None else int(self._taken[index % len(self)])
         number = int(np.searchsorted(self._starts, place, side="right")) - 1
         file, row = self.files[number], place - int(self._starts[number])
-        location = file.location(row)
+        location = file.location(row).replace(str(file.path), self.names[number], 1)
         record: Any = None
         try:
             record = file.record(row)
@@ -142,6 +143,13 @@ class SampleSet(Sequence[Sample | BadRecord]):
             return parse_record(record, index=place, location=location, image_root=root)
         except SampleError as error:
             return BadRecord(location=location, reason=str(error), **record_names(record, index=place))
+
+    def describe_files(self) -> list[dict[str, str]]:
+        """Each file's name and digest, and of a remote one its URL, which has the commit of a data set of the hub."""
+        return [
+            {"name": file.path.name, "sha256": file.sha256()} | ({"url": name} if "://" in name else {})
+            for file, name in zip(self.files, self.names, strict=True)
+        ]
 
     def __iter__(self) -> Iterator[Sample | BadRecord]:
         return (self[i] for i in range(len(self)))
@@ -175,8 +183,8 @@ def open_samples(
     """Open files of any format as one sequence of samples.
 
     Args:
-        paths: files, or folders of tars, of Parquet files or of a saved Hugging Face dataset; `{000..015}` and `*` are
-            expanded.
+        paths: files; folders of tars, of Parquet files or of a Hugging Face dataset; URLs; `REPO:SPLIT` of the hub. See
+            `genrecal.samples.data_files`. `{000..015}` and `*` are expanded.
         image_root: where relative image paths start, or else at the folder of their file.
         limit: of what is selected, the first so many.
         selection: needs every record to be looked at once.
@@ -184,97 +192,53 @@ def open_samples(
     Raises DataError for a file that cannot be read, holds nothing, or breaks off where later records cannot be found, and
     if nothing is selected.
     """
-    files = [file for path in paths for file in data_files(str(path))]
-    openers, spools = [_opener(file) for file in files], Spools()
+    sources = [source for path in paths for source in find_sources(str(path))]
+    openers, spools = [_opener(source.path) for source in sources], Spools()
+    remote = sum(source.remote for source in sources)
+    progress = Progress("fetch", remote, "files", shown=remote > 0)
 
-    def open_file(opener: Opener, file: Path) -> RecordFile:
+    def open_file(opener: Opener, source: Source) -> RecordFile:
+        path = source.fetch()
+        progress.advance(source.remote)
         try:
-            file.open("rb").close()
+            path.open("rb").close()
         except OSError as error:
-            raise DataError(f"{file}: {error.strerror or error}") from None
-        return opener(file, spools)
+            raise DataError(f"{path}: {error.strerror or error}") from None
+        return opener(path, spools)
 
-    with ThreadPoolExecutor(OPENERS) as pool:
-        opened = list(pool.map(open_file, openers, files))
-    named = ", ".join(str(path) for path in paths)
-    if not sum(len(file) for file in opened):
+    enough = limit if limit is not None and (selection or Selection()).takes_all else math.inf
+    opened: list[RecordFile] = []
+    with ThreadPoolExecutor(OPENERS) as pool, progress:
+        while len(opened) < len(sources) and sum(map(len, opened)) < enough:
+            some = slice(len(opened), len(opened) + OPENERS)
+            opened += pool.map(open_file, openers[some], sources[some])
+    named = ", ".join(map(str, paths))
+    if not sum(map(len, opened)):
         raise DataError(f"no records in {named}")
     root = Path(image_root) if image_root else None
-    samples = SampleSet(files=opened, image_root=root, limit=limit, selection=selection or Selection())
+    samples = SampleSet(
+        files=opened,
+        names=[source.name for source in sources[: len(opened)]],
+        image_root=root,
+        limit=limit,
+        selection=selection or Selection(),
+    )
     if not len(samples):
         raise DataError(f"no record of {named} is left by the categories and the split asked for")
     return samples
 
 
-# ------------------------------------------------------------------------------------------------------------- the files
-
 Opener = Callable[[Path, Spools], RecordFile]
-DATASET, DATASETS = "state.json", "dataset_dict.json"  # of `datasets.save_to_disk`
 
 
-def data_files(text: str) -> list[Path]:
-    """The files that a path names, in order: itself, those of a folder, or those of a pattern."""
-    if os.path.exists(text):
-        return _of_folder(Path(text)) if _is_folder(Path(text)) else [Path(text)]
-    try:
-        names = list(braceexpand(text))
-    except ValueError:  # a brace that is not closed
-        names = [text]
-    found: list[Path] = []
-    for name in names:
-        matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
-        if not matches:
-            raise DataError(f"{name}: no file matches")
-        for match in matches:
-            found += _of_folder(Path(match)) if _is_folder(Path(match)) else [Path(match)]
-    return found
-
-
-def _is_folder(path: Path) -> bool:
-    return os.path.isdir(path) and path.suffix not in (*TEXT_SUFFIXES, ".tar", *TABLE_SUFFIXES)
-
-
-def _of_folder(folder: Path) -> list[Path]:
-    """The data files of a folder, which must be of one kind and of one split."""
-    if (folder / DATASET).is_file():
-        try:
-            state = json.loads((folder / DATASET).read_bytes())
-            return [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise DataError(f"{folder / DATASET}: not a saved dataset's: {error}") from None
-    splits = sorted(path.parent.name for path in folder.glob(f"*/{DATASET}"))
-    if (folder / DATASETS).is_file() or splits:
-        raise DataError(f"{folder}: expected one split of a saved dataset; give {folder}/SPLIT, of {', '.join(splits)}")
-    found = {suffix: sorted(folder.glob(f"*{suffix}")) for suffix in (".tar", ".parquet")}
-    kinds = [suffix for suffix, files in found.items() if files]
-    if len(kinds) != 1:
-        raise DataError(
-            f"{folder}: expected a folder of .tar files, of .parquet files or of a saved Hugging Face dataset, found "
-            f"{' and '.join(kinds) or 'none of them'} in it; give files"
-        )
-    files = found[kinds[0]]
-    splits = sorted({name for path in files if (name := _split_of(path))})
-    if len(splits) > 1:
-        raise DataError(f"{folder}: holds several splits ({', '.join(splits)}); give one, as '{folder}/{splits[0]}-*'")
-    return files
-
-
-def _split_of(path: Path) -> str:
-    """The split in a hub data set's file name: "train" of train-00000-of-00004.parquet."""
-    name, _, rest = path.stem.partition("-")
-    return name if "-of-" in rest else ""
-
-
-def _opener(path: Path) -> Opener:
-    name = path.name
-    if name.endswith(TEXT_SUFFIXES):
+def _opener(path: PurePath) -> Opener:
+    suffix = data_suffix(path)
+    if suffix.startswith(TEXT_SUFFIXES):
         return lambda file, _: TextFile.open(file)
-    if name.endswith(".tar"):
+    if suffix == ".tar":
         return lambda file, _: TarFile.open(file)
-    if name.endswith(TABLE_SUFFIXES):
+    if suffix in TABLE_SUFFIXES:
         return open_table
-    if name.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
+    if re.search(r"\.(tgz|tar\.\w+)$", path.name.lower()):
         raise DataError(f"{path}: a compressed tar, whose members cannot be read one by one; unpack it to a .tar first")
-    raise DataError(
-        f"{path}: expected a {', '.join(TEXT_SUFFIXES)}, .tar, {' or '.join(TABLE_SUFFIXES)}, or a folder; got {name!r}"
-    )
+    raise DataError(f"{path}: expected one of {', '.join(DATA_SUFFIXES)}, or a folder; got {path.name!r}")

@@ -112,11 +112,11 @@ class TableFile:
 def open_table(path: Path, spools: "Spools") -> TableFile:
     """Open a `.parquet` or `.arrow` file. Raises DataError if it is none, or has no column of conversations."""
     try:
-        return (_open_parquet if path.suffix == ".parquet" else _open_arrow)(path, spools)
+        return (_open_parquet if path.suffix.lower() == ".parquet" else _open_arrow)(path, spools)
     except GenrecalError:
         raise
     except READ_ERRORS as error:
-        kind = "Parquet" if path.suffix == ".parquet" else "Arrow"
+        kind = "Parquet" if path.suffix.lower() == ".parquet" else "Arrow"
         raise DataError(f"{path}: not a readable {kind} file: {_words(error)}") from None
 
 

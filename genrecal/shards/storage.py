@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, cast
 
 from genrecal.errors import StorageError, UsageError
 from genrecal.files import (
+    file_system,
     flush,
     machine_name,
     process_runs,
@@ -42,15 +43,6 @@ FINAL = (
     FileExistsError,
     NotImplementedError,
 )
-EXTRAS = {
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "hf": "huggingface_hub",
-    "az": "adlfs",
-    "abfs": "adlfs",
-}
 
 
 class Store(abc.ABC):
@@ -147,18 +139,9 @@ def open_store(location: "str | os.PathLike[str] | Store") -> Store:
     text = os.fspath(location)
     if "://" not in text:
         return LocalStore(Path(text), text)
-    import fsspec
     from fsspec.implementations.local import LocalFileSystem
 
-    protocol = text.split("://", 1)[0]
-    try:
-        # Listings are not kept: another worker writes to the same cache.
-        fs, path = fsspec.core.url_to_fs(text, use_listings_cache=False)
-    except ImportError as error:
-        package = EXTRAS.get(protocol, f"the fsspec package for {protocol}")
-        raise UsageError(f"{text}: {protocol}:// needs {package}, which is not installed: {error}") from None
-    except ValueError as error:
-        raise UsageError(f"{text}: not a URL that fsspec knows: {error}") from None
+    fs, path = file_system(text)
     if isinstance(fs, LocalFileSystem):
         return LocalStore(Path(path), text)
     return RemoteStore(text)
@@ -464,10 +447,7 @@ class _RangeFile(io.RawIOBase):
 @functools.lru_cache(maxsize=16)
 def _file_system(url: str, process: int) -> tuple[Any, str]:
     """The file system and the path in it; one a process, since its connections do not survive a fork."""
-    import fsspec
-
-    fs, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
-    return fs, path
+    return file_system(url)
 
 
 def _range(fs: Any, path: str, start: int, end: int | None) -> bytes:
