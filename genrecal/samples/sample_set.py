@@ -14,9 +14,9 @@ import xxhash
 
 from genrecal.errors import DataError, SampleError, UsageError
 from genrecal.progress import Progress
+from genrecal.samples.data_files import DATA_SUFFIXES, Source, find_sources
 from genrecal.samples.record import parse_record, record_names
 from genrecal.samples.sample import BadRecord, Sample
-from genrecal.samples.data_files import DATA_SUFFIXES, Source, find_sources
 from genrecal.samples.table_file import TABLE_SUFFIXES, Spools, open_table
 from genrecal.samples.tar_file import TarFile
 from genrecal.samples.text_file import TEXT_SUFFIXES, TextFile, data_suffix
