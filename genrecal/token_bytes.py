@@ -6,18 +6,32 @@ import re
 SPACE = "▁"  # how sentencepiece writes a space
 
 
-def token_bytes(token: str, *, byte_level: bool) -> bytes:
-    """The bytes of a vocabulary's entry, as byte-level BPE (Qwen2, Llama 3) or sentencepiece-like BPE writes it.
+def token_bytes(token: str, decoder: str) -> bytes:
+    """The bytes of a vocabulary's entry, as the tokenizer's own decoder writes it.
 
-    An entry that byte-level BPE cannot have written stands for itself.
+    A decoder does not know which entries are added tokens: Gemma's added `▁▁` is two spaces.
+
+    Args:
+        token: a model's entry or an added token, special or not.
+        decoder: the "decoder" of a tokenizer.json as JSON, not escaped to ASCII.
     """
-    if byte_level:
-        alphabet = _byte_alphabet()
-        if all(char in alphabet for char in token):
-            return bytes(alphabet[char] for char in token)
-    if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token):
-        return bytes([int(match[1], 16)])
-    return token.replace(SPACE, " ").encode()
+    if "ByteLevel" in decoder:  # Qwen2, Llama 3
+        return alphabet_bytes(token) or token.encode()
+    if "ByteFallback" in decoder and (byte := fallback_byte(token)):
+        return byte
+    return (token.replace(SPACE, " ") if SPACE in decoder else token).encode()
+
+
+def fallback_byte(token: str) -> bytes | None:
+    """The byte of a sentencepiece byte token, `<0x0A>`; None for any other."""
+    match = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)
+    return bytes([int(match[1], 16)]) if match else None
+
+
+def alphabet_bytes(token: str) -> bytes | None:
+    """The bytes of a byte-level entry; None for one that byte-level BPE cannot have written, which stands for itself."""
+    alphabet = _byte_alphabet()
+    return bytes(alphabet[char] for char in token) if all(char in alphabet for char in token) else None
 
 
 @functools.cache

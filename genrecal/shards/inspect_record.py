@@ -292,17 +292,17 @@ class Vocabulary:
     """
 
     tokens: dict[int, str]
-    added: dict[int, str]
-    byte_level: bool
+    decoder: str
 
     def text(self, token_id: int) -> str | None:
         """None for an id past the vocabulary, as padded heads have them."""
-        if token_id in self.added:
-            return self.added[token_id]
+        data = self.bytes(token_id)
+        return None if data is None else data.decode("utf-8", "backslashreplace")
+
+    def bytes(self, token_id: int) -> bytes | None:
+        """What the token stands for; None for an id past the vocabulary."""
         token = self.tokens.get(token_id)
-        if token is None:
-            return None
-        return token_bytes(token, byte_level=self.byte_level).decode("utf-8", "backslashreplace")
+        return None if token is None else token_bytes(token, self.decoder)
 
 
 def load_vocabulary(store: Store, folder: str = f"{TEACHER_FOLDER}/") -> tuple[Vocabulary | None, str]:
@@ -326,4 +326,4 @@ def _read_vocabulary(tokenizer: bytes) -> Vocabulary:
         i: str(entry[0]) for i, entry in enumerate(vocab)
     }  # fmt: skip
     added = {int(token["id"]): str(token["content"]) for token in content.get("added_tokens") or []}
-    return Vocabulary(tokens, added, "ByteLevel" in json.dumps(content.get("decoder")))
+    return Vocabulary(tokens | added, json.dumps(content.get("decoder"), ensure_ascii=False))

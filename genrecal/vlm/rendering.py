@@ -214,11 +214,7 @@ class Renderer:
 
         Raises SampleError for ids that stand for no text.
         """
-        try:
-            data = b"".join(self.byte_tokenizer.token_bytes(token) for token in ids)
-            return data.decode().removeprefix(self.marks.answer_prefix)
-        except UnicodeDecodeError as error:
-            raise SampleError(f"is no text: {error}") from None
+        return self.byte_tokenizer.text(ids).removeprefix(self.marks.answer_prefix)
 
     def _text_without_answers(self, messages: Sequence[Message], num_answers: int) -> tuple[str, list[int]]:
         """The rendered text up to the last end of turn, answers left out, and each closing token's count before it."""
