@@ -16,10 +16,10 @@ def token_bytes(token: str, decoder: str) -> bytes:
         decoder: the "decoder" of a tokenizer.json as JSON, not escaped to ASCII.
     """
     if "ByteLevel" in decoder:  # Qwen2, Llama 3
-        return alphabet_bytes(token) or token.encode()
+        return alphabet_bytes(token) or token.encode(errors="backslashreplace")
     if "ByteFallback" in decoder and (byte := fallback_byte(token)):
         return byte
-    return (token.replace(SPACE, " ") if SPACE in decoder else token).encode()
+    return (token.replace(SPACE, " ") if SPACE in decoder else token).encode(errors="backslashreplace")
 
 
 def fallback_byte(token: str) -> bytes | None:

@@ -1,7 +1,6 @@
 """One record of a cache, readable: its pictures, its conversation, and what the teacher thinks of each answer token."""
 
 import difflib
-import functools
 import json
 import re
 import warnings
@@ -14,18 +13,13 @@ import pyarrow.compute as pc
 
 from genrecal.errors import DamageError, UsageError
 from genrecal.samples import open_image
-from genrecal.shards.layout import TEACHER_FOLDER
 from genrecal.shards.reader import Cache, CachedRecord
 from genrecal.shards.record import AnswerRows, row_entropy
-from genrecal.shards.storage import Store
-from genrecal.shards.strict_json import strict_json
-from genrecal.token_bytes import token_bytes
+from genrecal.shards.vocabulary import Vocabulary, load_vocabulary
 
 ALTERNATIVES = 5
 NEAREST_KEYS = 3  # suggested for one that does not exist
 COMPARED_KEYS = 20_000  # that a wrong key is compared with, letter by letter
-TOKENIZER_FILE = "tokenizer.json"
-MOST_TOKENIZER_BYTES = 2**26  # those of today's models have 2 to 35 MB
 MEASURED = (  # manifest columns that every cached sample has a value in
     "category", "source", "turns", "images", "question_tokens", "answer_tokens", "entropy", "log_prob",
     "top1_agreement", "has_question",
@@ -237,7 +231,7 @@ def _describe_image(record: CachedRecord, index: int) -> ImageDescription:
 
 
 def _answer_tokens(
-    rows: AnswerRows, answers: tuple[str, ...], vocabulary: "Vocabulary | None", alternatives: int
+    rows: AnswerRows, answers: tuple[str, ...], vocabulary: Vocabulary | None, alternatives: int
 ) -> tuple[AnswerToken, ...]:
     texts = [answer.encode() for answer in answers]
     log_probs = rows.topk_logits.astype(np.float64) - rows.logsumexp.astype(np.float64)[:, None]
@@ -279,51 +273,3 @@ def _answer_tokens(
             )
         )
     return tuple(tokens)
-
-
-# ------------------------------------------------------------------------------------------------------------ vocabulary
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Token ids -> text, from a `tokenizer.json` (read as JSON: no tokenizer library is needed).
-
-    A byte that is no whole character stands as `\\xNN`; what stands for a space is one.
-    """
-
-    tokens: dict[int, str]
-    decoder: str
-
-    def text(self, token_id: int) -> str | None:
-        """None for an id past the vocabulary, as padded heads have them."""
-        data = self.bytes(token_id)
-        return None if data is None else data.decode("utf-8", "backslashreplace")
-
-    def bytes(self, token_id: int) -> bytes | None:
-        """What the token stands for; None for an id past the vocabulary."""
-        token = self.tokens.get(token_id)
-        return None if token is None else token_bytes(token, self.decoder)
-
-
-def load_vocabulary(store: Store, folder: str = f"{TEACHER_FOLDER}/") -> tuple[Vocabulary | None, str]:
-    """The teacher's vocabulary, or None and why ids are shown alone."""
-    name = folder + TOKENIZER_FILE
-    path = store.where(name)
-    try:
-        return _read_vocabulary(store.read(name, 0, MOST_TOKENIZER_BYTES + 1)), ""
-    except OSError as error:
-        return None, f"{path}: {error.strerror or error}: tokens are shown by their ids"
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        return None, f"{path}: not a readable tokenizer ({error!r}): tokens are shown by their ids"
-
-
-@functools.lru_cache(maxsize=4)
-def _read_vocabulary(tokenizer: bytes) -> Vocabulary:
-    content = strict_json(tokenizer, MOST_TOKENIZER_BYTES)
-    vocab = content["model"]["vocab"]
-    # BPE and WordLevel map tokens to ids; Unigram lists tokens with their scores.
-    tokens = {int(i): str(token) for token, i in vocab.items()} if isinstance(vocab, dict) else {
-        i: str(entry[0]) for i, entry in enumerate(vocab)
-    }  # fmt: skip
-    added = {int(token["id"]): str(token["content"]) for token in content.get("added_tokens") or []}
-    return Vocabulary(tokens | added, json.dumps(content.get("decoder"), ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""Prove that a cache is whole: every byte, count, key and column; deep, that its states give its logits.
+"""Prove that a cache is whole: every byte, count, key and column; deep, also that states give logits and tokens answers.
 
 Damage is returned as findings, never raised, so that one bad shard does not hide another. Nothing is unpickled, and
 nothing is extracted to disk.
@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 import tarfile
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ from genrecal.shards.reader import MOST_CONVERSATION_BYTES, MOST_SAMPLE_BYTES
 from genrecal.shards.record import METADATA_KEY, AnswerRows, answer_rows, read_table, row_entropy
 from genrecal.shards.storage import Store, files_in, open_store
 from genrecal.shards.strict_json import strict_json
+from genrecal.shards.vocabulary import Vocabulary, load_vocabulary
 
 QUARANTINE = "quarantine"
 MAX_KL = 0.1  # nats, mean over a shard
@@ -158,7 +160,8 @@ def verify_cache(
     Raises FormatError for a folder that is no cache.
 
     Args:
-        deep: also recompute the logits of every row that has a target from its stored state.
+        deep: also recompute the logits of every row that has a target from its stored state, and spell every answer from
+            its tokens.
         max_kl: mean KL in nats over which a shard is damaged; `deep` only.
         device: where the head is computed; `deep` only.
     """
@@ -179,6 +182,9 @@ def verify_cache(
     head = None
     if deep and not any(finding.file == HEAD_FILE for finding in outside):
         head = _deep_head(store, str(_teacher(description, "head_sha256")), device)
+    vocabulary, unreadable = load_vocabulary(store) if deep else (None, "")
+    if vocabulary is not None and not vocabulary.is_exact:
+        vocabulary, unreadable = None, f"{TEACHER_FOLDER}/tokenizer.json: a decoder of an unknown kind"
     planned = settings.get("num_shards", 0)
     numbers = sorted(shard for shard, _ in files_in(store, "manifest", ".parquet"))
     complete = "totals" in description
@@ -186,7 +192,7 @@ def verify_cache(
     results, scanned = [], Scan()
     with Progress("verify", len(expected), "shards") as progress:
         for shard in expected:
-            result = check_shard(store, shard, settings, head)
+            result = check_shard(store, shard, settings, head, vocabulary)
             if result.scanned is not None and result.sums is not None:
                 scanned.add(*result.scanned)
             result.scanned = None  # of nine million samples they do not fit into memory one by one
@@ -195,6 +201,8 @@ def verify_cache(
     findings, notes = outside, []
     if deep and head is None:
         notes.append(f"not compared with the stored logits: {HEAD_FILE} is damaged")
+    if deep and vocabulary is None:
+        notes.append(f"answers are not compared with their tokens: {unreadable}")
     if not complete and len(numbers) < planned:
         notes.append(f"unfinished: {len(numbers)} of {planned} shards; `genrecal cache` goes on with the others")
     elif not complete:
@@ -386,8 +394,14 @@ class ShardResult:
         (self.disagreements[setting] if setting else self.findings).append(found)
 
 
-def check_shard(store: Store, shard: int, settings: dict[str, Any], head: FrozenHead | None) -> ShardResult:
-    """Everything that can be said of one shard by its own files and cache.json's settings."""
+def check_shard(
+    store: Store, shard: int, settings: dict[str, Any], head: FrozenHead | None, vocabulary: Vocabulary | None
+) -> ShardResult:
+    """Everything that can be said of one shard by its own files and cache.json's settings.
+
+    Args:
+        head: to recompute the logits with, or None. vocabulary: to spell the answers with, or None.
+    """
     result = ShardResult(shard)
     file = manifest_name(shard)
     planned = settings.get("num_shards")
@@ -423,7 +437,7 @@ def check_shard(store: Store, shard: int, settings: dict[str, Any], head: Frozen
         result.sums = {name: facts[name] if name in facts else sum(row[name] or 0 for row in rows) for name in TOTALS}
     deep = _Deep(head) if head is not None else None
     for tier in TIERS:
-        _check_tar(store, result, tier, rows, facts, settings, deep)
+        _check_tar(store, result, tier, rows, facts, settings, deep, Spelling(vocabulary) if vocabulary else None)
     if deep is not None:
         result.deep = deep.figures(shard)
     return result
@@ -527,6 +541,7 @@ def _check_tar(
     facts: dict[str, Any],
     settings: dict[str, Any],
     deep: "_Deep | None",
+    spelling: "Spelling | None",
 ) -> None:
     """One pass over a tar: its sha256, and each member's header, checksum and content."""
     file = tar_name(tier, result.shard)
@@ -549,7 +564,7 @@ def _check_tar(
                 if place >= len(listed):
                     result.add(file, f"member {member.name!r} is not in the manifest")
                     break
-                _check_member(result, file, member, data, *listed[place], settings, deep)
+                _check_member(result, file, member, data, *listed[place], settings, deep, spelling)
                 walked += 1
         except TAR_ERRORS as error:
             result.add(file, f"the tar cannot be read after {walked} members: {error}")
@@ -598,6 +613,7 @@ def _check_member(
     row: dict[str, Any],
     settings: dict[str, Any],
     deep: "_Deep | None",
+    spelling: "Spelling | None",
 ) -> None:
     name, key = listed["name"], row["key"]
     for what, expected, got in (
@@ -614,12 +630,18 @@ def _check_member(
     add = functools.partial(result.add, file, key=key)
     try:
         if name == f"{key}.json":
-            _check_conversation(add, data, row, settings)
+            sample = _check_conversation(add, data, row, settings)
+            if spelling is not None:
+                spelling.expect(key, sample.answers)
         elif name == f"{key}.answer.arrow":
             table = read_table(data, where=name)
             _check_answer(add, table, row, settings)
-            if deep is not None:
-                deep.add(answer_rows(table, where=name))
+            if deep is not None or spelling is not None:
+                rows = answer_rows(table, where=name)
+                if spelling is not None:
+                    spelling.check(add, key, rows)
+                if deep is not None:
+                    deep.add(rows)
         elif name == f"{key}.question.arrow":
             table = read_table(data, where=name)
             _check_columns(add, table, PLACES, {}, settings, "question_codec")
@@ -630,7 +652,7 @@ def _check_member(
         add(f"member {name} cannot be read: {error!r}")
 
 
-def _check_conversation(add: Callable[..., None], data: bytes, row: dict[str, Any], settings: dict[str, Any]) -> None:
+def _check_conversation(add: Callable[..., None], data: bytes, row: dict[str, Any], settings: dict[str, Any]) -> Sample:
     sample = Sample.from_json(row["key"], strict_json(data, MOST_CONVERSATION_BYTES), [])
     for name in ("sample_id", "category", "source"):
         if getattr(sample, name) != row[name]:
@@ -644,6 +666,7 @@ def _check_conversation(add: Callable[..., None], data: bytes, row: dict[str, An
     places = sample.image_indices
     if len(places) != row["images"] or sorted(places) != list(range(len(places))):
         add("images that the conversation names", f"0 to {row['images'] - 1}", places)
+    return sample
 
 
 def _check_answer(add: Callable[..., None], table: pa.Table, row: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -840,6 +863,36 @@ def _deep_head(store: Store, sha256: str, device: str) -> FrozenHead:
     """The head, widened once on a CPU, where each product would widen it again."""
     head = FrozenHead.load(store.local_copy(HEAD_FILE, sha256), device)
     return head if head.weight.is_cuda else dataclasses.replace(head, weight=head.weight.float())
+
+
+class Spelling:
+    """Compares the answers of a shard's conversations with what their tokens stand for."""
+
+    def __init__(self, vocabulary: Vocabulary):
+        self.vocabulary = vocabulary
+        self._key, self._answers = "", ()
+
+    def expect(self, key: str, answers: tuple[str, ...]) -> None:
+        """The answers of the conversation whose tokens come next."""
+        self._key, self._answers = key, answers
+
+    def check(self, add: Callable[..., None], key: str, rows: AnswerRows) -> None:
+        """A text may differ from its tokens by what a template puts before it and by how characters are composed."""
+        if key != self._key or not rows.predicts.any():
+            return  # the conversation could not be read, and that was said
+        for turn, answer in enumerate(self._answers):
+            ids = rows.target_id[rows.predicts & (rows.turn == turn)][:-1].tolist()  # the last one closes the turn
+            pieces = [self.vocabulary.bytes(token_id) for token_id in ids]
+            if None in pieces:
+                add(f"answer of turn {turn + 1}: a token that the teacher's tokenizer.json lacks", got=ids[pieces.index(None)])
+                continue
+            text = b"".join(piece for piece in pieces if piece is not None).decode(errors="backslashreplace")
+            spelled, wanted = (unicodedata.normalize("NFC", words) for words in (text, answer))
+            if not spelled.endswith(wanted) or spelled[: len(spelled) - len(wanted)].strip():
+                place = next((i for i, (a, b) in enumerate(zip(spelled, wanted, strict=False)) if a != b), 0)
+                near = slice(max(0, place - 20), place + 20)
+                what = f"answer of turn {turn + 1}: not what its tokens stand for, near character {place}"
+                add(what, repr(spelled[near]), repr(wanted[near]))
 
 
 class _Deep:

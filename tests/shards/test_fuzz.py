@@ -161,9 +161,9 @@ class Fuzzed:
         self.whole = verify.verify_cache(cache)
         assert self.whole.whole and not self.whole.notes
 
-    def check_shard(self, cache, shard, settings, head):
+    def check_shard(self, cache, shard, settings, *others):
         if self.everything or shard in self.touched or settings != self.settings:
-            result = self._check(cache, shard, settings, head)
+            result = self._check(cache, shard, settings, *others)
             if not self.touched:
                 self.checked[shard], self.settings = result, settings
             return result

@@ -38,10 +38,10 @@ from genrecal.shards.inspect import (
     save_images,
     summarize,
 )
-from genrecal.shards.inspect_record import load_vocabulary
 from genrecal.shards.inspect_text import inline_image, inline_protocol, record_text, sql_text, summary_text, visible
 from genrecal.shards.reader import open_cache
 from genrecal.shards.storage import open_store
+from genrecal.shards.vocabulary import load_vocabulary
 
 TOP_K = 8
 ODD = [
