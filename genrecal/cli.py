@@ -593,7 +593,9 @@ def pair(
 @app.command()
 def verify(
     cache: Annotated[str, typer.Argument(help="Cache directory or URL.")],
-    deep: Annotated[bool, typer.Option("--deep", help="Recompute logits from states, and answers from tokens.")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Recompute logits from states, and answers from tokens.")
+    ] = False,
     repair: Annotated[
         bool, typer.Option("--repair", help="Set damaged shards aside, so that `cache` makes them again.")
     ] = False,

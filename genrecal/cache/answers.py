@@ -21,8 +21,11 @@ from genrecal.shards.layout import answers_name
 from genrecal.shards.manifest import SKIPPED
 from genrecal.shards.storage import Store, storage_errors
 from genrecal.shards.strict_json import strict_json
+from genrecal.shards.vocabulary import Vocabulary, load_vocabulary
+from genrecal.token_bytes import SPACE
 
 MOST_FILE_BYTES = 2**30
+CHECKED = 1  # how answers were checked as they were written; those of another number are written again
 PLACEHOLDER = "a"  # stands for the answer that is asked for
 
 
@@ -80,7 +83,8 @@ def answer_shard(
                     watch.count(records=1)
         turn += 1
         asking = [index for index in asking if "reason" not in entries[index] and turns[index] > turn]
-    lines = [json.dumps(entries[index], sort_keys=True, ensure_ascii=False) for index in records]
+    checked = [entries[index] | {"checked": CHECKED} for index in records]
+    lines = [json.dumps(entry, sort_keys=True, ensure_ascii=False) for entry in checked]
     with storage_errors(f"{store.url}: the answers of shard {shard}"):
         store.write(answers_name(shard), "".join(f"{line}\n" for line in lines).encode())
     return _facts(list(entries.values()))
@@ -136,12 +140,22 @@ def answered(samples: Sequence[Sample | BadRecord], shard: int, store: Store, op
 
 
 def finished_answers(store: Store, shards: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """The facts of those whose answers are written."""
+    """The facts of those whose answers are written, and are such as the teacher's tokenizer can write."""
     there = store.sizes("answers")
     shards = [shard for shard in shards if answers_name(shard).removeprefix("answers/") in there]
+    vocabulary = load_vocabulary(store)[0] if shards else None
     with ThreadPoolExecutor(READERS) as pool:
         found = pool.map(lambda shard: _read(store, shard), shards)
-        return {shard: _facts(entries) for shard, entries in zip(shards, found, strict=True) if entries is not None}
+        return {
+            shard: _facts(entries)
+            for shard, entries in zip(shards, found, strict=True)
+            if entries is not None and not any(_has_marks(entry, vocabulary) for entry in entries)
+        }
+
+
+def _has_marks(entry: dict[str, Any], vocabulary: Vocabulary | None) -> bool:
+    """Whether an answer holds what a vocabulary writes for a space, which no text that was decoded does."""
+    return vocabulary is not None and SPACE in vocabulary.decoder and SPACE in "".join(entry.get("answers", ()))
 
 
 def _facts(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -160,7 +174,7 @@ def _read(store: Store, shard: int) -> list[dict[str, Any]] | None:
 
 
 def _is_entry(entry: Any) -> bool:
-    if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
+    if not isinstance(entry, dict) or not isinstance(entry.get("key"), str) or entry.get("checked") != CHECKED:
         return False
     answers = entry.get("answers")
     if isinstance(entry.get("reason"), str):

@@ -1,7 +1,6 @@
 """One record of a cache, readable: its pictures, its conversation, and what the teacher thinks of each answer token."""
 
 import difflib
-import json
 import re
 import warnings
 from dataclasses import dataclass

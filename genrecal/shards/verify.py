@@ -884,7 +884,10 @@ class Spelling:
             ids = rows.target_id[rows.predicts & (rows.turn == turn)][:-1].tolist()  # the last one closes the turn
             pieces = [self.vocabulary.bytes(token_id) for token_id in ids]
             if None in pieces:
-                add(f"answer of turn {turn + 1}: a token that the teacher's tokenizer.json lacks", got=ids[pieces.index(None)])
+                add(
+                    f"answer of turn {turn + 1}: a token that the teacher's tokenizer.json lacks",
+                    got=ids[pieces.index(None)],
+                )
                 continue
             text = b"".join(piece for piece in pieces if piece is not None).decode(errors="backslashreplace")
             spelled, wanted = (unicodedata.normalize("NFC", words) for words in (text, answer))
