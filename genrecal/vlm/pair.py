@@ -263,11 +263,14 @@ def _token_types(
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
     tokenizer = renderer.tokenizer
+    advice = "; give another --text"
     try:
+        renderer.byte_tokenizer(text)
+        advice = ""
         answered = [Message(role="user", parts=("Hi",)), Message(role="assistant", parts=(text,))]
         tokens = renderer.encode_messages(answered, []).answers[0]
     except SampleError as error:
-        raise ModelError(f"{path}: {error}; give another --text") from None
+        raise ModelError(f"{path}: {error}{advice}") from None
     entries: dict[bytes, set[int]] = {}
     for token_id in tokenizer.get_vocab().values():
         entries.setdefault(renderer.byte_tokenizer.token_bytes(token_id), set()).add(token_id)
@@ -285,7 +288,7 @@ def _token_types(
         image_positions=None if counts is None else {name: count[1] for name, count in counts.items()},
         prompt=tokenizer.decode(_prompt(renderer, [])),
         end_of_turn=renderer.marks.end_of_turn,
-        special_tokens={str(token): token_id for token_id, token in tokenizer.added_tokens_decoder.items()},
+        special_tokens={str(t): i for i, t in tokenizer.added_tokens_decoder.items() if getattr(t, "special", False)},
     )
     return types, entries, renderer
 
