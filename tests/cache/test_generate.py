@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from made_cache import tree
+from tokenizers import AddedToken
 
 import genrecal.demo.data
-from genrecal.cache.answers import up_to_turn
+from genrecal.cache.answers import finished_answers, up_to_turn
 from genrecal.cache.draws import uniforms
 from genrecal.cache.generate import answer_numbers, answer_text, choose
 from genrecal.cache.job import run_cache_job
@@ -21,8 +22,12 @@ from genrecal.cli import main
 from genrecal.errors import DamageError, DataError, SampleError
 from genrecal.samples import open_samples
 from genrecal.shards.answer_source import AnswerSource
+from genrecal.shards.layout import answers_name
 from genrecal.shards.reader import open_cache
+from genrecal.shards.storage import open_store
 from genrecal.shards.verify import verify_cache
+from genrecal.vlm.loading import load_processor
+from genrecal.vlm.rendering import Renderer
 
 TEACHER = Path(genrecal.demo.data.__file__).parent / "assets" / "teacher"
 GREEDY = AnswerSource(kind="greedy", max_tokens=64)
@@ -214,6 +219,51 @@ def test_a_job_that_stops_goes_on(teacher, data, tmp_path):
     assert not (tmp_path / "cache/index.parquet").exists()
     run_cache_job(teacher, open_samples([data]), tmp_path / "cache", OPTIONS)
     assert tree(tmp_path / "cache") == tree(tmp_path / "whole")
+
+
+def test_answers_that_were_not_checked_are_written_again(teacher, data, tmp_path):
+    """An older version wrote U+2581 for spaces, and no number of the check."""
+    run_cache_job(teacher, open_samples([data], limit=3), tmp_path, OPTIONS)
+    before, file = tree(tmp_path), tmp_path / "answers/00000.jsonl"
+    entries = [json.loads(line) for line in file.read_text().splitlines()]
+    assert all(entry.pop("checked") == 1 for entry in entries)
+    for entry in entries:
+        entry["answers"] = [answer.replace(" ", "▁") for answer in entry["answers"]]
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    (tmp_path / "manifest/00000.parquet").unlink()
+    run_cache_job(teacher, open_samples([data], limit=3), tmp_path, OPTIONS)
+    assert tree(tmp_path) == before
+
+
+def test_answers_with_the_mark_for_a_space_are_not_finished(tiny, tmp_path):
+    store = open_store(tmp_path)
+    entries = {0: "two  words", 1: "two▁▁words"}
+    for shard, answer in entries.items():
+        store.write(answers_name(shard), json.dumps({"answers": [answer], "checked": 1, "key": "k"}).encode() + b"\n")
+    for family, expected in (("internvl_llama", {0}), ("qwen2_vl", {0, 1})):
+        store.write("teacher/tokenizer.json", (tiny(family) / "tokenizer.json").read_bytes())
+        assert set(finished_answers(store, [0, 1, 2])) == expected
+
+
+def test_written_answers_are_what_the_tokenizer_decodes(tiny):
+    """Of a sentencepiece-like tokenizer with runs of spaces as added tokens; ids that no text tokenises to included."""
+    processor = load_processor(tiny("internvl_llama"))
+    processor.tokenizer.add_tokens([AddedToken("▁▁", normalized=False), AddedToken("<b>", special=False)])
+    renderer = Renderer(processor)
+    end, rng = renderer.marks.end_of_turn_id, np.random.default_rng(0)
+    vocabulary, before = len(renderer.tokenizer), renderer.tokenizer("a", add_special_tokens=False)["input_ids"]
+    runs = [renderer.tokenizer.convert_tokens_to_ids(token) for token in ("▁▁", "▁", "<b>")]
+    right = 0
+    for _ in range(300):
+        ids = [int(rng.choice(runs) if rng.random() < 0.3 else rng.integers(vocabulary)) for _ in range(6)]
+        decoded = renderer.tokenizer.decode([*before, *ids], clean_up_tokenization_spaces=False)[1:]
+        found = answer_text(renderer, [*ids, end], [end], 0, GREEDY)
+        if isinstance(found, SampleError):
+            assert "\ufffd" in decoded or not decoded.strip() or end in ids
+        else:
+            assert found == (decoded if end not in ids else decoded[: len(found)]) and "▁" not in found
+            right += "  " in found
+    assert right > 20
 
 
 def test_answers_of_another_conversation_are_refused(teacher, data, tmp_path):

@@ -19,7 +19,7 @@ from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cli import main
 from genrecal.errors import DamageError, FormatError
-from genrecal.samples import open_samples
+from genrecal.samples import Sample, open_samples
 from genrecal.shards import verify
 from genrecal.shards.head import HEAD_FILE
 from genrecal.shards.index import INDEX_FILE
@@ -440,6 +440,40 @@ def test_the_limit_is_what_is_asked_for(tmp_path):
     assert not verify_cache(cache, deep=True, max_kl=mean * 0.99).whole
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_llava(tmp_path_factory.mktemp("data") / "d", mixed_samples(12))
+
+
+@pytest.mark.parametrize(
+    "wrong", [("a red", "a▁red"), ("2 2", "2  2"), ("7 of", "8 of"), ("中文", "中"), (" blue", " blue  ")]
+)
+def test_an_answer_that_its_tokens_do_not_spell_is_found_and_repaired(teacher, data, tmp_path, monkeypatch, wrong):
+    """Written as it would be by a job that gets the text of tokens wrong: every checksum is right."""
+    options = CacheOptions(samples_per_shard=4)
+    run_cache_job(teacher, open_samples([data]), tmp_path / "right", options)
+    assert verify_cache(tmp_path / "right", deep=True).whole
+    to_json = Sample.to_json
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Sample, "to_json", lambda self: json.loads(json.dumps(to_json(self)).replace(*map(escaped, wrong)))
+        )
+        run_cache_job(teacher, open_samples([data]), tmp_path / "wrong", options)
+    assert verify_cache(tmp_path / "wrong").whole
+    result = verify_cache(tmp_path / "wrong", deep=True)
+    assert result.damaged_shards == [0, 1, 2] and len(result.findings) == 3
+    assert "sample 0000000" in str(result.findings[0])
+    assert "not what its tokens stand for" in str(result.findings[0])
+    quarantine(result)
+    run_cache_job(teacher, open_samples([data]), tmp_path / "wrong", options)
+    again = {name: content for name, content in tree(tmp_path / "wrong").items() if "quarantine" not in name}
+    assert again == tree(tmp_path / "right")
+
+
+def escaped(text):
+    return json.dumps(text)[1:-1]
+
+
 # --------------------------------------------------------------------------------------------------------------- repair
 
 
@@ -471,11 +505,6 @@ def test_damaged_shards_are_set_aside_and_no_earlier_ones_overwritten(cache):
     damage(cache, 1)
     assert quarantine(verify_cache(cache)) == [f"{cache}/quarantine/00001.1"]
     assert len(tree(cache / "quarantine")) == 6
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_llava(tmp_path_factory.mktemp("data") / "d", mixed_samples(12))
 
 
 def test_after_repair_the_cache_job_makes_the_same_bytes(teacher, data, tmp_path):
