@@ -292,7 +292,7 @@ def test_inspect_counts_what_the_manifest_counts(run: Run, cache: Path) -> None:
         assert summary[name] == sum(row[name] for row in cached) > 0
     assert summary["with_question"] == sum(row["has_question"] for row in cached)
     assert summary["categories"] == Counter(row["category"] for row in cached)
-    assert summary["skip_reasons"] == {"turn 4: empty answer": 1}
+    assert summary["skip_reasons"] == {"turn …: empty answer": 1}
     tokens = summary["answer_tokens"]
     mean = sum(row["log_prob"] * row["answer_tokens"] for row in cached) / tokens
     assert summary["log_prob"] == pytest.approx(mean, rel=1e-5)

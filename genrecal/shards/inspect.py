@@ -288,9 +288,12 @@ def blind_teacher(top1_agreement: float, log_prob: float, head_rows: int) -> Ite
 
 
 def reason_kind(reason: str) -> str:
-    """`FILE:LINE: image a/7.png does not exist` -> `image … does not exist`: the place and the particulars left out."""
+    """`FILE:LINE: image a/7.png does not exist` -> `image … does not exist`: the place and the particulars left out.
+
+    Names of fields, members and tags stay: they say what is not read.
+    """
     why = re.sub(r"\A.*?:\d+: ", "", reason, flags=re.DOTALL)
-    kind = re.sub(r"'[^']*'|\"[^\"]*\"|[^\s(]*[/\d][^\s]*?(?=[:;,.)]*(?:\s|\Z))", "…", why)
+    kind = re.sub(r"(?<!field )(?<!member )(?<!tag )'[^']*'|\"[^\"]*\"|[^\s(]*[/\d][^\s]*?(?=[:;,.)]*(?:\s|\Z))", "…", why)
     return re.sub(r"…(?:\s…)+", "…", kind)
 
 

@@ -320,12 +320,13 @@ def test_skipped_samples_by_reason_with_a_place(cache):
 
 
 @pytest.mark.parametrize(("reason", "kind"), [
-    ("d.jsonl:7: turn 2: empty answer", "turn 2: empty answer"),
+    ("d.jsonl:7: no assistant turn", "no assistant turn"),
     ("a b/d: 2.json:7: turn 2: empty answer", "turn …: empty answer"),
     ("d.json:1: image of 9 x 8 pixels is over the limit of 40 pixels", "image of … x … pixels is over the limit of … pixels"),
     ("d.json:1: image /a/b 1/c.png does not exist", "image … does not exist"),
     ("d.json:1: cannot identify <_io.BytesIO object at 0x7f1>", "cannot identify <_io.BytesIO object at …"),
     ("d.json:1: unknown role 'toolbox'; expected one of user", "unknown role …; expected one of user"),
+    ("d.json:1: the field 'tools' is about tools", "the field 'tools' is about tools"),
     ("no place, and: a colon", "no place, and: a colon"),
     ("", ""),
 ])  # fmt: skip
