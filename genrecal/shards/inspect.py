@@ -293,7 +293,9 @@ def reason_kind(reason: str) -> str:
     Names of fields, members and tags stay: they say what is not read.
     """
     why = re.sub(r"\A.*?:\d+: ", "", reason, flags=re.DOTALL)
-    kind = re.sub(r"(?<!field )(?<!member )(?<!tag )'[^']*'|\"[^\"]*\"|[^\s(]*[/\d][^\s]*?(?=[:;,.)]*(?:\s|\Z))", "…", why)
+    kind = re.sub(
+        r"(?<!field )(?<!member )(?<!tag )'[^']*'|\"[^\"]*\"|[^\s(]*[/\d][^\s]*?(?=[:;,.)]*(?:\s|\Z))", "…", why
+    )
     return re.sub(r"…(?:\s…)+", "…", kind)
 
 
