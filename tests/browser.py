@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-WAIT = 30  # seconds that an answer may take on a loaded machine
+WAIT = 600  # seconds; a browser that takes longer to end hangs
 
 
 class Page:

@@ -24,9 +24,10 @@ torch.set_num_threads(1)
 # `make test-all` sets it: all damages and all kills, of which CI tries a share.
 FULL = bool(os.environ.get("GENRECAL_FULL"))
 # CI tries the same examples every time; elsewhere every run tries new ones.
-hypothesis.settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    hypothesis.settings.load_profile("ci")
+# None has a deadline: a busy machine is not an error.
+patient = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("ci", derandomize=bool(os.environ.get("CI")), **patient)
+hypothesis.settings.load_profile("ci")
 
 REAL = Path(os.environ.get("GENRECAL_REAL") or Path(__file__).parents[1] / "build" / "real")
 SROIE = Path(__file__).parents[2] / "shared" / "data" / "sroie" / "sroie.json"

@@ -43,7 +43,7 @@ def run(function, *args):
     process.start()
     its.close()
     try:
-        result = ours.recv() if ours.poll(60) else "it did not end"
+        result = ours.recv() if ours.poll(600) else "it did not end"
     except EOFError:
         result = "it was killed"
     process.kill()

@@ -31,7 +31,7 @@ def s3_server() -> Iterator[int]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while True:
             try:
                 with socket.create_connection(("127.0.0.1", port), timeout=1):
@@ -39,7 +39,7 @@ def s3_server() -> Iterator[int]:
             except OSError:
                 assert process.poll() is None and time.monotonic() < deadline, "the S3 server did not start"
                 time.sleep(0.05)
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
         connection.request("PUT", f"/{BUCKET}")
         assert connection.getresponse().status == 200
         yield port
@@ -96,7 +96,7 @@ def proxy_to(server_port: int) -> Iterator[Proxy]:
             if verdict == "stall":
                 self.rfile.read(length // 2)
                 proxy.stalled.set()
-                proxy.release.wait(60)
+                proxy.release.wait(600)
                 self.close_connection = True
                 return
             body = self.rfile.read(length)
@@ -110,7 +110,7 @@ def proxy_to(server_port: int) -> Iterator[Proxy]:
                 if self.command != "HEAD":
                     self.wfile.write(answer)
                 return
-            connection = http.client.HTTPConnection("127.0.0.1", server_port, timeout=60)
+            connection = http.client.HTTPConnection("127.0.0.1", server_port, timeout=600)
             connection.request(self.command, self.path, body, dict(self.headers))
             response = connection.getresponse()
             data = response.read()

@@ -49,7 +49,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 def process(*args: str | Path) -> Ended:
     """Run the command in a process of its own."""
-    done = subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, timeout=600)
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
@@ -112,7 +112,7 @@ def test_ctrl_c_says_what_to_do_and_ends_with_130(tmp_path: Path) -> None:
     )
     with pipe.open("w"):  # opens once the command reads its settings, and keeps it waiting for them
         child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=120)
+        _, err = child.communicate(timeout=600)
     assert child.returncode == 130
     assert err.strip().splitlines()[-1].startswith("genrecal: interrupted; run the same command again")
     assert "Traceback" not in err

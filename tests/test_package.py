@@ -90,7 +90,7 @@ def shell(tmp_path):
 
     def run(line):
         done = subprocess.run(
-            ["bash", "--norc", "-c", line], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120
+            ["bash", "--norc", "-c", line], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=600
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -188,7 +188,7 @@ def test_a_clean_environment_reads_trains_and_exports(wheel, tmp_path):
 
     def run(*words):
         done = subprocess.run(
-            [python, *map(str, words)], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300
+            [python, *map(str, words)], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=600
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

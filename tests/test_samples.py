@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import zstandard
 from conftest import SROIE, picture, png
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -356,7 +356,6 @@ def test_an_image_deleted_after_parsing_is_a_sample_error(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ keys, round trips
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=5), st.integers(0, 99_999_999))
 def test_keys_are_stable_unique_and_name_files(ids: list[str], start: int) -> None:
     keys = [make_key(start + i, sample_id) for i, sample_id in enumerate(ids)]
@@ -378,7 +377,6 @@ answers = st.builds(
 messages = st.lists(plain | answers, max_size=5)
 
 
-@settings(deadline=None)
 @given(messages.map(tuple), texts, texts, texts)
 def test_json_round_trip(messages: tuple[Message, ...], sample_id: str, category: str, source: str) -> None:
     images = tuple(ImageSource(data=bytes([i]), suffix="png") for i in range(3))

@@ -10,7 +10,10 @@ from genrecal.cache.teacher import HFTeacher
 
 
 class Teacher(HFTeacher):
-    """Slow, and writes to `folder` on which node it works; `fault` happens with samples whose key holds `key`."""
+    """Writes to `folder` on which node it works, and waits while there is a `folder.wait`.
+
+    `fault` happens with samples whose key holds `key`.
+    """
 
     folder: Path
     fault: str = ""
@@ -20,7 +23,8 @@ class Teacher(HFTeacher):
         import ray
 
         (self.folder / f"{ray.get_runtime_context().get_node_id()}-{time.time_ns()}").touch()
-        time.sleep(0.2)
+        while self.folder.with_suffix(".wait").exists():
+            time.sleep(0.02)
         if self.fault and any(self.key in encoded.key for encoded in batch):
             if self.fault == "killed":
                 os._exit(9)

@@ -115,7 +115,7 @@ def test_records_in_memory_are_bounded(teacher, data, tmp_path, monkeypatch):
     options = dataclasses.replace(OPTIONS, samples_per_shard=20)
     run_cache_job(watched, open_samples([data]), tmp_path / "cache", options, WorkOptions(threads=threads))
     bound = job.SHARDS_AT_ONCE * (4 + 2 * threads + 1)
-    assert 4 < watched.most_alive <= bound < 40
+    assert watched.most_alive <= bound < 40
 
 
 def test_a_window_closes_when_its_tensors_are_large(teacher, data, tmp_path, monkeypatch):
@@ -127,17 +127,24 @@ def test_a_window_closes_when_its_tensors_are_large(teacher, data, tmp_path, mon
 
 
 def test_rendering_and_the_teacher_overlap(teacher, data, tmp_path):
-    """Both take 20 ms a sample here; one after the other they would take twice that."""
-    watched = Watched(teacher)
+    """The teacher's first batch, of shard 0, waits until a sample of shard 1 is rendered; one after the other would hang."""
+    watched, rendered = Watched(teacher), threading.Event()
     plain_encode, plain_states = watched.encode, watched.states
-    watched.encode = lambda *words, **options: (time.sleep(0.02), plain_encode(*words, **options))[1]
-    watched.states = lambda batch, **options: (time.sleep(0.02 * len(batch)), plain_states(batch, **options))[1]
+
+    def encode(sample, **options):
+        encoded = plain_encode(sample, **options)
+        if sample.sample_id == "s4":
+            rendered.set()
+        return encoded
+
+    def states(batch, **options):
+        assert rendered.wait(600), "no sample of the next shard was rendered meanwhile"
+        return plain_states(batch, **options)
+
+    watched.encode, watched.states = encode, states
     options = dataclasses.replace(OPTIONS, samples_per_shard=4)
-    start = time.monotonic()
-    report = run_cache_job(watched, open_samples([data]), tmp_path / "cache", options, WorkOptions(threads=1))
-    seconds = time.monotonic() - start
-    # The first shard's rendering has nothing beside it.
-    assert seconds < 0.85 * sum(report.seconds.values())
+    run_cache_job(watched, open_samples([data]), tmp_path / "cache", options, WorkOptions(threads=1))
+    assert verify_cache(tmp_path / "cache").whole
 
 
 @pytest.mark.parametrize("broken", ["states", "encode", "head"])
@@ -214,8 +221,9 @@ def test_the_status_file_says_what_was_done(teacher, data, tmp_path, capfd):
     [warning] = said["warnings"]  # a teacher of random weights; said once a run, whatever the number of shards
     assert warning.startswith("the teacher does not know these answers")
     assert capfd.readouterr().err.count(f"warning: {warning}") == 1
-    for name, count in (("samples", "samples"), ("tokens", "tokens")):
-        assert said[f"{name}_per_second"] == pytest.approx(said[count] / said["seconds"], rel=0.2)
+    for name in ("samples", "tokens"):  # `seconds` is rounded to a tenth
+        least, most = said[name] / (said["seconds"] + 0.06), said[name] / max(said["seconds"] - 0.06, 1e-9)
+        assert least - 0.1 <= said[f"{name}_per_second"] <= most + 0.1
     assert verify_cache(tmp_path / "cache").whole
 
 

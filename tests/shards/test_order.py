@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from genrecal.shards.order import MixedOrder, SampleOrder, micro_batches
@@ -18,7 +18,6 @@ def shards_of(sizes: list[int]) -> np.ndarray:
     return np.repeat(np.arange(len(sizes)), sizes)
 
 
-@settings(deadline=None)
 @given(shard_sizes, seeds, st.integers(0, 1000), st.integers(1, 12))
 def test_an_epoch_is_a_permutation(sizes: list[int], seed: int, epoch: int, window: int) -> None:
     order = SampleOrder(shards_of(sizes), seed=seed, window=window)
@@ -41,7 +40,6 @@ def test_the_order_is_the_same_in_every_version() -> None:
     assert order.slice(0, 12).tolist() == [4, 0, 2, 1, 5, 3, 8, 6, 7, 7, 1, 6]
 
 
-@settings(deadline=None)
 @given(shard_sizes, seeds, st.data())
 def test_resuming_is_arithmetic(sizes: list[int], seed: int, data: st.DataObject) -> None:
     order = SampleOrder(shards_of(sizes), seed=seed, window=3)
@@ -51,7 +49,6 @@ def test_resuming_is_arithmetic(sizes: list[int], seed: int, data: st.DataObject
     assert len(order.slice(a, c)) == c - a and order.slice(b, b).dtype == np.int64
 
 
-@settings(deadline=None)
 @given(shard_sizes, seeds, st.integers(0, 3))
 def test_the_stream_is_the_epochs_one_after_another(sizes: list[int], seed: int, epoch: int) -> None:
     order, n = SampleOrder(shards_of(sizes), seed=seed), sum(sizes)
@@ -59,7 +56,6 @@ def test_the_stream_is_the_epochs_one_after_another(sizes: list[int], seed: int,
     assert np.array_equal(stream, np.concatenate([order.epoch(epoch), order.epoch(epoch + 1)]))
 
 
-@settings(deadline=None)
 @given(shard_sizes, seeds, st.integers(1, 4))
 def test_samples_are_mixed_within_windows_of_shards_only(sizes: list[int], seed: int, window: int) -> None:
     shards = shards_of(sizes)
@@ -93,7 +89,6 @@ def test_shards_may_have_any_numbers_and_lie_in_any_order() -> None:
 # ---------------------------------------------------------------------------------------------------------- micro-batches
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 19), min_size=1, max_size=70), st.integers(1, 5), st.sampled_from([1, 2, 4, 8]), st.data()
 )
@@ -114,7 +109,6 @@ def test_the_ranks_share_a_global_batch_exactly(
     assert np.all(np.diff(lengths[along]) >= 0)
 
 
-@settings(deadline=None)
 @given(st.permutations(range(16)), st.sampled_from([1, 2, 4]))
 def test_the_share_does_not_depend_on_the_batchs_own_order(batch: list[int], world_size: int) -> None:
     lengths = np.array([5, 1, 4, 4, 4, 2, 9, 9, 1, 3, 3, 3, 8, 2, 2, 7])
@@ -157,7 +151,6 @@ def caches_by_sorting(counts: list[int]) -> list[int]:
     return [number for _, number in sorted(places)]
 
 
-@settings(deadline=None)
 @given(cache_sizes, seeds, st.data())
 def test_a_mix_is_what_sorting_gives_in_whatever_pieces(sizes: list[int], seed: int, data: st.DataObject) -> None:
     counts = [round(size * data.draw(epoch_weights)) for size in sizes]

@@ -52,7 +52,7 @@ def test_question_rows_round_trip():
 
 
 @given(FLOATS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_bf16_is_lossless_for_any_bfloat16(values):
     """Subnormals, zero rows, huge channels, signed zeros: bit for bit."""
     rounded = round_to_bf16(values)
@@ -61,7 +61,7 @@ def test_bf16_is_lossless_for_any_bfloat16(values):
 
 
 @given(FLOATS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_rounding_is_torchs(values):
     import torch
 

@@ -204,7 +204,7 @@ def test_a_kill_in_the_middle_of_an_upload_leaves_nothing_that_looks_whole(made,
     child = subprocess.Popen(
         [sys.executable, "-c", script], env=os.environ | {"TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE
     )
-    assert proxy.stalled.wait(60), child.communicate(timeout=5)
+    assert proxy.stalled.wait(600), child.communicate(timeout=60)
     assert list(tmp_path.glob(f"genrecal-{machine_name()}-{child.pid}-*"))  # the tars on their way
     os.kill(child.pid, signal.SIGKILL)
     child.communicate()

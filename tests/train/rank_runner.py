@@ -3,8 +3,9 @@
 A request on a line of standard input starts so many ranks side by side, with the environment that torchrun gives them; the
 answer is a line that says how they ended and what they wrote to standard error. Started by tests, never imported.
 
-Ranks may be killed all at once, after a number of metrics are written and some seconds more, or in the middle of writing
-a checkpoint (at the given call of fsync); a single rank may be sent a signal, or find that a loss is not a number.
+Ranks may be killed all at once: after a number of metrics are written and so many micro-steps more, or in the middle of
+writing a checkpoint (at the given call of fsync). A single rank may be sent a signal after a number of metrics, while rank 0
+stands still, or find that a loss is not a number. Nothing depends on how fast the machine is.
 """
 
 import json
@@ -24,6 +25,7 @@ import torch
 
 import genrecal.train.loop  # noqa: F401
 from genrecal.cli import main
+from genrecal.train.logs import RunLog
 from genrecal.train.stages import Distiller
 
 
@@ -58,6 +60,30 @@ def spoil_loss(at):
     Distiller.forward = forward
 
 
+def after_lines(request):
+    """Rank 0's part: at that many metrics the group is killed, after some forward passes more, or rank 0 stops itself."""
+    plain, forward, left = RunLog.write, Distiller.forward, []
+
+    def write(self, *words):
+        plain(self, *words)
+        if lines_of(request["out"]) < request["at_lines"] or left:
+            return
+        if "signal" in request:
+            left.append(None)
+            os.kill(os.getpid(), signal.SIGSTOP)  # until the runner has sent the signal
+        elif request.get("forwards"):
+            left.extend(range(request["forwards"]))
+        else:
+            os.killpg(0, signal.SIGKILL)
+
+    def count(self, *words):
+        if left and left.pop() == 0:
+            os.killpg(0, signal.SIGKILL)
+        return forward(self, *words)
+
+    RunLog.write, Distiller.forward = write, count
+
+
 def run_rank(rank, request, environment, output):
     """One rank, in a child; it never returns."""
     torch.set_num_threads(1)
@@ -67,6 +93,8 @@ def run_rank(rank, request, environment, output):
         os.dup2(output, number)
     if rank == 0 and request.get("fsync"):
         kill_at_fsync(request["fsync"])
+    if rank == 0 and "at_lines" in request:
+        after_lines(request)
     if rank == request.get("spoilt_rank"):
         spoil_loss(request["spoilt_at"])
     status = 99
@@ -102,29 +130,24 @@ def run(request):
                 run_rank(rank, request, environment, output.fileno())
             os.setpgid(child, children[0] if children else child)
             children.append(child)
-        started, hit = time.monotonic(), False
+        started = time.monotonic()
         left, statuses = dict(enumerate(children)), {}
         while left:
             time.sleep(0.002)
             for rank, child in list(left.items()):
-                ended, status = os.waitpid(child, os.WNOHANG)
-                if ended:
+                changed, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
+                if changed and os.WIFSTOPPED(status):
+                    os.kill(children[request["to_rank"]], getattr(signal, request["signal"]))
+                    os.kill(child, signal.SIGCONT)
+                elif changed:
                     statuses[rank] = os.waitstatus_to_exitcode(status)
                     del left[rank]
-            if left and not hit and "at_lines" in request and lines_of(request["out"]) >= request["at_lines"]:
-                time.sleep(request.get("delay", 0))
-                hit = True
-                if "signal" in request:
-                    os.kill(children[request["to_rank"]], getattr(signal, request["signal"]))
-                else:
-                    os.killpg(children[0], signal.SIGKILL)
-            if left and time.monotonic() - started > request.get("limit", 300):
+            if left and time.monotonic() - started > request.get("limit", 1200):
                 os.killpg(children[0], signal.SIGKILL)
         output.seek(0)
         return {
             "statuses": [statuses[rank] for rank in range(size)],
             "output": output.read().decode(),
-            "seconds": time.monotonic() - started,
         }
 
 

@@ -46,7 +46,7 @@ def ends_of(tokens: TokenizedText) -> np.ndarray:
     return prefix_ends(tokens.starts, tokens.ends)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(answers)
 def test_pairs_are_those_of_equal_prefixes(text):
     """Whatever each kind of tokenizer does to the text that it gives back byte by byte."""
@@ -61,7 +61,7 @@ def test_pairs_are_those_of_equal_prefixes(text):
         assert expected[-1] == last and expected[0] == (0, 0)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(answers)
 def test_what_a_normaliser_changes_lines_up_where_whole_characters_end(text):
     """Also of a text that Qwen2's tokenizer composes: rows rise on both sides, from the first to the end of turn."""

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from genrecal.errors import UsageError
@@ -159,7 +159,6 @@ def test_a_file_that_cannot_be_read_is_a_usage_error(tmp_path: Path) -> None:
         load_config(tmp_path / "binary.toml")
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     lr=st.floats(0, 1),

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import conversation, mixed_samples
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from genrecal.errors import DataError, ModelError, UsageError
@@ -209,7 +209,6 @@ def predictions(scores: list[float], *, turns: int = 1) -> list[Prediction]:
 some_scores = st.lists(st.floats(0, 1), min_size=2, max_size=20)
 
 
-@settings(deadline=None)
 @given(some_scores)
 def test_the_standard_error_of_single_turns_is_the_usual_one(scores: list[float]) -> None:
     result = _score(predictions(scores))
@@ -218,7 +217,6 @@ def test_the_standard_error_of_single_turns_is_the_usual_one(scores: list[float]
     assert result.log_loss_error == result.accuracy_error
 
 
-@settings(deadline=None)
 @given(some_scores, st.integers(2, 4))
 def test_turns_that_say_the_same_again_do_not_shrink_the_error(scores: list[float], turns: int) -> None:
     once, again = _score(predictions(scores)), _score(predictions(scores, turns=turns))

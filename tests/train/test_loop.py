@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -126,6 +125,21 @@ def test_resuming_from_a_checkpoint_gives_the_same_losses_and_weights(run_of, st
     assert wanted.keys() == got.keys() and all(torch.equal(wanted[name], got[name]) for name in wanted)
 
 
+KILLED = """
+import os, signal, sys
+from genrecal.cli import main
+plain, wanted = os.fsync, sys.argv.pop(1)
+
+def fsync(descriptor):
+    plain(descriptor)
+    if os.path.exists(wanted):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+os.fsync = fsync
+main()
+"""
+
+
 @pytest.mark.slow
 def test_killed_process_goes_on(tiny, cache, tmp_path):
     """A real process, killed -9 in stage 1 and in stage 2, ends with the same losses as one that was not."""
@@ -144,14 +158,9 @@ def test_killed_process_goes_on(tiny, cache, tmp_path):
     subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True, env=environment)
     cut = tmp_path / "cut"
     for stage in (1, 2):
-        process = subprocess.Popen(
-            [*command, "--out", str(cut)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
-        )
-        while process.poll() is None and not (cut / "checkpoints" / f"stage{stage}-step00000002").exists():
-            time.sleep(0.01)
-        assert process.poll() is None, "it finished before it could be killed"
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        wanted = str(cut / "checkpoints" / f"stage{stage}-step00000002")
+        killed = [sys.executable, "-c", KILLED, wanted, *command[3:], "--out", str(cut)]
+        assert subprocess.run(killed, capture_output=True, env=environment).returncode == -signal.SIGKILL
     subprocess.run([*command, "--out", str(cut)], check=True, capture_output=True, env=environment)
 
     def lines(path):

@@ -206,7 +206,7 @@ def test_weights_and_biases_offline(run_of, monkeypatch):
     train(run, stages=[1])
     (file,) = run.path.glob("wandb/offline-run-*/*.wandb")
     name = (run.path / "wandb-id").read_text()
-    for _ in range(40):  # its own process writes the file, late where the machine is busy
+    for _ in range(2400):  # its own process writes the file, late where the machine is busy
         records = list(wandb_records(file))
         if any(record.HasField("exit") for record in records):
             break

@@ -140,7 +140,7 @@ def ended(made, tiny, tmp_path):
         words = ["--out", str(tmp_path / "r"), "--stages", "1", "--set", "loss.reg_weight=0", *FEW, *words]
         words = ["train", "--cache", str(made), "--student", str(tiny("internvl_qwen2")), *words]
         command = [*before, sys.executable, "-m", "genrecal", *words, "--set", "measure.samples=0"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("genrecal: error: ")] or [done.stderr]
         assert "Traceback" not in done.stderr
         return done.returncode, line

@@ -4,7 +4,7 @@ import functools
 from decimal import Decimal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from genrecal.train.scores import (
@@ -344,13 +344,11 @@ def reference_distance(a: str, b: str) -> int:
     return distance(len(a), len(b))
 
 
-@settings(deadline=None)
 @given(texts | short, texts | short)
 def test_levenshtein_is_the_recursive_one(a: str, b: str) -> None:
     assert levenshtein(a, b) == reference_distance(a, b)
 
 
-@settings(deadline=None)
 @given(short, short, short)
 def test_levenshtein_is_a_distance(a: str, b: str, c: str) -> None:
     assert (levenshtein(a, b) == 0) == (a == b)
@@ -358,7 +356,6 @@ def test_levenshtein_is_a_distance(a: str, b: str, c: str) -> None:
     assert levenshtein(a, c) <= levenshtein(a, b) + levenshtein(b, c)
 
 
-@settings(deadline=None)
 @given(texts | short, texts | short)
 def test_scores_are_shares_and_text_rules_are_symmetric(a: str, b: str) -> None:
     assert all(0 <= score(a, b) <= 1 for score in METRICS.values())

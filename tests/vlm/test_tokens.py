@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 import tiny_models
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -78,13 +78,11 @@ def test_ranges_tile_the_text_and_ids_decode_to_it(kind: str, text: str) -> None
     assert_tiles(KINDS[kind], text)
 
 
-@settings(deadline=None)
 @given(any_text | from_the_corpus)
 def test_ranges_tile_any_text_byte_level(text: str) -> None:
     assert_tiles(BYTE_LEVEL, text)
 
 
-@settings(deadline=None)
 @given((any_text | from_the_corpus).filter(lambda text: "▁" not in text))
 def test_ranges_tile_any_text_sentencepiece(text: str) -> None:
     assert_tiles(SENTENCEPIECE, text)
@@ -103,7 +101,6 @@ def test_a_continuation_gets_no_space_that_it_does_not_have() -> None:
     assert SENTENCEPIECE.token_bytes(int(SENTENCEPIECE(" red").ids[0])).startswith(b" ")
 
 
-@settings(deadline=None)
 @given(any_text | from_the_corpus)
 def test_ids_are_the_tokenizers_own(text: str) -> None:
     assert BYTE_LEVEL(text).ids.tolist() == BYTE_LEVEL.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -123,7 +120,6 @@ def test_a_decomposed_character_keeps_its_place_in_the_original_text() -> None:
     assert {int(start) - 1 for start in tokens.starts if start >= len("cafe\u0301".encode())} == after
 
 
-@settings(deadline=None)
 @given(any_text | from_the_corpus)
 @example("A\u0300")  # the tokenizer's own offsets leave the mark out
 @example("e\u0301 \u1100\u1161\u11a8 x\u0323\u0307")
