@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 import tiny_models
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -251,7 +251,7 @@ hard_text = st.lists(st.sampled_from(HARD) | st.characters(exclude_categories=["
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(text=hard_text, flags=st.frozensets(st.sampled_from(FLAGS)))
 @example(text="a  b", flags=frozenset())
 @example(text="x <table> y", flags=frozenset({"lstrip", "rstrip"}))
