@@ -53,6 +53,7 @@ ENTRY_FIELDS = {
     "name": ("url", "path", "image", "src"),
     "media_type": ("media_type", "mime_type"),
 }
+EMPTY_JSON = ("[]", "{}", "null")
 IGNORE = "ignore"
 IGNORED = f"--field {IGNORE}={{name}} passes over it"
 
@@ -92,6 +93,7 @@ REFUSED = {
     r"tools|functions|(tool|function)_(calls?|choice|call_id|responses?|results?)": "is about tools, which are not read",
     r"(chosen|rejected)(_.*)?": "is preference data, which is not read; give the answer to learn as an assistant's turn",
     r"chat_template.*|documents": "changes the prompt, and is not read",
+    r"objects": "may be what tags in the text stand for, and is not read",
     r"(loss|sample)_?(weight|mask|scale)s?|weight|mask|train_details?|train_on_.*": (
         "says what is learned in a way that is not read; give a turn that is context only 'loss': false"
     ),
@@ -105,7 +107,7 @@ REFUSED_BESIDE_QUESTION = {
 # What tells samples apart, and nothing to a model: neither read nor counted.
 METADATA = re.compile(
     r"(.*_)?(id|uid|uuid|idx|index|hash|sha256|md5|url|lang|language|license|split|date|timestamp|version|type)s?"
-    r"|(.*_)?(width|height|size)(s|_list)?|dataset|data_source|origin|source|subset|meta|metadata"
+    r"|(.*_)?(width|height|size)(s|_list)?|dataset|data_source|origin|source|subset|meta|metadata|__\w+__"
 )
 
 
@@ -204,7 +206,7 @@ class Fields:
     def finish(self, *, has_images: bool) -> Iterator[str]:
         """Names of fields that are not read, to be counted. Raises SampleError for content that must not be passed over."""
         for name, value in self.left.items():
-            if not has_content(value):
+            if not has_content(value) or value in EMPTY_JSON:
                 continue
             label = repr(f"{self.where}{name}"[:80])
             for pattern, reason in self.refused.items():
@@ -217,7 +219,7 @@ class Fields:
                 raise SampleError(
                     f"the field {label} {verb} {kind}, which is not read ({advice}{IGNORED.format(name=name)})"
                 )
-            if kind or not METADATA.fullmatch(name.lower()):
+            if IMAGE_FIELD.fullmatch(name.lower()) or not METADATA.fullmatch(name.lower()):
                 yield f"a field {label}"
 
 

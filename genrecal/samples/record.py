@@ -58,7 +58,7 @@ def make_key(index: int, sample_id: str) -> str:
 
 def record_names(record: Any, *, index: int, fields: FieldMap = NO_FIELDS) -> dict[str, str]:
     """How a record is called and counted; one that is none has its place in the input for a name."""
-    record = record if isinstance(record, dict) else {}
+    record = _unwrapped(record) if isinstance(record, dict) else {}
     read, pairs = Fields(record, RECORD_FIELDS, "", fields), record.get("texts")
     of_pair = pairs[0].get("source") if isinstance(pairs, list) and pairs and isinstance(pairs[0], dict) else ""
     name = str(read.take("id", ""))
@@ -68,6 +68,12 @@ def record_names(record: Any, *, index: int, fields: FieldMap = NO_FIELDS) -> di
         "category": str(read.take("category") or ""),
         "source": str(read.take("source") or of_pair or ""),
     }
+
+
+def _unwrapped(record: dict[str, Any]) -> dict[str, Any]:
+    """A row of a WebDataset that was made a table has its JSON member in one column, and its images in others."""
+    inner = from_json(record.get("json"))
+    return {**{name: record[name] for name in record if name != "json"}, **inner} if isinstance(inner, dict) else record
 
 
 def parse_record(record: Any, *, index: int, location: str, image_root: Path, fields: FieldMap = NO_FIELDS) -> Sample:
@@ -131,10 +137,7 @@ class _Reader:
     answer_tag: str = ""  # of an image, in an assistant's text
 
     def read(self, record: dict[str, Any]) -> tuple[list[Message], list[ImageSource]]:
-        inner = from_json(record.get("json"))  # a WebDataset as a table: the JSON member is one column
-        if isinstance(inner, dict):
-            record = {**{name: value for name, value in record.items() if name != "json"}, **inner}
-        fields = self._open(record, RECORD_FIELDS, "")
+        fields = self._open(_unwrapped(record), RECORD_FIELDS, "")
         for name in ("id", "category", "source"):
             fields.take(name)
         turns = turns_of(fields, self._open)
