@@ -293,6 +293,11 @@ PLACES: dict[str, tuple[Record, list[Any], list[int]]] = {
     ),
     "a part without a type": (chat([{"image": A}, {"text": "q"}], "a"), [FIRST, "q"], [0]),
     "a text among parts": (chat([image(A), "q"], "a"), [FIRST, "q"], [0]),
+    "MiniCPM-V": (
+        llava("<image_00> <image_01>q", "a", image={"<image_00>": B, "<image_01>": A}),
+        [FIRST, " ", SECOND, "q"],
+        [1, 0],
+    ),
     "a closed tag": (chat("<image/>q", "a", image=A), [FIRST, "q"], [0]),
     "a placeholder": (chat("<image_placeholder>q", "a", image=A), [FIRST, "q"], [0]),
     "an upper tag": (chat("<IMAGE>q", "a", image=A), [FIRST, "q"], [0]),
@@ -475,6 +480,7 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     ),
     "data of no image": (chat("q", "a", image="data:text/plain,hello"), "expected a path or data:image"),
     "a bucket": (chat("q", "a", image="s3://x/y.png"), "is a web address"),
+    "parts as text": (chat('[{"type": "text", "text": "q"}]', "a"), "the JSON text of a list of parts"),
     "documents": (chat("q", "a", documents=[{"text": "x"}]), "'documents' changes the prompt"),
     "a history of turns": ({"query": "q", "response": "a", "history": [["one"]]}, "expected pairs"),
     "a system that is a list": (chat("q", "a", system=["x"]), "expected text under 'system'"),
@@ -507,7 +513,7 @@ def test_a_record_that_cannot_be_read_is_refused_in_one_line(folder: Path, name:
         (chat("q", "a", image=A, file_name="a.png"), ("a field 'file_name'",)),
         (chat("q", "a", "and?"), ("turns after the last answer",)),
         (chat("q", "a", height=3, width=[4], url="x", question_id=1, split="train", language="en"), ()),
-        (chat("q", "a", a=None, b="", c=[], d={}, e=[None, {}], f={"x": None}), ()),
+        (chat("q", "a", a=None, b="", c=[], d={}, e=[None, {}], g=float("nan"), f={"x": None}), ()),
     ],
 )
 def test_what_is_not_read_is_named(folder: Path, record: Record, unread: tuple[str, ...]) -> None:

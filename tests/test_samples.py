@@ -230,8 +230,9 @@ def test_a_bad_record_keeps_its_place_and_costs_no_other(folder: Path, record: A
 
 
 @pytest.mark.parametrize(
-    "line", ['{"id": "x", ', "\ufeff{}", '{"id": ' + "1" * 5000 + "}", "[" * 100_000, b'{"id": "\xff"}', "]"],
-    ids=["cut", "bom", "huge-number", "deep", "not-utf8", "closing"],
+    "line", ['{"id": "x", ', "\ufeff{}", '{"id": ' + "1" * 5000 + "}", "[" * 100_000, b'{"id": "\xff"}', "]",
+             '{"a": 1, "a": 2}'],
+    ids=["cut", "bom", "huge-number", "deep", "not-utf8", "closing", "twice"],
 )  # fmt: skip
 def test_a_broken_line_is_named_and_costs_no_other(folder: Path, line: str | bytes) -> None:
     line = line.encode() if isinstance(line, str) else line

@@ -171,7 +171,7 @@ class Fields:
 
     def __init__(self, values: Mapping[str, Any], names: Mapping[str, Sequence[str]], where: str, given: FieldMap):
         ignored = given.columns(IGNORE)
-        self.left = {name: value for name, value in values.items() if value is not None and name not in ignored}
+        self.left = {name: value for name, value in values.items() if not _is_null(value) and name not in ignored}
         self.by_lower = {name.lower(): name for name in self.left}
         self.names, self.where, self.given = names, where, given
         self.refused = REFUSED
@@ -223,13 +223,18 @@ class Fields:
                 yield f"a field {label}"
 
 
+def _is_null(value: Any) -> bool:
+    """Null, or the NaN that pandas writes for it."""
+    return value is None or value != value
+
+
 def has_content(value: Any) -> bool:
     """Whether a value says anything: neither null nor empty, nor a list or an object of such."""
     if isinstance(value, dict):
         return any(map(has_content, value.values()))
     if isinstance(value, list):
         return any(map(has_content, value))
-    return value is not None and value not in ("", b"")
+    return not _is_null(value) and value not in ("", b"")
 
 
 def media_in(value: Any) -> tuple[str, bool]:

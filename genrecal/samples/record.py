@@ -42,12 +42,21 @@ def parse_json(data: bytes) -> Any:
     """
     try:
         text = data.decode("utf-8")
-        record = json.loads(text)
+        record = json.loads(text, object_pairs_hook=_object)
         if re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(record, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # JSON or UTF-8 errors, numbers of thousands of digits
         raise SampleError(f"broken JSON: {error}") from None
     return record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names are all different: of two values under one name, one would be lost."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)[:80]!r} stands twice")
+    return values
 
 
 def make_key(index: int, sample_id: str) -> str:
@@ -187,6 +196,8 @@ class _Reader:
         value = from_json(value)
         if not has_content(value):
             return []  # also an object of nulls: so some writers of tables mark a row without an image
+        if isinstance(value, dict) and all(map(first_image_tag, value)):
+            value = list(value.values())  # MiniCPM-V: each image under its tag
         if isinstance(value, list):
             return [entry for item in value for entry in self._entries(item, name)]
         try:
@@ -278,6 +289,10 @@ class _Reader:
         reasoning = [fields.take("reasoning", "")]
         parts: list[str | _Place] = []
         if isinstance(content, str):
+            if _are_parts(from_json(content)):
+                raise SampleError(
+                    f"the content of a turn of {name!r} is the JSON text of a list of parts; give the list"
+                )
             parts += self._text(content, role)
         elif isinstance(content, list):
             for part in content:
@@ -361,6 +376,11 @@ class _Reader:
         if answers[-1] + 1 < len(messages):
             self.unread.append("turns after the last answer")
         return messages[: answers[-1] + 1]
+
+
+def _are_parts(value: Any) -> bool:
+    kinds = (*TEXT_PARTS, *IMAGE_PARTS, *REASONING_PARTS, "video")
+    return isinstance(value, list) and any(isinstance(part, dict) and part.get("type") in kinds for part in value)
 
 
 def _is_learned(fields: Fields, role: str) -> bool:
