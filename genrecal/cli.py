@@ -21,6 +21,7 @@ from rich.table import Table
 import genrecal
 from genrecal.errors import GenrecalError, OtherRankError, StoppedError, StorageError, UsageError
 from genrecal.files import check_writable
+from genrecal.train.config import number_format
 
 app = typer.Typer(
     help="Cache a large vision-language model's states once, then distil it into small models from the shards.",
@@ -35,7 +36,13 @@ INTERRUPTED = 130  # the exit status after Ctrl-C, as shells have it
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a checkpoint.")
 ]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto (the checkpoint's), float32, bfloat16 or float16; fp32, bf16 and fp16 too.",
+        callback=lambda name: number_format(name, "--dtype"),
+    ),
+]
 Data = Annotated[
     list[str],
     typer.Option(
@@ -301,7 +308,7 @@ def cache(
     ] = 0,
 ) -> None:
     """Run the teacher once over the data and write its states as shards."""
-    from genrecal.cache.job import run_cache_job
+    from genrecal.cache.job import check_place, run_cache_job
     from genrecal.cache.options import CacheOptions, RayOptions, WorkOptions
     from genrecal.samples import open_samples
     from genrecal.shards.reader import open_cache
@@ -339,6 +346,7 @@ def cache(
         load_teacher = functools.partial(_teacher, teacher, dtype, device, trust_remote_code)
     selection = _selection(include_category, exclude_category, split, split_seed)
     load_samples = functools.partial(open_samples, data, image_root=image_root, limit=limit, selection=selection)
+    check_place(out)
     if ray is not None:
         from genrecal.cache.ray_job import run_ray_job
 
@@ -471,10 +479,7 @@ def _device(name: str) -> Any:
 def _dtype(name: str) -> Any:
     import torch
 
-    names = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in names:
-        raise UsageError(f"--dtype {name!r}: expected one of {', '.join(names)}")
-    return names[name]
+    return name if name == "auto" else getattr(torch, name)
 
 
 # ---------------------------------------------------------------------------------------------------------------- inspect
@@ -991,7 +996,6 @@ def compare(
     from genrecal.samples import open_samples
 
     variants = variants_of(try_ or [], tries, caches=cache, config=config, settings=set_ or [])
-    _dtype(dtype)  # a wrong name is refused here
     try:
         numbers = [int(part) for part in seeds.split(",")]
     except ValueError:

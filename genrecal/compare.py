@@ -27,14 +27,16 @@ import torch
 
 from genrecal.errors import DataError, GenrecalError, SampleError, TrainingError, UsageError
 from genrecal.files import write_whole
+from genrecal.folders import refuse_other_content
 from genrecal.report.summary import markdown_table, plus_minus
+from genrecal.run_folder import OUTPUT_FILE
 from genrecal.samples import BadRecord, SampleSet, decode_image
 from genrecal.shards.mixture import Mixture
 from genrecal.train.config import TrainConfig, config_from, read_settings
 from genrecal.train.evaluate import Prediction, clustered_mean, evaluate, read_predictions, save_evaluation
 from genrecal.train.loop import check_stages, open_for, plan_stage, train
 from genrecal.train.ranks import world_size
-from genrecal.train.run import Run, differences
+from genrecal.train.run import Run, flat
 from genrecal.train.scores import check_metric
 from genrecal.vlm.loading import load_processor, model_folder, resolve_device
 from genrecal.vlm.rendering import Renderer
@@ -333,15 +335,16 @@ def _begin(out: Path, student: str, samples: SampleSet, asking: Asking) -> None:
         "asking": {name: value for name, value in asdict(asking).items() if name != "batch_size"},
     }
     if not path.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UsageError(f"--out {out}: holds other things than a comparison; choose another folder")
+        refuse_other_content(out, "a comparison")
         write_whole(path, (json.dumps(now, indent=2, sort_keys=True) + "\n").encode())
         return
     try:
         before = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{path}: {error}; use another --out") from None
-    if different := differences(before, now):
+    old, new = flat(before), flat(now)
+    different = [f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in sorted(old | new) if old.get(k) != new.get(k)]
+    if different:
         raise UsageError(f"--out {out} holds another comparison: {'; '.join(different)}. Use another --out")
 
 
@@ -394,7 +397,7 @@ def _train_and_ask(job: _Job, *, apart: bool = False) -> None:
     with contextlib.ExitStack() as stack:
         if apart:
             run.path.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((run.path / "output.txt").open("a", buffering=1))
+            file = stack.enter_context((run.path / OUTPUT_FILE).open("a", buffering=1))
             stack.enter_context(contextlib.redirect_stderr(file))
             if run.config.device in ("auto", "cuda") and torch.cuda.is_available():
                 device = f"cuda:{_number % torch.cuda.device_count()}"

@@ -16,6 +16,8 @@ from genrecal.files import write_whole
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = "lock.json"  # while a training writes to the folder
+OUTPUT_FILE = "output.txt"  # what a run of a comparison printed
 CACHE_FACTS = "cache-facts.json"  # what the cache was when the run began
 EVALUATION, EVALUATIONS = "evaluation", "evaluations"  # of a line of metrics, and the folder of all answers
 
@@ -24,17 +26,9 @@ def read_run_file(run: Path) -> dict[str, Any]:
     """What the run is of. Raises UsageError if the folder is no run."""
     path = run / RUN_FILE
     try:
-        return in_this_versions_names(dict(json.loads(path.read_text())))
+        return dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{run}: not a run: {RUN_FILE}: {error}; `genrecal train --out {run}` makes one") from None
-
-
-def in_this_versions_names(content: dict[str, Any]) -> dict[str, Any]:
-    """What a run is of, as an earlier version may have written it: then a run had one cache."""
-    if "cache" not in content:
-        return content
-    others = {name: value for name, value in content.items() if name not in ("cache", "cache_sha256")}
-    return others | {"caches": [content["cache"]], "caches_sha256": [content.get("cache_sha256", "")]}
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

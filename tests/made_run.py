@@ -4,9 +4,12 @@ import json
 import math
 
 import numpy as np
+import pytest
 from html_page import HOSTILE
 
+from genrecal.errors import TrainingError
 from genrecal.run_folder import PAIRINGS, POOLINGS, Snapshot
+from genrecal.train import loop
 
 GROUPS = ["student before", "student after", "teacher before", "teacher after"]
 
@@ -46,6 +49,21 @@ def write_run(folder, *, steps=(40, 40, 40), category="numbers", **content):
     text = "".join(json.dumps(line) + "\n" for line in [*lines, *evaluations])
     (folder / "metrics.jsonl").write_text(text + '{"stage": 3, "st')
     return lines
+
+
+def train_until(run, step, *, stage=1):
+    """Train a run up to a step of a stage, where an error stops it: its checkpoints are there, the stage's result is not."""
+    plain = loop.learning_rate
+
+    def stop(settings, at, num_steps):
+        if at == step:
+            raise TrainingError("stopped by the test")
+        return plain(settings, at, num_steps)
+
+    loop.train(run, stages=range(1, stage))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(TrainingError, match="stopped by the test"):
+        patch.setattr(loop, "learning_rate", stop)
+        loop.train(run, stages=range(1, stage + 1))
 
 
 def made_snapshot(stage=1, moment="end", *, samples=4, seed=0, distance=50.0, key="k"):

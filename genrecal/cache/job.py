@@ -26,6 +26,7 @@ from genrecal.cache.turns import Turns
 from genrecal.cache.watch import Watch, check_skipped
 from genrecal.cache.windows import Threads
 from genrecal.errors import StorageError, UsageError
+from genrecal.folders import KINDS, refuse_other_content
 from genrecal.samples import SampleSet
 from genrecal.samples.images import BACKGROUND
 from genrecal.shards.head import HEAD_FILE
@@ -220,8 +221,21 @@ def check_status_file(work: WorkOptions, store: Store) -> None:
             raise UsageError(f"--status-file {work.status_file}: expected a place outside the cache {store.url}")
 
 
+def check_place(cache: "str | os.PathLike[str] | Store") -> None:
+    """Raises UsageError for a place that holds something else than a cache."""
+    store = open_store(cache)
+    if isinstance(store, LocalStore):
+        if not (store.root / CACHE_FILE).exists():
+            refuse_other_content(store.root, "a cache", ours=(HEAD_FILE, TEACHER_FOLDER, "manifest", *TIERS))
+    elif not store.exists(CACHE_FILE) and (found := next((name for name in KINDS if store.exists(name)), None)):
+        raise UsageError(
+            f"--out {store.url}: expected a cache or nothing, found {KINDS[found]} ({found}); choose another --out"
+        )
+
+
 def prepare_directory(teacher: Teacher, samples: SampleSet, store: Store, options: CacheOptions) -> None:
     """Write cache.json, the head and the teacher's files, or check that the ones there are of the same job."""
+    check_place(store)
     source = model_folder(teacher.path)
     files = [source / "config.json", *processor_files(source)]
     try:

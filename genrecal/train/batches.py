@@ -11,17 +11,17 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from genrecal.errors import DamageError, GenrecalError, SampleError, TrainingError
+from genrecal.errors import DamageError, GenrecalError, SampleError
 from genrecal.samples import ImageRef, Message, Sample
 from genrecal.shards.memory import BatchMemory
 from genrecal.shards.mixture import Mixture
 from genrecal.shards.order import MixedOrder, micro_batches
 from genrecal.shards.reader import Cache
 from genrecal.shards.record import AnswerRows, Record
+from genrecal.train.advice import loader_died
 from genrecal.train.align import align
 from genrecal.train.handover import Packed, allow_open_files, pack, unpack
 from genrecal.train.splice import splice_index
-from genrecal.vlm.loading import first_line
 from genrecal.vlm.rendering import Encoded, Renderer
 
 
@@ -566,15 +566,10 @@ def micro_batch_stream(
         samples = min((step + 1) * global_batch, last_sample) - step * global_batch
         try:
             handed = [next(loader) for _ in range(-(-samples // (batch_size * world_size)))]
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, EOFError, ConnectionError) as error:  # the connection, of one killed while it hands over
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
-            reason = (
-                f"a process that reads samples ended ({first_line(error)}); if it was killed, the machine's memory may have "
-                "run out: lower data.workers, or the stage's batch_size or accumulation. The same command goes on from the "
-                "last checkpoint"
-            )
-            yield Step(batches=[], skipped=[], damaged=[], error=TrainingError(reason))
+            yield Step(batches=[], skipped=[], damaged=[], error=loader_died(error))
             return
         loaded: list[Loaded] = [unpack(item) if workers else item for item in handed]
         yield Step(

@@ -21,6 +21,7 @@ from torch import nn
 
 from genrecal.errors import TrainingError
 from genrecal.files import flush, temporary_path
+from genrecal.train.advice import cannot_write
 
 WEIGHTS, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
@@ -91,7 +92,7 @@ def save_checkpoint(
         flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise TrainingError(f"{path}: the checkpoint cannot be written: {error}") from None
+        raise cannot_write(path, "checkpoint", error) from None
     for old in find_checkpoints(folder, stage)[:-keep]:
         shutil.rmtree(old)
     return path
@@ -147,6 +148,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from None
+
+
+def remove_checkpoints(folder: Path, stage: int) -> None:
+    """Delete the checkpoints of a finished stage: its result is kept."""
+    for path in find_checkpoints(folder, stage):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_unfinished(folder: Path) -> None:

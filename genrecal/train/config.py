@@ -5,6 +5,7 @@ Where the paper gives a number (section 4.1(c)) it stands here; docs/method.md l
 
 import dataclasses
 import difflib
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,21 @@ from typing import Any
 from genrecal.errors import UsageError
 from genrecal.train.objectives import check_target
 
+# What number formats are called: in --dtype and in precision, by any of these names.
+NUMBER_FORMATS = {
+    "auto": "auto", "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16",
+    "float16": "float16", "fp16": "float16", "half": "float16",
+}  # fmt: skip
+# What other trainers call our settings.
+OTHER_NAMES = {
+    "learning_rate": "stage1.lr", "num_train_epochs": "stage1.epochs", "per_device_train_batch_size": "stage1.batch_size",
+    "gradient_accumulation_steps": "stage1.accumulation", "save_steps": "stage1.checkpoint_every",
+    "save_total_limit": "keep_checkpoints", "logging_steps": "log_every", "eval_steps": "evaluate.every",
+    "dtype": "precision", "torch_dtype": "precision", "bf16": "precision", "mixed_precision": "precision",
+    "attn_implementation": "attention", "dataloader_num_workers": "data.workers", "num_workers": "data.workers",
+    "max_length": "max_tokens", "max_seq_length": "max_tokens", "lora_r": "lora.rank", "report_to": "wandb",
+    "deepspeed": "engine",
+}  # fmt: skip
 RECIPES = Path(__file__).parents[1] / "recipes"
 ENGINES = ("auto", "none", "ddp", "zero1", "zero2", "zero3")
 
@@ -178,7 +194,8 @@ class TrainConfig:
         objective: one of `genrecal.train.objectives.OBJECTIVES`: "genrecal"; "genrecal-aligned", with a second pass over the
             student's states alone; "sft" and "seqkd", stages 2 and 3 with the student's own cross-entropy alone; "kl",
             "reverse-kl", "skewed-kl", "uld" and "dskd", stages 2 and 3 with the student compared with the teacher besides.
-        precision: "bf16" computes in bfloat16 with float32 trained weights; "fp32"; "auto" is bf16 on CUDA, else fp32.
+        precision: "bfloat16" (or bf16) computes in bfloat16 with float32 trained weights; "float32" (or fp32); "auto" is
+            bfloat16 on CUDA, else float32.
         device: "auto", "cpu", "cuda"; under a launcher, each process takes the CUDA device of its local rank.
         engine: "none", one process; "ddp", torch's DistributedDataParallel; "zero1", "zero2", "zero3", DeepSpeed's; "auto"
             is ddp where a launcher started several processes, and none otherwise.
@@ -216,7 +233,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_target(self.objective, self.loss.target)
-        choices = {"precision": ("auto", "bf16", "fp32"), "engine": ENGINES}
+        object.__setattr__(self, "precision", number_format(self.precision, "precision", without=("float16",)))
+        choices = {"engine": ENGINES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
@@ -290,8 +308,7 @@ def _build(default: Any, values: dict[str, Any], prefix: str) -> Any:
     changed: dict[str, Any] = {}
     for name, value in values.items():
         if name not in fields:
-            near = difflib.get_close_matches(prefix + name, _all_keys(TrainConfig()), n=1, cutoff=0)
-            raise UsageError(f"unknown setting {prefix}{name}; the nearest one is {near[0]}")
+            raise UsageError(f"unknown setting {prefix}{name}; {_nearest(prefix, name)}")
         old = getattr(default, name)
         if dataclasses.is_dataclass(old):
             if not isinstance(value, dict):
@@ -302,7 +319,36 @@ def _build(default: Any, values: dict[str, Any], prefix: str) -> Any:
     return dataclasses.replace(default, **changed)
 
 
+def _nearest(prefix: str, name: str) -> str:
+    """Which settings a name that is none may mean."""
+    keys = _all_keys(TrainConfig())
+    known = OTHER_NAMES.get(name, "")
+    if known.startswith("stage1."):
+        own = prefix.rstrip(".") if re.fullmatch(r"stage\d\.", prefix) else ""
+        found = [known.replace("stage1", stage) for stage in ([own] if own else ["stage1", "stage2", "stage3"])]
+    elif known:
+        found = [known]
+    else:  # like the whole name, or like the end of one
+        ends = {key.rpartition(".")[2]: key for key in reversed(keys)}
+        found = difflib.get_close_matches(prefix + name, keys, n=1) or [
+            ends[end] for end in difflib.get_close_matches(name, ends, n=1)
+        ]
+    if not found:
+        return "docs/quickstart.md lists all settings"
+    return f"the nearest {'one is' if len(found) == 1 else 'ones are'} {', '.join(found)}"
+
+
+def number_format(name: str, where: str, *, without: Sequence[str] = ()) -> str:
+    """A number format as torch calls it, or "auto". Raises UsageError, naming `where`, for one that is not taken there."""
+    known = {key: value for key, value in NUMBER_FORMATS.items() if value not in without}
+    if name not in known:
+        raise UsageError(f"{where} {name!r}: expected one of {', '.join(known)}")
+    return known[name]
+
+
 def _converted(old: Any, value: Any, key: str, *, kind: Any = None) -> Any:
+    if isinstance(old, tuple) and not isinstance(value, list):
+        value = [value]  # one needs no brackets
     if kind == tuple[float, ...]:
         if isinstance(value, list) and all(type(item) in (int, float) for item in value):
             return tuple(map(float, value))

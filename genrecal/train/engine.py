@@ -36,6 +36,7 @@ class Engine(Protocol):
     """
 
     same_modules: bool
+    compute_dtype: torch.dtype
 
     def micro_step(self, batch: MicroBatch, denominators: Denominators, *, last: bool) -> StepOutput:
         """Forward and backward; `last` says that the optimizer step follows."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from genrecal.errors import TrainingError, UsageError
+from genrecal.train.advice import LoaderError
 
 SHARED_MEMORY = Path("/dev/shm")
 OTHER_FILES = 256  # that a process has open besides
@@ -34,7 +34,7 @@ def pack(value: Any) -> Packed:
     """An object with tensors on the CPU -> one that crosses to another process with one buffer.
 
     Raises:
-        TrainingError: the shared memory is full. torch itself would find that out in a thread of its own, on the way to the
+        LoaderError: the shared memory is full. torch itself would find that out in a thread of its own, on the way to the
             other process, which would then wait for ever.
     """
     tensors: list[torch.Tensor] = []
@@ -56,7 +56,7 @@ def pack(value: Any) -> Packed:
     try:
         buffer = torch.empty(end, dtype=torch.uint8).share_memory_()
     except RuntimeError as error:
-        raise TrainingError(_full(end, error)) from None
+        raise LoaderError(_full(end, error)) from None
     for start, tensor in zip(starts, tensors, strict=True):
         _view(buffer, start, tensor.dtype, tuple(tensor.shape)).copy_(tensor)
     return Packed(content=content.getvalue(), buffer=buffer)
@@ -66,14 +66,14 @@ def allow_open_files(buffers: int) -> None:
     """Let this process hold so many buffers at once: each is an open file, and many systems begin with 1,024.
 
     Raises:
-        UsageError: the system's hard limit is lower.
+        LoaderError: the system's hard limit is lower.
     """
     needed = buffers + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
-        raise UsageError(
+        raise LoaderError(
             f"two steps of {buffers // 2} micro-batches need {needed:,} open files, and this system allows {hard:,} "
-            "(ulimit -Hn); lower the stage's accumulation, or set data.workers=0"
+            "(ulimit -Hn)"
         )
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
@@ -84,7 +84,7 @@ def _full(size: int, error: RuntimeError) -> str:
     return (
         f"{size / 1e6:,.1f} MB do not fit into shared memory ({SHARED_MEMORY}{free}), through which the processes that read "
         f"hand over their samples: {str(error).splitlines()[0]}; give the container more (docker run --shm-size=16g, or "
-        "--ipc=host), lower the stage's batch_size or accumulation, or set data.workers=0"
+        "--ipc=host)"
     )
 
 

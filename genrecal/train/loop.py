@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,12 +17,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from genrecal.errors import GenrecalError, StoppedError, TrainingError, UsageError
+from genrecal.errors import GenrecalError, StoppedError, UsageError
 from genrecal.files import write_whole
+from genrecal.folders import FolderLock
 from genrecal.progress import Progress
-from genrecal.run_folder import CACHE_FACTS, RUN_FILE
+from genrecal.run_folder import CACHE_FACTS, LOCK_FILE, RUN_FILE
 from genrecal.shards.mixture import Mixture
 from genrecal.shards.reader import Cache
+from genrecal.train.advice import explain_loading, explain_oom, not_finite, too_many_left_out
 from genrecal.train.batches import (
     BatchBuilder,
     LiveSource,
@@ -38,6 +40,7 @@ from genrecal.train.checkpoint import (
     copy_weights,
     find_checkpoints,
     read_checkpoint,
+    remove_checkpoints,
     remove_unfinished,
     save_checkpoint,
     trained_parameters,
@@ -62,7 +65,7 @@ from genrecal.train.stages import (
     select_trainable,
     wanted_by,
 )
-from genrecal.vlm.loading import VLM, first_line, resolve_device
+from genrecal.vlm.loading import VLM, resolve_device
 
 
 def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = None, profile: bool = False) -> None:
@@ -81,7 +84,7 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
         StoppedError: a signal asked the run to stop.
         OtherRankError: on the ranks that leave it to another to say what is wrong.
     """
-    with all_ranks(run.config) as ranks, StopSignals() as signals:
+    with all_ranks(run.config) as ranks, StopSignals() as signals, ExitStack() as held:
         if ranks.first and (left_out := sorted(set(stages) - set(OBJECTIVES[run.config.objective].stages))):
             sys.stderr.write(
                 f"genrecal: objective {run.config.objective} has no stage {left_out[0]}, which trains the Recalibrator alone; "
@@ -92,7 +95,11 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
             torch.cuda.set_device(device)
         cache = ranks.together(lambda: open_for(run, stages))
         midway = ranks.together(lambda: Midway.of(run.config))
-        begun = ranks.gather(ranks.together(lambda: _begin(run, cache, stages, ranks) if ranks.first else {}))[0]
+        ranks.together(lambda: _check(run, cache, stages, ranks) if ranks.first else None)
+        held.enter_context(
+            ranks.together(lambda: FolderLock(run.path / LOCK_FILE, "training in") if ranks.first else nullcontext())
+        )
+        begun = ranks.gather(ranks.together(lambda: _begin(run, cache, ranks) if ranks.first else {}))[0]
         ranks.wait_for(run.path / RUN_FILE)
         ranks.together(lambda: run.check_files(begun, cache))
         with ranks.together(lambda: _wandb_of(run) if ranks.first else nullcontext()) as wandb:
@@ -110,8 +117,11 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
                         wandb=wandb,
                         clock=Clock(device if profile else None),
                     )
-                    _train_stage(job, source, signals)
+                    with explain_oom(stage, run.config):
+                        _train_stage(job, source, signals)
                 ranks.wait_for(run.stage_result(stage))
+                if ranks.first:
+                    remove_checkpoints(run.checkpoints, stage)
 
 
 def profile(run: Run, steps: int, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = None) -> str:
@@ -132,8 +142,11 @@ def _wandb_of(run: Run) -> AbstractContextManager[Wandb | None]:
     return Wandb(run.config.wandb, run.path, asdict(run.config)) if run.config.wandb else nullcontext()
 
 
-def _begin(run: Run, cache: Mixture, stages: Sequence[int], ranks: Ranks) -> dict[str, Any]:
+def _check(run: Run, cache: Mixture, stages: Sequence[int], ranks: Ranks) -> None:
     check_stages(run, cache, stages, run.check(cache, ranks.size)["global_batch"])
+
+
+def _begin(run: Run, cache: Mixture, ranks: Ranks) -> dict[str, Any]:
     begun = run.begin(cache, ranks.size)
     if not (run.path / CACHE_FACTS).exists():
         write_whole(run.path / CACHE_FACTS, (json.dumps(cache_facts(cache), indent=2) + "\n").encode())
@@ -298,7 +311,7 @@ def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> N
                     )
                 )
             if error := next((share.error for share in shares if share.error), None):
-                ranks.stop(error)
+                ranks.stop(explain_loading(error, stage, config))
             left_out = {
                 name: texts
                 for name in ("skipped", "damaged")
@@ -308,18 +321,25 @@ def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> N
             damaged += len(left_out.get("damaged", ()))
             if skipped + damaged > config.data.max_skip * plan.num_samples:
                 ranks.stop(
-                    TrainingError(
-                        f"stage {stage}: the student cannot take {skipped} of {plan.num_samples} samples, and {damaged} "
-                        f"are damaged, over the limit of {config.data.max_skip:.2%} (data.max_skip): "
-                        f"{'; '.join([text for texts in left_out.values() for text in texts][:3])}"
+                    too_many_left_out(
+                        stage,
+                        config,
+                        skipped=skipped,
+                        damaged=damaged,
+                        seen=min((step + 1) * plan.global_batch, plan.num_samples),
+                        total=plan.num_samples,
+                        examples=[text for texts in left_out.values() for text in texts],
                     )
                 )
             if not any(share.samples for share in shares):
                 log.write(step, {"samples": 0, **left_out})
+                progress.advance(1, "no sample in this step")
+                started = time.perf_counter()
                 continue
             rate = learning_rate(settings, step, plan.num_steps)
             seed_step(config.seed, stage, step, ranks.rank)
-            with memory_may_end(stage, config):
+            longest = max((b.student_inputs["input_ids"].shape[1] for b in loaded.batches if b is not None), default=0)
+            with explain_oom(stage, config, longest=longest):
                 values = train_step(engine, loaded.batches, Share.denominators(shares), rate, ranks)
             seconds = time.perf_counter() - started
             tokens = sum(share.tokens for share in shares)
@@ -346,8 +366,7 @@ def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> N
         _measure(job, distiller, source, plan, "end")
     state = engine.state(moments=False)
     engine.close()
-    if state is not None:
-        run.save_result(stage, state.weights)
+    ranks.together(lambda: run.save_result(stage, state.weights) if state is not None else None)
 
 
 @contextmanager
@@ -432,7 +451,7 @@ def _prepare(
         if not paths:
             return None
         checkpoint = read_checkpoint(paths[-1])
-        run.check_checkpoint(checkpoint, stage, cache)
+        run.check_checkpoint(checkpoint, stage, job.begun)
         checkpoint.put_weights(trained_parameters(distiller))
         return checkpoint
 
@@ -496,7 +515,7 @@ def _save(job: StageJob, engine: Engine, step: int) -> None:
                 job.stage,
                 step,
                 state,
-                run=run.description(job.cache, job.ranks.size),
+                run=job.begun,  # nothing is asked of the cache's store here: it may be away when a signal comes
                 keep=run.config.keep_checkpoints,
             )
 
@@ -633,39 +652,12 @@ def train_step(
     found = ranks.gather((sum(losses), term_sums(outputs), bad, [key for batch in given for key in batch.keys]))
     if broken := next((first for _, _, (*first,), _ in found if first), None):
         loss, keys = broken[0]
-        ranks.stop(TrainingError(f"the loss is {loss} on samples {', '.join(keys)}; nothing was updated"))
+        ranks.stop(not_finite("loss", loss, keys, engine.compute_dtype))
     norm = engine.step(learning_rate)
     if not math.isfinite(norm):
         keys = [key for *_, keys in found for key in keys]
-        ranks.stop(TrainingError(f"the gradient's norm is {norm} on samples {', '.join(keys)}; nothing was updated"))
+        ranks.stop(not_finite("gradient's norm", norm, keys, engine.compute_dtype))
     return {"loss": sum(loss for loss, *_ in found), "grad_norm": norm, **term_means([sums for _, sums, *_ in found])}
-
-
-@contextmanager
-def memory_may_end(stage: int, config: TrainConfig) -> Iterator[None]:
-    """Turn an allocation that failed, on a GPU or a CPU, into one line that says which settings take less."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
-            raise
-        settings, steps = config.stage(stage), []
-        if settings.batch_size > 1:
-            steps.append(
-                f"a lower stage{stage}.batch_size than {settings.batch_size} (and a higher stage{stage}.accumulation)"
-            )
-        if not config.gradient_checkpointing:
-            steps.append("gradient_checkpointing=true")
-        steps.append("a lower loss.chunk_rows, such as 64")
-        steps.append("max_tokens, which leaves the longest samples out")
-        if config.engine != "zero3":
-            steps.append(f"engine={'zero3' if config.engine == 'zero2' else 'zero2'} on several GPUs")
-        if config.engine.startswith("zero") and not config.offload:
-            steps.append("offload=true")
-        raise TrainingError(
-            f"stage {stage}: out of memory: {first_line(error)}; what takes less: {', '.join(steps)}; "
-            "`genrecal train --dry-run` forecasts it. The same command goes on from the last checkpoint"
-        ) from None
 
 
 def most_memory() -> int:
@@ -689,4 +681,4 @@ def seed_step(seed: int, stage: int, step: int, rank: int) -> None:
 def resolve_precision(config: TrainConfig) -> torch.dtype:
     if config.precision == "auto":
         return torch.bfloat16 if resolve_device(config.device).type == "cuda" else torch.float32
-    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+    return torch.bfloat16 if config.precision == "bfloat16" else torch.float32

@@ -8,7 +8,6 @@ RUN/checkpoints/stageN-stepS/   to go on from
 RUN/stageN/trained.safetensors  a finished stage's result: every parameter it trained
 """
 
-import dataclasses
 import hashlib
 import json
 import platform
@@ -16,30 +15,35 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import genrecal
 from genrecal.errors import TrainingError, UsageError
 from genrecal.files import put_in_place, temporary_path, write_whole
-from genrecal.run_folder import RUN_FILE, in_this_versions_names, read_run_file
+from genrecal.folders import refuse_other_content
+from genrecal.run_folder import LOCK_FILE, OUTPUT_FILE, RUN_FILE, read_run_file
 from genrecal.shards.layout import CACHE_FILE
-from genrecal.shards.mixture import Mixture, tokenizer_digest
-from genrecal.train.checkpoint import Checkpoint, copy_weights, read_tensors
+from genrecal.shards.mixture import Mixture
+from genrecal.train.advice import cannot_write
+from genrecal.train.checkpoint import Checkpoint, copy_weights, find_checkpoints, read_tensors
 from genrecal.train.config import TrainConfig, config_from
 from genrecal.train.stages import add_lora, merge_lora, select_trainable
-from genrecal.vlm.loading import VLM, file_digest, load_vlm, model_folder
+from genrecal.vlm.checkpoint import model_digests
+from genrecal.vlm.loading import VLM, load_vlm
 
-# Who computes it, how, and who looks on: the global batch and all that follows from it stay as they were.
-MAY_CHANGE = re.compile(
-    r"(software|command|processes|global_batch)\b"
-    r"|config\.(engine|offload|device|wandb|evaluate\.\w+|measure\.\w+|stage\d\.(batch_size|accumulation))$"
+# The settings that identify a run. All others may change when it is resumed: they say how it is computed, not what.
+IDENTITY = re.compile(
+    r"seed|objective|(recalibrator|lora)\.\w+|loss\.(?!chunk_rows$)\w+|data\.(weights|window)"
+    r"|stage\d\.(epochs|max_steps|lr|lr_end|weight_decay|max_grad_norm|include_categories|exclude_categories)"
 )
 
 
@@ -71,12 +75,16 @@ class Run:
         return max((stage for stage in (1, 2, 3) if self.stage_result(stage).exists()), default=0)
 
     def save_result(self, stage: int, weights: Mapping[str, torch.Tensor]) -> None:
-        """Write a finished stage's trained parameters, on the CPU."""
+        """Write a finished stage's trained parameters, on the CPU. Raises TrainingError if they cannot be written."""
         path = self.stage_result(stage)
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_path(path)
-        save_file(dict(weights), temporary)
-        put_in_place(temporary, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(dict(weights), temporary)
+            put_in_place(temporary, path)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise cannot_write(path, f"result of stage {stage}", error) from None
 
     def load_result(self, stage: int) -> dict[str, torch.Tensor]:
         """A finished stage's trained parameters. Raises TrainingError if the stage has not finished in this run."""
@@ -98,69 +106,98 @@ class Run:
         """Write run.json, or check that the one there is of the same run; its content.
 
         The global batch of each stage is the run's: what it was begun with, on that many processes. On another number of
-        processes it stays, and accumulation gives way.
+        processes it stays, and accumulation gives way. run.json keeps the settings that the run was begun with, and lists
+        under "resumed" what a later call changed.
 
         Raises UsageError naming what differs.
         """
-        content, path = self.check(cache, processes), self.path / RUN_FILE
-        if not path.exists():
+        found = self.read()
+        content = self.check(cache, processes)
+        if found is not None:
+            before, now = flat(found["config"]), flat(json.loads(json.dumps(asdict(self.config))))
+            changed = {name: value for name, value in now.items() if value != before.get(name)}
+            for name, value in changed.items():
+                sys.stderr.write(f"genrecal: {self.path}: resumed with {name}={value}, begun with {before.get(name)}\n")
+            content["resumed"] = [
+                *found.get("resumed", ()),
+                {"time": datetime.now(UTC).isoformat(timespec="seconds"), "command": shlex.join(sys.argv)} | changed,
+            ]
+        else:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_whole(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+        write_whole(self.path / RUN_FILE, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
         return content
+
+    def read(self) -> dict[str, Any] | None:
+        """What run.json holds; None if there is none. Raises UsageError if it cannot be read."""
+        return _whole(read_run_file(self.path), self.path / RUN_FILE) if (self.path / RUN_FILE).exists() else None
 
     def check(self, cache: Mixture, processes: int = 1) -> dict[str, Any]:
         """The content that run.json has or will have; see `begin`. Nothing is written."""
-        now = self.description(cache, processes)
-        path = self.path / RUN_FILE
-        if not path.exists():
+        now, found = self.description(cache, processes), self.read()
+        if found is None:
+            refuse_other_content(self.path, "a run", ours=(LOCK_FILE, OUTPUT_FILE))
             return now
-        found = read_run_file(self.path)
-        if different := differences(_with_all_settings(found), now):
+        if different := self.differences(found, now):
             raise UsageError(f"--out {self.path} holds another run: {'; '.join(different)}. Use another --out")
-        if "global_batch" not in found:
-            raise UsageError(
-                f"--out {self.path}: {RUN_FILE} names no global_batch, so it is of an earlier version; go on with that "
-                "version, or use another --out"
-            )
-        self._check_global_batches(found, processes)
-        return found
+        # Paths may change, and a stage of which nothing is kept may be another one.
+        content = found | {name: now[name] for name in ("student", "caches", "teacher", "trust_remote_code")}
+        for stage in [stage for stage in self._new_stages() if found["config"][stage] != now["config"][stage]]:
+            content["config"] = content["config"] | {stage: now["config"][stage]}
+            content["global_batch"] = content["global_batch"] | {stage: now["global_batch"][stage]}
+        self._check_global_batches(content, processes)
+        return content
 
-    def _check_global_batches(self, found: dict[str, Any], processes: int) -> None:
+    def _new_stages(self) -> list[str]:
+        """Stages of which the folder holds neither a result nor a checkpoint."""
+        return [
+            f"stage{number}"
+            for number in (1, 2, 3)
+            if not self.stage_result(number).exists() and not find_checkpoints(self.checkpoints, number)
+        ]
+
+    def _check_global_batches(self, begun: dict[str, Any], processes: int) -> None:
         for number in (1, 2, 3):
             name, settings = f"stage{number}", self.config.stage(number)
-            before = _at(found, f"config.{name}")
+            before = begun["config"][name]
             if (settings.batch_size, settings.accumulation) == (before["batch_size"], before["accumulation"]):
                 continue
-            product, global_batch = settings.batch_size * settings.accumulation * processes, found["global_batch"][name]
+            product, global_batch = settings.batch_size * settings.accumulation * processes, begun["global_batch"][name]
             if product != global_batch:
                 raise UsageError(
                     f"--out {self.path}: the run's global batch in stage {number} is {global_batch} samples; {name}.batch_size "
                     f"{settings.batch_size} x {name}.accumulation {settings.accumulation} x {processes} processes is {product}"
                 )
 
-    def check_files(self, begun: dict[str, Any], cache: Mixture) -> None:
-        """Raises UsageError if this machine has another student or cache than the one that the run was begun on."""
-        here = self.description(cache)
-        found = [("student", here["student"], here["student_config_sha256"], begun["student_config_sha256"])]
-        if len(here["caches"]) != len(begun["caches"]):
-            raise UsageError(
-                f"{platform.node()}: --cache {', '.join(here['caches'])}: expected as many caches as rank 0 has, "
-                f"{len(begun['caches'])}, got {len(here['caches'])}; start all processes with the same command"
-            )
-        found += [
-            ("cache", *each) for each in zip(here["caches"], here["caches_sha256"], begun["caches_sha256"], strict=True)
+    def differences(self, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+        """What makes two descriptions two runs, in words. A student or cache is recognised by its digests, wherever it is."""
+        new = tuple(f"{stage}." for stage in self._new_stages())
+        old_settings, settings = flat(before["config"]), flat(now["config"])
+        different = [
+            f"{name} was {old_settings.get(name)!r}, now {settings.get(name)!r}"
+            for name in sorted(old_settings | settings)
+            if IDENTITY.fullmatch(name) and not name.startswith(new) and old_settings.get(name) != settings.get(name)
         ]
-        for what, path, digest, expected in found:
-            if digest != expected:
-                raise UsageError(
-                    f"{platform.node()}: the {what} {path} is not what rank 0 has by that name: its sha256 is {digest}, "
-                    f"expected {expected}"
-                )
+        old_files, files = before["student_sha256"], now["student_sha256"]
+        if others := [name for name in sorted(old_files | files) if old_files.get(name) != files.get(name)]:
+            different.append(f"student was {before['student']}, now {now['student']} with other {', '.join(others)}")
+        if before["caches_sha256"] != now["caches_sha256"]:
+            different.append(
+                f"cache was {', '.join(before['caches'])}, now {', '.join(now['caches'])} with another {CACHE_FILE}"
+            )
+        return different
 
-    def check_checkpoint(self, checkpoint: Checkpoint, stage: int, cache: Mixture) -> None:
+    def check_files(self, begun: dict[str, Any], cache: Mixture) -> None:
+        """Raises UsageError if this machine has another student or cache than rank 0's, which began the run."""
+        here = self.description(cache)
+        if different := self.differences(begun | {"config": here["config"]}, here):
+            raise UsageError(
+                f"{platform.node()}: expected the student and the caches of rank 0: {'; '.join(different)}; start all "
+                "processes with the same command and the same files"
+            )
+
+    def check_checkpoint(self, checkpoint: Checkpoint, stage: int, begun: dict[str, Any]) -> None:
         """Raises TrainingError, naming what differs, for a checkpoint of another run or stage."""
-        before = _with_all_settings(in_this_versions_names(checkpoint.run))
-        different = differences(before, self.description(cache))
+        different = self.differences(_whole(checkpoint.run, checkpoint.path), begun)
         if checkpoint.stage != stage:
             different.insert(0, f"stage was {checkpoint.stage}, now {stage}")
         if different:
@@ -168,40 +205,35 @@ class Run:
 
     def description(self, cache: Mixture, processes: int = 1) -> dict[str, Any]:
         """What a run and its checkpoints are of, as run.json has it."""
-        student = model_folder(self.student)
-        return json.loads(
-            json.dumps(
-                {
-                    "config": dataclasses.asdict(self.config),
-                    "global_batch": {
-                        f"stage{number}": settings.batch_size * settings.accumulation * processes
-                        for number in (1, 2, 3)
-                        for settings in (self.config.stage(number),)
-                    },
-                    "processes": processes,
-                    "student": str(Path(self.student).resolve()) if Path(self.student).is_dir() else self.student,
-                    "student_config_sha256": file_digest(student / "config.json"),
-                    "teacher": self.teacher,
-                    "trust_remote_code": self.trust_remote_code,
-                    "caches": [each.store.absolute for each in cache.caches],
-                    "cache_tokenizer_sha256": tokenizer_digest(cache.first),
-                    "caches_sha256": [hashlib.sha256(each.store.read(CACHE_FILE)).hexdigest() for each in cache.caches],
-                    "command": shlex.join(sys.argv),
-                    "software": {
-                        "genrecal": genrecal.__version__,
-                        "torch": torch.__version__,
-                        "transformers": transformers.__version__,
-                        "peft": peft.__version__,
-                        "python": platform.python_version(),
-                    },
-                }
-            )
-        )
+        description = {
+            "config": asdict(self.config),
+            "global_batch": {
+                f"stage{number}": settings.batch_size * settings.accumulation * processes
+                for number in (1, 2, 3)
+                for settings in (self.config.stage(number),)
+            },
+            "processes": processes,
+            "student": str(Path(self.student).resolve()) if Path(self.student).is_dir() else self.student,
+            "student_sha256": model_digests(self.student),
+            "teacher": self.teacher,
+            "trust_remote_code": self.trust_remote_code,
+            "caches": [each.store.absolute for each in cache.caches],
+            "caches_sha256": [hashlib.sha256(each.store.read(CACHE_FILE)).hexdigest() for each in cache.caches],
+            "command": shlex.join(sys.argv),
+            "software": {
+                "genrecal": genrecal.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "peft": peft.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        return json.loads(json.dumps(description))
 
     @classmethod
     def open(cls, path: Path) -> "Run":
         """An existing run. Raises UsageError if the folder is none."""
-        content = read_run_file(path)
+        content = _whole(read_run_file(path), path / RUN_FILE)
         return cls(
             path=path,
             config=config_from(content["config"]),
@@ -240,31 +272,28 @@ class Run:
         return student
 
 
-def _with_all_settings(before: dict[str, Any]) -> dict[str, Any]:
-    """What a run was of, with the defaults of settings that came after it; what this version no longer has stays as it is."""
-    try:
-        return before | {"config": json.loads(json.dumps(dataclasses.asdict(config_from(before["config"]))))}
-    except (UsageError, KeyError, TypeError, AttributeError):
-        return before
+def _whole(content: dict[str, Any], where: Path) -> dict[str, Any]:
+    """A description with all that a run is recognised by. Raises UsageError if it lacks some."""
+    names = (
+        "config",
+        "global_batch",
+        "student",
+        "student_sha256",
+        "teacher",
+        "trust_remote_code",
+        "caches",
+        "caches_sha256",
+    )
+    if missing := [name for name in names if name not in content]:
+        raise UsageError(
+            f"{where}: it does not say {', '.join(missing)}, so it is of another version; use another --out"
+        )
+    return content
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What sets two runs apart, in words; what may change while a run goes on is no difference."""
-    return [
-        f"{name} was {_at(before, name)!r}, now {_at(now, name)!r}"
-        for name in sorted(_leaves(before) | _leaves(now))
-        if _at(before, name) != _at(now, name) and not MAY_CHANGE.match(name)
-    ]
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> set[str]:
-    names: set[str] = set()
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables -> values by dotted name."""
+    values: dict[str, Any] = {}
     for name, value in tree.items():
-        names |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name}
-    return names
-
-
-def _at(tree: Any, name: str) -> Any:
-    for part in name.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
+        values |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return values

@@ -1,14 +1,17 @@
 """Single tensors of a checkpoint, read without building its model: the head and the final norm of a teacher run elsewhere."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from genrecal.errors import ModelError
 from genrecal.shards.head import FrozenHead, LogitTransform
+from genrecal.vlm.loading import file_digest, is_weight_file, model_folder, processor_files
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 # What checkpoints call them: transformers' own layouts, and InternLM2's.
@@ -24,6 +27,36 @@ class FinalNorm:
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+
+
+SAMPLED_BLOCKS, BLOCK_BYTES = 16, 4096  # of each file of weights, for its digest
+
+
+def model_digests(path: str | Path) -> dict[str, str]:
+    """What identifies a model wherever it is: sha256 of config.json, of each tokenizer and processor file, and of the
+    weights (names, shapes, sizes and some blocks of each file: all of a large model would take minutes)."""
+    folder = model_folder(path)
+    files = [folder / "config.json", *processor_files(folder)]
+    weights = hashlib.sha256()
+    for file in _weight_files(path, folder):
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            header = int.from_bytes(opened.read(8), "little") if file.suffix == ".safetensors" else 0
+            starts = [8 + min(header, size), *np.linspace(0, max(0, size - BLOCK_BYTES), SAMPLED_BLOCKS).astype(int)]
+            opened.seek(0)
+            weights.update(f"{file.name} {size} ".encode() + opened.read(starts[0]))
+            for start in starts[1:]:
+                opened.seek(start)
+                weights.update(opened.read(BLOCK_BYTES))
+    return {file.name: file_digest(file) for file in files} | {"weights": weights.hexdigest()}
+
+
+def _weight_files(path: str | Path, folder: Path) -> list[Path]:
+    """A model's safetensors, fetched if they are a hub model's; without any, the other weights in its folder."""
+    try:
+        return Checkpoint(path).paths()
+    except ModelError:
+        return sorted(file for file in folder.iterdir() if is_weight_file(file))
 
 
 class Checkpoint:
@@ -52,6 +85,10 @@ class Checkpoint:
 
         with safe_open(self._needed(self._file_of[name]), "pt") as file:
             return file.get_tensor(name)
+
+    def paths(self) -> list[Path]:
+        """Its files of weights on this machine."""
+        return [self._needed(file) for file in sorted(set(self._file_of.values()))]
 
     def files(self) -> dict[str, list[str]]:
         """Names of the tensors in each file."""
