@@ -780,13 +780,14 @@ def export(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint; must not exist.")],
     cache: Annotated[str | None, typer.Option(help="Cache to check outputs on, if it has moved.")] = None,
+    student: Annotated[str | None, typer.Option(help="The student as it was before the run, if it has moved.")] = None,
     stage: Annotated[int | None, typer.Option(help="Stage to export; else the last finished.", min=2, max=3)] = None,
 ) -> None:
     """Write the trained student as a stock Hugging Face checkpoint."""
     from genrecal.train.export import export
     from genrecal.train.run import Run
 
-    done = export(Run.open(run), out, cache=cache, stage=stage)
+    done = export(Run.open(run, student=student), out, cache=cache, stage=stage)
     console.print(
         f"{out}: the student after stage {done}; reloaded, its logits and greedy answers are the trained one's"
     )

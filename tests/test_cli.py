@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import fsspec
 import pytest
 from conftest import conversation, mixed_samples, write_llava
 
@@ -79,7 +80,7 @@ def cache(tiny: Callable[[str], Path], data: Path, tmp_path_factory: pytest.Temp
     return out
 
 
-def cache_args(teacher: str | Path, data: Path, out: Path, *more: str) -> list[str]:
+def cache_args(teacher: str | Path, data: Path, out: str | Path, *more: str) -> list[str]:
     options = "--samples-per-shard 3 --top-k 8 --max-skip 0.5 --question-fraction 0.5 --dtype float32".split()
     return ["cache", "--teacher", str(teacher), "--data", str(data), "--out", str(out), *options, *more]
 
@@ -170,6 +171,29 @@ def test_a_folder_that_is_no_model_is_one_line(run: Run, data: Path, tmp_path: P
     ended = run(*cache_args(tmp_path / "empty", data, tmp_path / "out"))
     assert_one_line(ended, 1, f"{tmp_path / 'empty'}: expected a model folder, found no config.json")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cache_in_a_folder_of_something_else_is_one_line(run: Run, data: Path, tmp_path: Path) -> None:
+    """Before the teacher is loaded; a folder that a killed job left before its cache.json is taken."""
+    for name, found in (("config.json", "a model"), ("run.json", "a run"), ("thesis.txt", "other files")):
+        (tmp_path / name).write_text("{}")
+        assert_one_line(
+            run(*cache_args("gone", data, tmp_path)), 2, f"expected a cache or an empty folder, found {found}"
+        )
+        (tmp_path / name).unlink()
+    (tmp_path / "teacher").mkdir()
+    assert "gone" in run(*cache_args("gone", data, tmp_path)).err
+    with fsspec.open("memory://place/config.json", "w") as file:
+        file.write("{}")
+    assert_one_line(run(*cache_args("gone", data, "memory://place")), 2, "expected a cache or nothing, found a model")
+
+
+@pytest.mark.parametrize("name", ["fp32", "float32"])
+def test_number_formats_have_two_names(
+    run: Run, tiny: Callable[[str], Path], data: Path, tmp_path: Path, name: str
+) -> None:
+    assert run(*cache_args(tiny("qwen2_vl"), data, tmp_path / "out", "--dtype", name, "--limit", "1")).status == 0
+    assert open_cache(tmp_path / "out").description["teacher"]["dtype"] == "float32"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Checkpoints of a stage: what is trained and the optimizer's moments, in safetensors. Nothing is unpickled.
 
 A checkpoint is a folder written under a temporary name and renamed when it is whole. It holds whole tensors, whatever
-engine and number of processes wrote it, so that any other goes on from it, and it says what it is a checkpoint of. Random
-states are not in it: those of a step are a function of the seed, the stage, the step and the rank.
+engine and number of processes wrote it, so that any other resumes from it, and it says what it is a checkpoint of. It holds
+no random state: that of a step is a function of the seed, the stage, the step and the rank.
 """
 
 import json

@@ -231,13 +231,24 @@ class Run:
         return json.loads(json.dumps(description))
 
     @classmethod
-    def open(cls, path: Path) -> "Run":
-        """An existing run. Raises UsageError if the folder is none."""
+    def open(cls, path: Path, *, student: str | None = None) -> "Run":
+        """An existing run.
+
+        Args:
+            student: where its student is now, if it has moved.
+
+        Raises UsageError if the folder is none, or for another student.
+        """
         content = _whole(read_run_file(path), path / RUN_FILE)
+        if student is not None and (digests := model_digests(student)) != content["student_sha256"]:
+            others = sorted({name for name, _ in digests.items() ^ content["student_sha256"].items()})
+            raise UsageError(
+                f"--student {student}: another than the run's, {content['student']}: other {', '.join(others)}"
+            )
         return cls(
             path=path,
             config=config_from(content["config"]),
-            student=content["student"],
+            student=student or content["student"],
             caches=tuple(content["caches"]),
             teacher=content["teacher"],
             trust_remote_code=content["trust_remote_code"],

@@ -106,8 +106,16 @@ def test_nothing_to_export_and_folders_in_the_way_are_refused(trained, tmp_path,
     moved = tmp_path / "moved"
     shutil.copytree(run.path, moved)
     content = json.loads((moved / "run.json").read_text())
-    (moved / "run.json").write_text(json.dumps(content | {"cache": str(tmp_path / "gone")}))
+    (moved / "run.json").write_text(json.dumps(content | {"caches": [str(tmp_path / "gone")]}))
     with pytest.raises(GenrecalError, match="give --cache"):
         export(Run.open(moved), tmp_path / "out")
     assert export(Run.open(moved), tmp_path / "out", cache=cache) == 3
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_student_that_moved(tiny, trained, cache, tmp_path):
+    run = trained("internvl_qwen2")
+    elsewhere = shutil.copytree(run.student, tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="--student .*: another than the run's, .*: other .*config.json"):
+        Run.open(run.path, student=str(tiny("qwen2_vl")))
+    assert export(Run.open(run.path, student=str(elsewhere)), tmp_path / "out", cache=str(cache)) >= 2

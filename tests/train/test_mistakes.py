@@ -1,6 +1,7 @@
 """What a beginner does wrong: one line that says what, where and what to do, before anything is trained or written."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -185,3 +186,30 @@ def test_weights_of_caches(told):
     assert status == 2 and "data.weights [0.0]: expected numbers above 0" in line
     status, line = told(*FEW, "--set", 'data.weights=["a"]')
     assert status == 2 and "setting data.weights: expected a list of numbers, got ['a']" in line
+
+
+def test_two_trainings_in_one_folder(told, monkeypatch):
+    """The second is refused while the first trains, which goes on undisturbed."""
+    refused, plain = [], TorchEngine.micro_step
+
+    def micro_step(self, *words, **named):
+        if not refused:
+            refused.append("")
+            kept = ["cache-facts.json", "lock.json", "metrics.jsonl", "run.json", "tensorboard"]
+            refused[0] = told(*FEW, "--stages", "1", kept=kept)
+            raise TrainingError("stopped")
+        return plain(self, *words, **named)
+
+    monkeypatch.setattr(TorchEngine, "micro_step", micro_step)
+    kept = ["cache-facts.json", "metrics.jsonl", "run.json", "tensorboard"]
+    assert told(*FEW, "--stages", "1", kept=kept) == (1, "genrecal: error: stopped")
+    ((status, line),) = refused
+    assert status == 2 and f"lock.json: process {os.getpid()} on " in line and "is training in this folder" in line
+
+
+def test_a_folder_that_holds_something_else(told, made, tiny, tmp_path):
+    for found, source in (("a model", tiny("internvl_qwen2")), ("a cache", made)):
+        names = [path.name for path in shutil.copytree(source, tmp_path / "r").iterdir()]
+        status, line = told(*FEW, "--stages", "1", kept=names)
+        assert status == 2 and f"expected a run or an empty folder, found {found} (" in line
+        shutil.rmtree(tmp_path / "r")
