@@ -34,8 +34,10 @@ def smaller_batch(stage: int, config: TrainConfig) -> list[str]:
 
 
 @contextmanager
-def explain_oom(stage: int, config: TrainConfig, *, longest: int = 0) -> Iterator[None]:
-    """Turn an allocation that failed, on a GPU or a CPU, into one line that says which settings take less.
+def explain_failures(stage: int, config: TrainConfig, *, longest: int = 0) -> Iterator[None]:
+    """Turn an allocation that failed, on a GPU or a CPU, and a loader process that died, into one line that says what to do.
+
+    torch raises for a dead loader process from a signal's handler, anywhere in a step.
 
     Args:
         longest: tokens of the longest conversation that was computed on, if known.
@@ -43,10 +45,12 @@ def explain_oom(stage: int, config: TrainConfig, *, longest: int = 0) -> Iterato
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-            words in str(error) for words in NO_MEMORY
-        )
-        if isinstance(error, GenrecalError) or not known:
+        if isinstance(error, GenrecalError):
+            raise
+        if "DataLoader worker" in str(error):
+            raise explain_loading(loader_died(error), stage, config) from None
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and not any(words in str(error) for words in NO_MEMORY):
             raise
         ways = smaller_batch(stage, config)
         if not config.gradient_checkpointing:

@@ -24,7 +24,7 @@ from genrecal.progress import Progress
 from genrecal.run_folder import CACHE_FACTS, LOCK_FILE, RUN_FILE
 from genrecal.shards.mixture import Mixture
 from genrecal.shards.reader import Cache
-from genrecal.train.advice import explain_loading, explain_oom, not_finite, too_many_left_out
+from genrecal.train.advice import explain_failures, explain_loading, not_finite, too_many_left_out
 from genrecal.train.batches import (
     BatchBuilder,
     LiveSource,
@@ -117,7 +117,7 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
                         wandb=wandb,
                         clock=Clock(device if profile else None),
                     )
-                    with explain_oom(stage, run.config):
+                    with explain_failures(stage, run.config):
                         _train_stage(job, source, signals)
                 ranks.wait_for(run.stage_result(stage))
                 if ranks.first:
@@ -339,7 +339,7 @@ def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> N
             rate = learning_rate(settings, step, plan.num_steps)
             seed_step(config.seed, stage, step, ranks.rank)
             longest = max((b.student_inputs["input_ids"].shape[1] for b in loaded.batches if b is not None), default=0)
-            with explain_oom(stage, config, longest=longest):
+            with explain_failures(stage, config, longest=longest):
                 values = train_step(engine, loaded.batches, Share.denominators(shares), rate, ranks)
             seconds = time.perf_counter() - started
             tokens = sum(share.tokens for share in shares)

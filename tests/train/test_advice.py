@@ -138,7 +138,7 @@ def not_a_number(patch, trainer):
 
 
 CASES = {
-    "explain_oom": (out_of_memory, ["--set", "gradient_checkpointing=false"], "stage 1: out of memory: .*can't allocate"),
+    "explain_failures": (out_of_memory, ["--set", "gradient_checkpointing=false"], "stage 1: out of memory: .*can't allocate"),
     "explain_loading, LoaderError": (dead_loader, ["--set", "data.workers=1"], "stage 1: a loader process died"),
     "explain_loading, DamageError": (damaged_sample, [], r"samples/00000\.tar: member .* expected \d+ bytes"),
     "too_many_left_out, damaged": (damaged_sample, ["--set", "data.on_damage=skip"], r"over the limit of 1\.00%"),
