@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from genrecal.errors import DamageError, GenrecalError, TrainingError
-from genrecal.train.config import TrainConfig
+from genrecal.train.config import EvaluateConfig, TrainConfig
 from genrecal.vlm.loading import first_line
 
 RESUME = "run the same command with {} to resume from the last checkpoint"
@@ -113,6 +113,14 @@ def not_finite(what: str, value: float, keys: Sequence[str], dtype: torch.dtype)
         + (f"; for more precision, {RESUME.format('--set precision=float32')}" if dtype != torch.float32 else "")
         + "; a lower learning rate makes another run, in another --out"
     )
+
+
+def evaluation_ways(config: EvaluateConfig) -> str:
+    """What takes less memory where the student is evaluated while it is trained."""
+    ways = [f"--set evaluate.batch_size={config.batch_size // 2}"] if config.batch_size > 1 else []
+    ways += [f"--set evaluate.max_new_tokens={config.max_new_tokens // 2 or 64}"] if config.max_new_tokens != 1 else []
+    ways.append("--set evaluate.data=[] (`genrecal evaluate` asks an exported stage)")
+    return RESUME.format(", or ".join(ways))
 
 
 def cannot_write(path: Path, what: str, error: Exception) -> TrainingError:

@@ -9,6 +9,7 @@ import torch
 
 from genrecal.errors import DataError, UsageError
 from genrecal.samples import BadRecord, SampleSet, open_samples
+from genrecal.train.advice import evaluation_ways
 from genrecal.train.config import EvaluateConfig, TrainConfig
 from genrecal.train.evaluate import Evaluation, Prediction, ask, evaluation_of, explain_oom
 from genrecal.train.ranks import Ranks
@@ -65,15 +66,10 @@ class Midway:
             seed: of the sampling, where the student's generation config samples.
         """
         device, settings = student.device.type, self.config
-        smaller = f"a lower evaluate.batch_size than {settings.batch_size}, " if settings.batch_size > 1 else ""
-        advice = (
-            f"set {smaller}a lower evaluate.max_new_tokens, or evaluate.data=[] (and use `genrecal evaluate` on an "
-            "exported stage), and run the same command again to resume from the last checkpoint"
-        )
 
         def own_share() -> list[tuple[list[Prediction], list[tuple[str, str]]]]:
             mine = range(ranks.rank, len(self.samples), ranks.size)
-            with explain_oom(advice):
+            with explain_oom(evaluation_ways(settings)):
                 return [
                     ask(
                         student,

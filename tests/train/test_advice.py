@@ -22,7 +22,7 @@ from genrecal.cli import main
 from genrecal.errors import TrainingError, UsageError
 from genrecal.samples import open_samples
 from genrecal.shards.reader import open_cache
-from genrecal.train import batches, loop
+from genrecal.train import batches, loop, midway
 from genrecal.train.config import TrainConfig, load_config
 from genrecal.train.engine import TorchEngine
 from genrecal.train.logs import read_metrics
@@ -85,7 +85,7 @@ def trainer(tiny, cache, tmp_path, capsys):
 
 def ways(line):
     """What a message advises: of each way, the options of a command."""
-    found = re.findall(r"--set \S+=[\w.]+(?: --set \S+=[\w.]+)*", line)
+    found = re.findall(r"--set \S+=[\w.\[\]]+(?: --set \S+=[\w.]+)*", line)
     return [way.split() for way in found]
 
 
@@ -137,12 +137,25 @@ def not_a_number(patch, trainer):
     patch.setattr(TorchEngine, "micro_step", micro_step)
 
 
+def evaluation_out_of_memory(patch, trainer):
+    """As long as there are so many prompts, or such long answers, at a time."""
+    plain = midway.ask
+
+    def ask(*words, batch_size, max_new_tokens, **named):
+        if batch_size == 8 and max_new_tokens is None:
+            torch.empty(2**50)
+        return plain(*words, batch_size=batch_size, max_new_tokens=max_new_tokens, **named)
+
+    patch.setattr(midway, "ask", ask)
+
+
 CASES = {
     "explain_failures": (out_of_memory, ["--set", "gradient_checkpointing=false"], "stage 1: out of memory: .*can't allocate"),
     "explain_loading, LoaderError": (dead_loader, ["--set", "data.workers=1"], "stage 1: a loader process died"),
     "explain_loading, DamageError": (damaged_sample, [], r"samples/00000\.tar: member .* expected \d+ bytes"),
     "too_many_left_out, damaged": (damaged_sample, ["--set", "data.on_damage=skip"], r"over the limit of 1\.00%"),
     "too_many_left_out, skipped": (None, ["--set", "max_tokens=LIMIT"], r"student cannot take \d+ of 48 samples"),
+    "evaluation_ways": (evaluation_out_of_memory, ["--set", "evaluate.data=DATA"], "evaluation is out of memory: .*can't"),
     "not_finite": (not_a_number, ["--set", "precision=bf16"], "the loss is nan on samples"),
 }  # fmt: skip
 
@@ -155,7 +168,11 @@ def test_following_the_advice_resumes(trainer, monkeypatch, name):
     lengths = sorted(
         record.row["question_tokens"] + record.row["answer_tokens"] for record in open_cache(trainer.cache)
     )
-    options = [option.replace("LIMIT", str(lengths[-3])) for option in options]
+    for name, value in (
+        ("LIMIT", lengths[-3]),
+        ("DATA", write_llava(trainer.out.with_name("asked"), mixed_samples(2))),
+    ):
+        options = [option.replace(name, str(value)) for option in options]
     status, line = trainer(*options)
     assert status == 1 and re.search(message, line), line
     begun = shutil.copytree(trainer.out, trainer.out.with_name("begun"))

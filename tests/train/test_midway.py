@@ -127,7 +127,7 @@ def test_out_of_memory_while_it_asks_is_one_line_and_its_advice_resumes(run_of, 
     monkeypatch.setattr("genrecal.train.evaluate.generate_ids", generate_ids)
     run = run_of()
     with pytest.raises(
-        ModelError, match=r"set a lower evaluate\.batch_size than 8,.* run the same command again"
+        ModelError, match=r"run the same command with --set evaluate\.batch_size=4, or .* to resume"
     ) as raised:
         train(run, stages=[1, 2, 3])
     assert "\n" not in str(raised.value)

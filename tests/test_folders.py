@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from genrecal.errors import UsageError
-from genrecal.files import FolderLock, machine_name, process_identity, refuse_other_content
+from genrecal.files import machine_name
+from genrecal.folders import FolderLock, process_identity, refuse_other_content
 
 
 def lock_in(folder: Path) -> FolderLock:
@@ -40,7 +41,7 @@ def test_one_process_at_a_time_and_the_lock_goes_with_it(tmp_path: Path) -> None
 def test_a_lock_that_was_left_behind_is_explained_and_taken_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], left: str
 ) -> None:
-    code = "from genrecal.files import FolderLock; from pathlib import Path; import time\n"
+    code = "from genrecal.folders import FolderLock; from pathlib import Path; import time\n"
     code += (
         f"FolderLock(Path({str(tmp_path)!r}) / 'lock.json', 'training in'); print('held', flush=True); time.sleep(600)"
     )
