@@ -159,6 +159,11 @@ PUBLISHED: dict[str, tuple[Record, tuple[list[Any], list[int]]]] = {
         ([("s", "s"), *ONE[0]], [0]),
     ),
     "LLaMA-Factory, frames": (chat("<video>q", "a", videos=[[A, B]]), TWO),
+    "ms-swift, pairs": (
+        {"system": "s", "conversation": [{"human": "one", "assistant": "1"}, {"human": "q", "assistant": "a"}]},
+        ([("s", "s"), ("u", "one"), ("a", "1"), Q, ANSWER], []),
+    ),
+    "XTuner": ({"conversation": [{"system": "s", "input": "q", "output": "a"}]}, ([("s", "s"), Q, ANSWER], [])),
     "alpaca": ({"instruction": "q", "input": "", "output": "a"}, ([Q, ANSWER], [])),
     "TRL, texts": ({"prompt": "q", "completion": "a"}, ([Q, ANSWER], [])),
     "TRL, messages": (
@@ -406,6 +411,7 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     "preferences": ({"prompt": "q", "chosen": "a", "rejected": "b"}, "the field 'chosen' is preference data"),
     "TRL's preferences": ({"chosen": chat("q", "a")["messages"], "rejected": []}, "'chosen' is preference data"),
     "ms-swift's preferences": (chat("q", "a", rejected_response="b"), "'rejected_response' is preference data"),
+    "KTO": (chat("q", "a", label=False), "'label' is preference data"),
     "a fractional weight": (
         messages(turn("user"), turn("assistant", weight=0.5)),
         "'weight' of a turn is 0.5; only 0 and 1",

@@ -40,7 +40,7 @@ TURN_FIELDS = {
     "learn": ("loss", "train", "training", "trainable", "weight", "loss_weight", "loss_mask", "target"),
     "image": (),
 }
-PAIR_FIELDS = {"user": ("user",), "assistant": ("assistant",)}
+PAIR_FIELDS = {"system": ("system",), "user": ("user", "human", "input"), "assistant": ("assistant", "gpt", "output")}
 PART_FIELDS = {
     "type": ("type",),
     "text": ("text", "content", "thinking", "reasoning"),
@@ -91,7 +91,7 @@ REFUSED = {
         "is audio, which is not read"
     ),
     r"tools|functions|(tool|function)_(calls?|choice|call_id|responses?|results?)": "is about tools, which are not read",
-    r"(chosen|rejected)(_.*)?": "is preference data, which is not read; give the answer to learn as an assistant's turn",
+    r"(chosen|rejected)(_.*)?|kto_tag": "is preference data, which is not read; give the answer to learn alone",
     r"chat_template.*|documents": "changes the prompt, and is not read",
     r"objects": "may be what tags in the text stand for, and is not read",
     r"(loss|sample)_?(weight|mask|scale)s?|weight|mask|train_details?|train_on_.*": (
@@ -209,8 +209,11 @@ class Fields:
             if not has_content(value) or value in EMPTY_JSON:
                 continue
             label = repr(f"{self.where}{name}"[:80])
+            kind = (
+                "kto_tag" if name.lower() == "label" and isinstance(value, bool) else name.lower()
+            )  # TRL's and ms-swift's
             for pattern, reason in self.refused.items():
-                if re.fullmatch(pattern, name.lower()):
+                if re.fullmatch(pattern, kind):
                     raise SampleError(f"the field {label} {reason} ({IGNORED.format(name=name)})")
             kind, is_data = media_in(value)
             if kind and (is_data or not has_images):

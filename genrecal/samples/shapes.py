@@ -20,13 +20,12 @@ def turns_of(fields: Fields, open_object: Open) -> list[Any]:
         fields: the record's; those that are read are taken from it.
         open_object: gives the fields of an object within it.
     """
-    if names := fields.called("messages"):
-        turns = _non_empty(fields.left.pop(names[0]), names[0])
-    elif names := fields.called("texts"):
-        turns = [turn for pair in _non_empty(fields.left.pop(names[0]), names[0]) for turn in _pair(pair, open_object)]
+    names = fields.called("messages") or fields.called("texts")
+    if names:
+        listed = map(from_json, _non_empty(fields.left.pop(names[0]), names[0]))
+        turns = [turn for item in listed for turn in (_pair(item, open_object) if _is_pair(item) else [item])]
     else:
-        turns = _question_and_answer(fields)
-    turns = [from_json(turn) for turn in turns]
+        turns = [from_json(turn) for turn in _question_and_answer(fields)]
     system = fields.take("system")
     if not has_content(system):
         return turns
@@ -56,12 +55,16 @@ def _non_empty(value: Any, name: str) -> list[Any]:
     return turns
 
 
-def _pair(pair: Any, open_object: Open) -> list[dict[str, Any]]:
-    if not isinstance(pair, dict):
-        raise SampleError("expected each entry of 'texts' to be an object with 'user' and 'assistant'")
+def _is_pair(item: Any) -> bool:
+    """Whether an entry is a question with its answer, as The Cauldron's and XTuner's are."""
+    return isinstance(item, dict) and _role(item) is None and any(map(item.get, PAIR_FIELDS["user"]))
+
+
+def _pair(pair: dict[str, Any], open_object: Open) -> list[dict[str, Any]]:
     fields = open_object(pair, PAIR_FIELDS, "texts[].")
     fields.left.pop("source", None)  # `record_names` has it
-    return [{"role": role, "content": fields.take(role)} for role in PAIR_FIELDS]
+    turns = [{"role": role, "content": fields.take(role)} for role in PAIR_FIELDS]
+    return turns if turns[0]["content"] else turns[1:]
 
 
 def _question_and_answer(fields: Fields) -> list[Any]:
