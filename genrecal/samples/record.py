@@ -199,6 +199,8 @@ class _Reader:
         if isinstance(value, dict) and all(map(first_image_tag, value)):
             value = list(value.values())  # MiniCPM-V: each image under its tag
         if isinstance(value, list):
+            if not all(map(has_content, value)):
+                raise SampleError(f"the field {name!r}: one of its {len(value)} images is empty")
             return [entry for item in value for entry in self._entries(item, name)]
         try:
             return [read_entry(value, self.opened)]
@@ -368,6 +370,8 @@ class _Reader:
                 raise SampleError(f"turn {number}: an assistant turn holds an image")
             if message.is_target and not message.text.strip():
                 raise SampleError(f"turn {number}: empty answer")
+            if expected == "user" and not any(isinstance(part, ImageRef) or part.strip() for part in message.parts):
+                raise SampleError(f"turn {number}: empty question")
         if not any(message.role == "assistant" for message in messages):
             raise SampleError("no assistant turn")
         answers = [place for place, message in enumerate(messages) if message.is_target]

@@ -79,7 +79,9 @@ def _question_and_answer(fields: Fields) -> list[Any]:
     fields.refused = fields.refused | REFUSED_BESIDE_QUESTION
     if not questions or not answers:
         list(fields.finish(has_images=True))  # a field that is refused says more
-        names = ", ".join(map(repr, list(fields.left)[:20]))
+        names = ", ".join(
+            f"{name!r}{'' if has_content(fields.left[name]) else ' (empty)'}" for name in list(fields.left)[:20]
+        )
         raise SampleError(
             "no conversation: expected a non-empty list under 'conversations' or 'messages', pairs under 'texts', or a "
             f"question and an answer; its fields are {names or 'none'} (--field question=NAME --field answer=NAME)"
