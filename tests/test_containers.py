@@ -317,6 +317,26 @@ def test_messages_with_parts_of_structs(tmp_path: Path) -> None:
     assert "the field 'messages[].content[].image' holds bytes, which is not read" in bad.reason
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize("depth", ["whole", "turns", "contents"])
+def test_json_columns_are_unpacked_where_they_stand(tmp_path: Path, depth: str, suffix: str) -> None:
+    """Contents of two kinds, texts and lists of parts, are such a column in `datasets`: a text is then in quotes."""
+    json_type, text = datasets.Json(), datasets.Value("string")
+    types = {"whole": json_type, "turns": datasets.List(json_type)}
+    types["contents"] = datasets.List({"role": text, "content": json_type})
+    asked = [{"type": "text", "text": 'say "yes"'}]
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "42"}]
+    data = datasets.Dataset.from_list([{"messages": turns}] * 2, features=datasets.Features(messages=types[depth]))
+    if suffix == "parquet":
+        data.to_parquet(tmp_path / "d.parquet")
+    else:
+        data.save_to_disk(tmp_path / "d.arrow")
+    for sample in open_samples(
+        [next(tmp_path.glob("d.*"))] if suffix == "parquet" else [*(tmp_path / "d.arrow").glob("*.arrow")]
+    ):
+        assert [message.parts for message in sample.messages] == [('say "yes"',), ("42",)]
+
+
 def test_rows_without_a_picture_and_pictures_by_path(tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes(png(1))
     image = [{"bytes": None, "path": None}, None, {"bytes": None, "path": "b.png"}, {"bytes": b"", "path": "gone.png"}]

@@ -163,8 +163,27 @@ def _row(block: pa.RecordBatch) -> Any:
         if "UTF8" not in str(error):
             raise
         raise SampleError(NO_UTF8) from None
-    [record] = block.to_pylist()
+    [record] = _records(block)
     return record
+
+
+def _records(block: pa.RecordBatch) -> list[dict[str, Any]]:
+    """A block's rows; what is of the hub's type Json() is unpacked, in whatever depth, as `datasets` does it."""
+    return [
+        {name: _unpacked(value, block.schema.field(name).type) for name, value in row.items()}
+        for row in block.to_pylist()
+    ]
+
+
+def _unpacked(value: Any, kind: pa.DataType) -> Any:
+    if value is None or "arrow.json" not in str(kind):
+        return value
+    if isinstance(kind, pa.JsonType):
+        found = json.loads(value)
+        return found if isinstance(found, (str, list, dict)) else value  # `datasets` writes the text "42" as 42
+    if pa.types.is_struct(kind):
+        return {name: _unpacked(item, kind.field(name).type) for name, item in value.items()}
+    return [_unpacked(item, kind.value_type) for item in value]
 
 
 def _words(error: Exception) -> str:
@@ -245,13 +264,13 @@ def _records_of_group(path: Path, group: int, columns: Sequence[str]) -> Iterato
     with pq.ParquetFile(path, buffer_size=STREAM_BYTES, pre_buffer=False) as opened:
         for block in opened.iter_batches(BLOCK_ROWS, row_groups=[group], columns=list(columns), use_threads=False):
             try:
-                yield from block.to_pylist()
+                yield from _records(block)
             except UnicodeDecodeError:
                 yield from (_row_or_reason(block.slice(place, 1)) for place in range(block.num_rows))
 
 
 def _row_or_reason(block: pa.RecordBatch) -> Any:
     try:
-        return block.to_pylist()[0]
+        return _records(block)[0]
     except UnicodeDecodeError:
         return NO_UTF8
