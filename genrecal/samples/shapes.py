@@ -80,11 +80,11 @@ def _question_and_answer(fields: Fields) -> list[Any]:
     if not questions or not answers:
         list(fields.finish(has_images=True))  # a field that is refused says more
         names = ", ".join(
-            f"{name!r}{'' if has_content(fields.left[name]) else ' (empty)'}" for name in list(fields.left)[:20]
+            f"{name}{'' if has_content(fields.left[name]) else ' (empty)'}" for name in list(fields.left)[:20]
         )
         raise SampleError(
             "no conversation: expected a non-empty list under 'conversations' or 'messages', pairs under 'texts', or a "
-            f"question and an answer; its fields are {names or 'none'} (--field question=NAME --field answer=NAME)"
+            f"question and an answer; its fields are {names!r} (--field question=NAME --field answer=NAME)"
         )
     asked = _asked(fields.left.pop(questions[0]), fields.left.pop(more[0]) if more else "", questions[0])
     answered = _answered(fields.left.pop(answers[0]), answers[0])
