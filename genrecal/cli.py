@@ -50,6 +50,18 @@ Data = Annotated[
         "'data-{000..015}.tar', URLs such as s3://..., or a data set of the hub as REPO:SPLIT; may be repeated."
     ),
 ]
+FieldNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--field",
+        metavar="NAME=FIELD",
+        help="What a field of the records is: question=q, image=img_path, ignore=notes; may be repeated.",
+    ),
+]
+RoleNames = Annotated[
+    list[str] | None,
+    typer.Option("--role", metavar="ROLE=NAME", help="What a role in the records is: Human=user; may be repeated."),
+]
 IncludeCategory = Annotated[
     list[str] | None,
     typer.Option(help='Take records of this category alone; may be repeated. "" is those that name none.'),
@@ -143,6 +155,8 @@ def plan(
     data: Data,
     out: Annotated[str | None, typer.Option(help="Where the cache would be: is there room?")] = None,
     image_root: Annotated[Path | None, typer.Option(help="Where relative image paths start.")] = None,
+    field: FieldNames = None,
+    role: RoleNames = None,
     include_category: IncludeCategory = None,
     exclude_category: ExcludeCategory = None,
     split: Split = "0.0:1.0",
@@ -173,7 +187,7 @@ def plan(
     from genrecal.cache.options import CacheOptions
     from genrecal.cache.plan import PlanOptions, make_plan, plan_text
     from genrecal.cache.teacher_shape import KNOWN, teacher_shape
-    from genrecal.samples import open_samples
+    from genrecal.samples import FieldMap, open_samples
 
     top_k, draws = _targets(targets, top_k, top_k_given=False)
     settings = CacheOptions(
@@ -198,7 +212,8 @@ def plan(
         train_rate=train_rate,
     )
     selection = _selection(include_category, exclude_category, split, split_seed)
-    samples = open_samples(data, image_root=image_root, limit=limit, selection=selection)
+    fields = FieldMap.parse(field or (), role or ())
+    samples = open_samples(data, image_root=image_root, limit=limit, selection=selection, fields=fields)
     if teacher.lower() in KNOWN and not Path(teacher).exists():
         forecast = make_plan(KNOWN[teacher.lower()], None, samples, settings, assumed, out=out)
     else:
@@ -236,6 +251,8 @@ def cache(
     image_root: Annotated[
         Path | None, typer.Option(help="Where relative image paths start; else the data's folder.")
     ] = None,
+    field: FieldNames = None,
+    role: RoleNames = None,
     include_category: IncludeCategory = None,
     exclude_category: ExcludeCategory = None,
     split: Split = "0.0:1.0",
@@ -310,7 +327,7 @@ def cache(
     """Run the teacher once over the data and write its states as shards."""
     from genrecal.cache.job import check_place, run_cache_job
     from genrecal.cache.options import CacheOptions, RayOptions, WorkOptions
-    from genrecal.samples import open_samples
+    from genrecal.samples import FieldMap, open_samples
     from genrecal.shards.reader import open_cache
 
     source = context.get_parameter_source("top_k")
@@ -345,7 +362,10 @@ def cache(
     else:
         load_teacher = functools.partial(_teacher, teacher, dtype, device, trust_remote_code)
     selection = _selection(include_category, exclude_category, split, split_seed)
-    load_samples = functools.partial(open_samples, data, image_root=image_root, limit=limit, selection=selection)
+    fields = FieldMap.parse(field or (), role or ())
+    load_samples = functools.partial(
+        open_samples, data, image_root=image_root, limit=limit, selection=selection, fields=fields
+    )
     check_place(out)
     if ray is not None:
         from genrecal.cache.ray_job import run_ray_job
@@ -819,6 +839,8 @@ def evaluate(
         Path | None, typer.Option(help="Write the predictions here, as jsonl; with --harness, a folder for its files.")
     ] = None,
     image_root: Annotated[Path | None, typer.Option(help="Where relative image paths start.")] = None,
+    field: FieldNames = None,
+    role: RoleNames = None,
     include_category: IncludeCategory = None,
     exclude_category: ExcludeCategory = None,
     split: Split = "0.0:1.0",
@@ -864,7 +886,7 @@ def evaluate(
         return
 
     from genrecal.report.summary import plus_minus
-    from genrecal.samples import open_samples
+    from genrecal.samples import FieldMap, open_samples
     from genrecal.train.evaluate import evaluate, save_evaluation
     from genrecal.train.scores import check_metric
     from genrecal.vlm.loading import load_vlm
@@ -877,7 +899,8 @@ def evaluate(
             raise UsageError(f"--out {out}: cannot be written: {error.strerror or error}") from None
 
     selection = _selection(include_category, exclude_category, split, split_seed)
-    samples = open_samples(data or [], image_root=image_root, limit=limit, selection=selection)
+    fields = FieldMap.parse(field or (), role or ())
+    samples = open_samples(data or [], image_root=image_root, limit=limit, selection=selection, fields=fields)
     vlm = load_vlm(model, dtype=_dtype(dtype), device=_device(device), trust_remote_code=trust_remote_code)
     result = evaluate(vlm, samples, metric=metric, batch_size=batch_size or 8, max_new_tokens=max_new_tokens)
     for where, why in result.skipped:
@@ -926,6 +949,8 @@ def _check_evaluate(harness: str | None, tasks: str | None, data: list[Path] | N
         "data",
         "metric",
         "image_root",
+        "field",
+        "role",
         "include_category",
         "exclude_category",
         "split",
@@ -982,6 +1007,8 @@ def compare(
     set_: Annotated[list[str] | None, typer.Option("--set", help="One setting of all variants.")] = None,
     jobs: Annotated[int, typer.Option(help="Runs side by side; GPUs are dealt out to them in turn.", min=1)] = 1,
     image_root: Annotated[Path | None, typer.Option(help="Where relative image paths start.")] = None,
+    field: FieldNames = None,
+    role: RoleNames = None,
     limit: Annotated[int | None, typer.Option(help="Ask the first N records only.", min=1)] = None,
     metric: Annotated[str, typer.Option(help="auto, exact, number, relaxed, anls, vqa or choice.")] = "auto",
     batch_size: Annotated[int, typer.Option(help="Prompts that are answered at a time.", min=1)] = 8,
@@ -994,7 +1021,7 @@ def compare(
 ) -> None:
     """Train several variants at equal steps with several seeds, ask each student the same questions, print one table."""
     from genrecal.compare import Asking, compare, comparison_text, variants_of
-    from genrecal.samples import open_samples
+    from genrecal.samples import FieldMap, open_samples
 
     variants = variants_of(try_ or [], tries, caches=cache, config=config, settings=set_ or [])
     try:
@@ -1004,7 +1031,13 @@ def compare(
     found = compare(
         variants,
         student,
-        functools.partial(open_samples, data, image_root=image_root, limit=limit),
+        functools.partial(
+            open_samples,
+            data,
+            image_root=image_root,
+            limit=limit,
+            fields=FieldMap.parse(field or (), role or ()),
+        ),
         out,
         seeds=numbers,
         stages=_stages(stages),

@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 import webdataset
@@ -26,7 +27,7 @@ from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.errors import DataError, FormatError, UsageError
-from genrecal.samples import BadRecord, ImageRef, Sample, SampleSet, Selection, open_samples, parse_split
+from genrecal.samples import BadRecord, FieldMap, ImageRef, Sample, SampleSet, Selection, open_samples, parse_split
 from genrecal.samples.table_file import SPOOLS
 from genrecal.shards.reader import open_cache
 from genrecal.shards.verify import verify_cache
@@ -363,10 +364,64 @@ def test_text_that_is_no_utf8_costs_its_row_alone(tmp_path: Path) -> None:
         assert chosen.key == "00000002"
 
 
-def test_a_table_without_conversations_is_refused(tmp_path: Path) -> None:
-    pq.write_table(table(caption=["a"], image=[b""]), tmp_path / "t.parquet")
-    with pytest.raises(DataError, match=r"t\.parquet: expected a column .*texts; its columns are caption, image"):
-        open_samples([tmp_path / "t.parquet"])
+def test_every_column_is_read_or_named(tmp_path: Path) -> None:
+    rows = {"question": ["q"] * 2, "answer": ["a"] * 2, "jpg": [png(0), png(1)], "notes": ["x", None], "width": [8, 8]}
+    pq.write_table(table(**rows), tmp_path / "t.parquet")
+    pa.feather.write_feather(table(**rows), tmp_path / "t.feather")
+    for name in ("t.parquet", "t.feather"):
+        samples = list(open_samples([tmp_path / name]))
+        assert [[image.read() for image in sample.images] for sample in samples] == [[png(0)], [png(1)]]
+        assert [sample.unread for sample in samples] == [("a field 'notes'",), ()]
+
+
+def test_a_table_without_conversations_has_bad_records(tmp_path: Path) -> None:
+    pq.write_table(table(caption=["a"], file=[""]), tmp_path / "t.parquet")
+    [bad] = open_samples([tmp_path / "t.parquet"])
+    assert bad.reason.startswith("no conversation: ") and "its fields are 'caption'" in bad.reason
+
+
+@pytest.mark.parametrize("compression", ["uncompressed", "lz4", "zstd"])
+@pytest.mark.parametrize("kind", ["file", "stream"])
+def test_arrow_files_of_every_kind(tmp_path: Path, compression: str, kind: str) -> None:
+    data = table(texts=PAIRS, image=[{"bytes": png(i) * 50, "path": None} for i in range(40)])
+    path = tmp_path / "t.ARROW"
+    options = pa.ipc.IpcWriteOptions(compression=None if compression == "uncompressed" else compression)
+    new = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
+    with pa.OSFile(str(path), "wb") as file, new(file, data.schema, options=options) as writer:
+        writer.write_table(data, max_chunksize=7)
+    before = pa.total_allocated_bytes()
+    samples = open_samples([path])
+    assert pa.total_allocated_bytes() - before < 10_000  # batches lie in mapped memory, packed or not
+    for i in random.Random(0).sample(range(40), 40):
+        assert samples[i].answers == (f"a{i}", "b") and samples[i].images[0].read() == png(i) * 50
+
+
+def test_names_for_fields_and_roles(tmp_path: Path) -> None:
+    """The same map in every container, for what is read and for what is selected."""
+    rows = [{"q": f"q{i}", "gold": f"a{i}", "pic": f"{i}.png", "kind": "xy"[i % 2], "nr": f"n{i}"} for i in range(4)]
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    (tmp_path / "d.csv").write_text(
+        "\n".join(",".join(row) for row in [list(rows[0]), *(row.values() for row in rows)])
+    )
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    fields = FieldMap.parse(["question=q", "answer=gold", "image=pic", "category=kind", "id=nr"])
+    for name in ("d.csv", "d.jsonl", "d.parquet"):
+        samples = list(open_samples([tmp_path / name], fields=fields))
+        assert [sample.messages[0].parts for sample in samples] == [(ImageRef(0), f"q{i}") for i in range(4)]
+        assert [sample.answers for sample in samples] == [(f"a{i}",) for i in range(4)]
+        assert [sample.images[0].read() for sample in samples] == [png(i) for i in range(4)]
+        assert [sample.key for sample in samples] == [f"0000000{i}-n{i}" for i in range(4)]
+        assert {sample.unread for sample in samples} == {()}
+        chosen = open_samples([tmp_path / name], fields=fields, selection=Selection(include_categories=("y",)))
+        assert [sample.sample_id for sample in chosen] == ["n1", "n3"]
+    turns = [{"role": "Q", "content": "q"}, {"role": "A", "content": "a"}]
+    (tmp_path / "roles.json").write_text(json.dumps([{"messages": turns}]))
+    [bad] = open_samples([tmp_path / "roles.json"])
+    assert "unknown role 'Q'" in bad.reason and "--role NAME=user" in bad.reason
+    [sample] = open_samples([tmp_path / "roles.json"], fields=FieldMap.parse((), ["Q=user", "A=assistant"]))
+    assert sample.answers == ("a",)
 
 
 def test_a_damaged_table_ends_the_job_and_is_named(

@@ -302,6 +302,8 @@ def _description(
         "num_samples": len(samples),
         "num_shards": options.num_shards(len(samples)),
         "selection": samples.selection.to_json(),
+        "fields": dict(samples.fields.fields),
+        "roles": dict(samples.fields.roles),
         "data": samples.describe_files(),
     }  # fmt: skip
 

@@ -15,6 +15,7 @@ import xxhash
 from genrecal.errors import DataError, SampleError, UsageError
 from genrecal.progress import Progress
 from genrecal.samples.data_files import DATA_SUFFIXES, Source, find_sources
+from genrecal.samples.fields import FieldMap
 from genrecal.samples.record import parse_record, record_names
 from genrecal.samples.sample import BadRecord, Sample
 from genrecal.samples.table_file import TABLE_SUFFIXES, Spools, open_table
@@ -116,6 +117,7 @@ class SampleSet(Sequence[Sample | BadRecord]):
     image_root: Path | None = None
     limit: int | None = None
     selection: Selection = field(default_factory=Selection)
+    fields: FieldMap = field(default_factory=FieldMap)
     _starts: np.ndarray = field(init=False, repr=False)
     _taken: np.ndarray | None = field(init=False, repr=False)  # int64, places in the input; None for all
 
@@ -140,9 +142,10 @@ class SampleSet(Sequence[Sample | BadRecord]):
         try:
             record = file.record(row)
             root = self.image_root or file.path.parent
-            return parse_record(record, index=place, location=location, image_root=root)
+            return parse_record(record, index=place, location=location, image_root=root, fields=self.fields)
         except SampleError as error:
-            return BadRecord(location=location, reason=str(error), **record_names(record, index=place))
+            names = record_names(record, index=place, fields=self.fields)
+            return BadRecord(location=location, reason=str(error), **names)
 
     def describe_files(self) -> list[dict[str, str]]:
         """Each file's name and digest, and of a remote one its URL, which has the commit of a data set of the hub."""
@@ -160,7 +163,7 @@ class SampleSet(Sequence[Sample | BadRecord]):
         taken: list[int] = []
         for start, file in zip(self._starts, self.files, strict=False):
             for row, label in enumerate(file.labels()):
-                names = record_names(label, index=int(start) + row)
+                names = record_names(label, index=int(start) + row, fields=self.fields)
                 known.add(names["category"])
                 if self.selection.takes(names):
                     taken.append(int(start) + row)
@@ -179,6 +182,7 @@ def open_samples(
     image_root: Path | str | None = None,
     limit: int | None = None,
     selection: Selection | None = None,
+    fields: FieldMap | None = None,
 ) -> SampleSet:
     """Open files of any format as one sequence of samples.
 
@@ -188,6 +192,7 @@ def open_samples(
         image_root: where relative image paths start, or else at the folder of their file.
         limit: of what is selected, the first so many.
         selection: needs every record to be looked at once.
+        fields: what the records' fields and roles are, where they have none of the known names.
 
     Raises DataError for a file that cannot be read, holds nothing, or breaks off where later records cannot be found, and
     if nothing is selected.
@@ -222,6 +227,7 @@ def open_samples(
         image_root=root,
         limit=limit,
         selection=selection or Selection(),
+        fields=fields or FieldMap(),
     )
     if not len(samples):
         raise DataError(f"no record of {named} is left by the categories and the split asked for")

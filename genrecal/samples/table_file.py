@@ -5,6 +5,7 @@ and read from there; Arrow files are mapped into memory and read in place.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -22,10 +23,7 @@ import pyarrow.parquet as pq
 
 from genrecal.errors import DataError, GenrecalError, SampleError
 
-TABLE_SUFFIXES = (".parquet", ".arrow")
-TURN_COLUMNS = ("conversations", "messages", "texts")
-NAME_COLUMNS = ("id", "sample_id", "category")
-COLUMNS = (*TURN_COLUMNS, *NAME_COLUMNS, "source", "data_source", "image", "images")
+TABLE_SUFFIXES = (".parquet", ".arrow", ".feather")
 READ_ERRORS = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, MemoryError)
 
 NO_UTF8 = "not UTF-8 text"
@@ -41,7 +39,7 @@ class TableFile:
     """One file with the rows of each of its parts: row groups of Parquet, record batches of Arrow."""
 
     path: Path
-    columns: list[str]
+    schema: pa.Schema
     starts: np.ndarray  # int64 [parts + 1]
     spools: "Spools"
     batches: Sequence[pa.RecordBatch] | None = None  # of Arrow, in mapped memory
@@ -60,7 +58,7 @@ class TableFile:
         try:
             if self.batches is not None:
                 return _row(self.batches[part].slice(place, 1))
-            return self.spools.get(self.path, part, self.columns).row(place)
+            return self.spools.get(self.path, part).row(place)
         except GenrecalError:
             raise
         except READ_ERRORS as error:
@@ -68,8 +66,16 @@ class TableFile:
             raise self._damaged(f"{kind} {part}", error) from None
 
     def labels(self) -> Iterator[Any]:
-        """The columns that name a record, and no other."""
-        columns = [name for name in self.columns if name in NAME_COLUMNS]
+        """The columns of texts and numbers, which hold what a record is called by."""
+        columns = [
+            column.name
+            for column in self.schema
+            if not (
+                pa.types.is_nested(column.type)
+                or pa.types.is_binary(column.type)
+                or pa.types.is_large_binary(column.type)
+            )
+        ]
         if not columns:
             yield from ({} for _ in range(len(self)))
             return
@@ -81,7 +87,7 @@ class TableFile:
                     except SampleError:
                         yield None
         except READ_ERRORS as error:
-            raise self._damaged(f"column {' or '.join(columns)}", error) from None
+            raise self._damaged(f"columns {', '.join(columns)}", error) from None
 
     def sha256(self) -> str:
         """Of a file up to 4 MiB as it is; of a larger one, of its size, 64 pieces spread over it, and its end."""
@@ -110,7 +116,7 @@ class TableFile:
 
 
 def open_table(path: Path, spools: "Spools") -> TableFile:
-    """Open a `.parquet` or `.arrow` file. Raises DataError if it is none, or has no column of conversations."""
+    """Open a `.parquet`, `.arrow` or `.feather` file. Raises DataError if it is none."""
     try:
         return (_open_parquet if path.suffix.lower() == ".parquet" else _open_arrow)(path, spools)
     except GenrecalError:
@@ -123,30 +129,40 @@ def open_table(path: Path, spools: "Spools") -> TableFile:
 def _open_parquet(path: Path, spools: "Spools") -> TableFile:
     with path.open("rb") as file, pq.ParquetFile(file) as opened:
         groups = [opened.metadata.row_group(number).num_rows for number in range(opened.num_row_groups)]
-        return TableFile(path, _columns_of(path, opened.schema_arrow), _starts(path, groups), spools)
+        return TableFile(path, opened.schema_arrow, _starts(path, groups), spools)
 
 
 def _open_arrow(path: Path, spools: "Spools") -> TableFile:
+    schema, batches = _mapped_batches(path)
+    return TableFile(path, schema, _starts(path, [batch.num_rows for batch in batches]), spools, batches)
+
+
+def _mapped_batches(path: Path) -> tuple[pa.Schema, list[pa.RecordBatch]]:
+    """A file's batches in mapped memory; a compressed one is unpacked into a temporary file first."""
     source = pa.memory_map(str(path))
+    whole = source.read_buffer()
     try:
-        reader = pa.ipc.open_stream(source)  # as `datasets` writes it
-        batches = list(reader)
+        reader = pa.ipc.open_stream(pa.BufferReader(whole))  # as `datasets` writes it
+        read = iter(reader)
     except pa.ArrowInvalid:
-        file = pa.ipc.open_file(source)
-        batches, reader = [file.get_batch(number) for number in range(file.num_record_batches)], file
-    columns = _columns_of(path, reader.schema)
-    selected = [batch.select(columns) for batch in batches]
-    return TableFile(path, columns, _starts(path, [batch.num_rows for batch in batches]), spools, selected)
-
-
-def _columns_of(path: Path, schema: pa.Schema) -> list[str]:
-    columns = [name for name in COLUMNS if name in schema.names]
-    if not set(columns) & set(TURN_COLUMNS):
-        raise DataError(
-            f"{path}: expected a column {', '.join(TURN_COLUMNS[:-1])} or {TURN_COLUMNS[-1]}; "
-            f"its columns are {', '.join(schema.names[:30])}"
-        )
-    return columns
+        reader = pa.ipc.open_file(pa.BufferReader(whole))
+        read = map(reader.get_batch, range(reader.num_record_batches))
+    batches = []
+    for batch in read:
+        buffers = [
+            buffer for column in batch.columns for buffer in column.buffers() if buffer is not None and buffer.size
+        ]
+        if not all(whole.address <= buffer.address < whole.address + whole.size for buffer in buffers):
+            break
+        batches.append(batch)
+    else:
+        return reader.schema, batches
+    with tempfile.NamedTemporaryFile() as plain:
+        with pa.ipc.new_stream(plain, reader.schema) as writer:
+            for each in itertools.chain(batches, [batch], read):
+                writer.write_batch(each)
+        plain.flush()
+        return _mapped_batches(Path(plain.name))
 
 
 def _starts(path: Path, lengths: Sequence[int]) -> np.ndarray:
@@ -200,13 +216,13 @@ class Spools:
         self.lock = threading.Lock()
         self.last: OrderedDict[tuple[Path, int], _Spool] = OrderedDict()
 
-    def get(self, path: Path, group: int, columns: Sequence[str]) -> "_Spool":
+    def get(self, path: Path, group: int) -> "_Spool":
         """A row group's rows. One is decoded at a time; the one that was not asked for the longest goes for a new one."""
         with self.lock:
             if (path, group) not in self.last:
                 while len(self.last) >= SPOOLS:
                     self.last.popitem(last=False)
-                self.last[path, group] = _Spool(path, group, columns)
+                self.last[path, group] = _Spool(path, group)
             self.last.move_to_end((path, group))
             return self.last[path, group]
 
@@ -214,10 +230,10 @@ class Spools:
 class _Spool:
     """The rows of one row group in an unnamed temporary file: of each row its pictures, then the rest as JSON."""
 
-    def __init__(self, path: Path, group: int, columns: Sequence[str]):
+    def __init__(self, path: Path, group: int):
         self.file = tempfile.TemporaryFile()
         places = array("q")
-        for record in _records_of_group(path, group, columns):
+        for record in _records_of_group(path, group):
             text = json.dumps(self._packed(record), default=str).encode()
             places.extend((self._write(text), len(text)))
         self.places = np.array(places, np.int64).reshape(-1, 2)  # of each row's JSON: first byte, size
@@ -259,10 +275,10 @@ class _Spool:
         return os.pread(self.file.fileno(), size, start)
 
 
-def _records_of_group(path: Path, group: int, columns: Sequence[str]) -> Iterator[Any]:
+def _records_of_group(path: Path, group: int) -> Iterator[Any]:
     """Its rows; in place of one with text that is no UTF-8, the reason."""
     with pq.ParquetFile(path, buffer_size=STREAM_BYTES, pre_buffer=False) as opened:
-        for block in opened.iter_batches(BLOCK_ROWS, row_groups=[group], columns=list(columns), use_threads=False):
+        for block in opened.iter_batches(BLOCK_ROWS, row_groups=[group], use_threads=False):
             try:
                 yield from _records(block)
             except UnicodeDecodeError:
