@@ -142,7 +142,8 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         ("answers", str(summary.answers)),
         ("shards", f"{finished} of {planned}" + ("" if finished == planned else ", unfinished")),
         ("samples", f"{summary.cached:,} cached, {summary.skipped:,} skipped"),
-        ("turns, images", f"{summary.turns:,}, {summary.images:,}"),
+        ("turns", f"{summary.turns:,}"),
+        ("images", f"{summary.images:,}, in {summary.with_images:,} samples"),
         ("tokens", f"{summary.question_tokens:,} question, {summary.answer_tokens:,} answer"),
         ("states", f"answers {summary.codecs['answer']}, questions {summary.codecs['question']} ({summary.with_question:,} of "
                    f"{summary.cached:,} samples), top-{summary.top_k} logits{draws}"),

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from genrecal.errors import DamageError, UsageError
+from genrecal.samples.survey import Reasons
 from genrecal.shards.answer_source import AnswerSource
 from genrecal.shards.arrow_file import READ_ERRORS, batch_sizes, schema_and_batches
 from genrecal.shards.inspect_record import MEASURED, RecordDescription, describe_record, find_record, save_images
@@ -97,6 +98,7 @@ class Summary:
         answers: whose they are, and how the teacher wrote them if they are its own.
         skip_reasons: samples by reason; numbers, paths and quoted names in a reason stand as "…", so like ones count
             together. skip_examples: the first of each as the manifest has it, `FILE:LINE: why`.
+        images: of all samples; with_images: samples that have some.
         columns: bytes by Arrow column, under "answer" and "question", measured on records evenly spread over the cache.
         entropy, log_prob: nats, means over the answer tokens; top1_agreement: a share of them.
         entropy_histogram, log_prob_histogram: of the samples' own means.
@@ -123,6 +125,7 @@ class Summary:
     sources: dict[str, int]
     turns: int
     images: int
+    with_images: int
     question_tokens: int
     answer_tokens: int
     with_question: int
@@ -142,8 +145,7 @@ class _Read:
     """What one pass over the manifests adds up."""
 
     fidelity: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    reasons: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)
+    reasons: Reasons = field(default_factory=Reasons)
     skipped: int = 0
     bytes: Counter[str] = field(default_factory=Counter)
 
@@ -157,9 +159,7 @@ def _read_manifests(cache: Cache) -> _Read:
         skipped = manifest.table.filter(pc.equal(manifest.table.column("status"), SKIPPED))
         read.skipped += len(skipped)
         for reason in skipped.column("reason").to_pylist():
-            kind = reason_kind(reason or "")
-            read.reasons[kind] += 1
-            read.examples.setdefault(kind, reason or "")
+            read.reasons.add(reason or "")
         read.bytes.update(_member_bytes(manifest.table.column("members")))
     return read
 
@@ -191,7 +191,6 @@ def summarize(cache: Cache, *, column_records: int = COLUMN_RECORDS) -> Summary:
     """
     _check_measured(cache)
     read = _read_manifests(cache)
-    reasons = dict(read.reasons.most_common())
     weights = cache.column("answer_tokens").astype(np.float64)
 
     def total(name: str) -> int:
@@ -218,12 +217,13 @@ def summarize(cache: Cache, *, column_records: int = COLUMN_RECORDS) -> Summary:
         shards=(len(cache.shards), cache.num_shards),
         cached=len(cache),
         skipped=read.skipped,
-        skip_reasons=reasons,
-        skip_examples={kind: read.examples[kind] for kind in reasons},
+        skip_reasons=dict(read.reasons.counts.most_common()),
+        skip_examples=read.reasons.examples,
         categories=_counts(cache, "category"),
         sources=_counts(cache, "source"),
         turns=total("turns"),
         images=total("images"),
+        with_images=int((cache.column("images") > 0).sum()),
         question_tokens=total("question_tokens"),
         answer_tokens=total("answer_tokens"),
         with_question=int(cache.column("has_question").sum()),
@@ -282,21 +282,6 @@ def blind_teacher(top1_agreement: float, log_prob: float, head_rows: int) -> Ite
         found.append(f"top-1 agreement {top1_agreement:.2%} is near chance ({chance:.2%})")
     if found:
         yield f"the teacher does not know these answers: wrong weights, template or images? {'; '.join(found)}"
-
-
-# --------------------------------------------------------------------------------------------------------------- skipped
-
-
-def reason_kind(reason: str) -> str:
-    """`FILE:LINE: image a/7.png does not exist` -> `image … does not exist`: the place and the particulars left out.
-
-    Names of fields, members and tags stay: they say what is not read.
-    """
-    why = re.sub(r"\A.*?:\d+: ", "", reason, flags=re.DOTALL)
-    kind = re.sub(
-        r"(?<!field )(?<!member )(?<!tag )'[^']*'|\"[^\"]*\"|[^\s(]*[/\d][^\s]*?(?=[:;,.)]*(?:\s|\Z))", "…", why
-    )
-    return re.sub(r"…(?:\s…)+", "…", kind)
 
 
 # ----------------------------------------------------------------------------------------------------------------- bytes

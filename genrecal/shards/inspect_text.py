@@ -80,13 +80,14 @@ def _summary_lines(summary: Summary) -> list[Line]:
     state = "complete" if finished == planned else "unfinished"
     teacher = summary.teacher
     return [
+        ("images", f"{summary.with_images} of {summary.cached} samples have images ({summary.images} images)"),
         ("cache", f"{summary.path} (format {summary.format_version})"),
         ("teacher", f"{teacher['name']}, {teacher['dtype']}, D {summary.hidden_size}, V {summary.head_rows}"),
         ("shards", f"{finished} of {planned}, {state}"),
         ("samples", f"{summary.cached} cached, {summary.skipped} skipped"),
         *_names(summary.categories, "(no category)"),
         *_skipped(summary),
-        ("turns, images", f"{summary.turns}, {summary.images}"),
+        ("turns", str(summary.turns)),
         ("tokens", f"{summary.question_tokens} question, {summary.answer_tokens} answer"),
         *_quantile_lines(summary.token_quantiles),
         ("answers", str(summary.answers)),

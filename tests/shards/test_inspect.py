@@ -26,6 +26,7 @@ from genrecal.cache.options import CacheOptions
 from genrecal.cli import main
 from genrecal.errors import DamageError, FormatError, UsageError
 from genrecal.samples import open_samples
+from genrecal.samples.survey import reason_kind
 from genrecal.shards.inspect import (
     NOT_COLUMNS,
     arrow_column_bytes,
@@ -33,7 +34,6 @@ from genrecal.shards.inspect import (
     find_record,
     histogram,
     plain_json,
-    reason_kind,
     run_sql,
     save_images,
     summarize,

@@ -1,0 +1,177 @@
+"""A look over the records before anything expensive is done with them: images, fields that are not read, bad records."""
+
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from genrecal.errors import DataError
+from genrecal.progress import Progress
+from genrecal.samples.sample import BadRecord
+from genrecal.samples.sample_set import SampleSet
+from genrecal.samples.table_file import TableFile
+from genrecal.samples.tar_file import TarFile
+
+MAX_RECORDS, MAX_BYTES = 100_000, 2e9  # that are looked at; of more, parts are drawn
+PART_ROWS = 256  # of files whose records are read one by one
+READERS = 8
+SHOWN_KINDS = 10
+
+
+@dataclass
+class Reasons:
+    """Why records cannot be used: how often, by kind of reason, and the first of each kind in full."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, reason: str, count: int = 1) -> None:
+        kind = reason_kind(reason)
+        self.counts[kind] += count
+        self.examples.setdefault(kind, reason)
+
+    @classmethod
+    def of(cls, reasons: "Iterable[str] | Counter[str]") -> "Reasons":
+        found = cls()
+        for reason, count in (reasons if isinstance(reasons, Counter) else Counter(reasons)).items():
+            found.add(reason, count)
+        return found
+
+    def lines(self, shown: int = SHOWN_KINDS) -> Iterator[str]:
+        """The most frequent kinds, each with an example."""
+        for kind, count in self.counts.most_common(shown):
+            example = self.examples[kind]
+            yield f"{count} x {example}" if count == 1 else f"{count} x {kind}, such as {example}"
+        if rest := list(self.counts.most_common())[shown:]:
+            yield f"{sum(count for _, count in rest)} for {len(rest)} other reasons"
+
+
+def reason_kind(reason: str) -> str:
+    """`FILE:LINE: image a/7.png does not exist` -> `image … does not exist`: the place and the particulars left out.
+
+    Names of fields, members and tags stay: they say what is not read.
+    """
+    why = re.sub(r"\A(.*?(:\d+| row \d+)|\S*\.tar:\S*): ", "", reason, flags=re.DOTALL)
+    kind = re.sub(
+        r"(?<!field )(?<!member )(?<!tag )'[^']*'|\"[^\"]*\"|[^\s(]*[/\d][^\s]*?(?=[:;,.)]*(?:\s|\Z))", "…", why
+    )
+    return re.sub(r"…(?:\s…)+", "…", kind)
+
+
+@dataclass
+class Survey:
+    """What a look over the records says of them; no image is opened.
+
+    Args:
+        records: of the whole input. surveyed: that were looked at, in `parts` pieces; all of them, or a drawn part.
+        bad: of these, that cannot be used. with_images: samples that have images, and images: of all samples.
+        unread: how many records have what is not read. beside: what stands beside the list of records, by file.
+    """
+
+    records: int
+    surveyed: int = 0
+    parts: int = 0
+    bad: int = 0
+    with_images: int = 0
+    images: int = 0
+    reasons: Reasons = field(default_factory=Reasons)
+    unread: Counter[str] = field(default_factory=Counter)
+    beside: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def over(self, max_skip: float) -> bool:
+        """Whether it is certain that more than this share of the input is bad; of drawn parts, with six standard errors."""
+        share = self.bad / max(self.surveyed, 1)
+        error = 0.0 if self.surveyed == self.records else math.sqrt(share * (1 - share) / max(self.parts, 1))
+        return self.bad > max_skip * self.records or share - 6 * error > max_skip
+
+    def lines(self, max_skip: float = 1.0) -> Iterator[str]:
+        """The survey in words; images first."""
+        drawn = "" if self.surveyed == self.records else f" (of {self.surveyed} of {self.records} records, drawn)"
+        yield f"{self.with_images} of {self.surveyed - self.bad} samples have images ({self.images} images){drawn}"
+        for what, count in self.unread.most_common(SHOWN_KINDS):
+            verb = "are" if what.startswith("turns") else "is"
+            yield f"{count} record{'s have' if count > 1 else ' has'} {what}, which {verb} not read"
+        if rest := self.unread.most_common()[SHOWN_KINDS:]:
+            yield f"{len(rest)} other fields are not read: {', '.join(what for what, _ in rest)[:400]}"
+        for name, fields in self.beside.items():
+            yield f"{name}: {', '.join(map(repr, fields))} beside the list of records is not read"
+        if self.bad:
+            stops = f", the job will stop at --max-skip {max_skip:.2%}" * self.over(max_skip)
+            yield f"{self.bad} of {self.surveyed} records cannot be used{stops}:"
+            yield from (f"  {line}" for line in self.reasons.lines())
+
+    def check(self, max_skip: float) -> None:
+        """Raises DataError if too many records are bad for the job to finish."""
+        if self.over(max_skip):
+            raise too_many_bad(self.bad, self.surveyed, max_skip, self.reasons)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def too_many_bad(bad: int, records: int, max_skip: float, reasons: Reasons) -> DataError:
+    """The error, with the most frequent reasons."""
+    most = "; ".join(reasons.lines(3)) or "`genrecal inspect` on the cache lists the reasons"
+    return DataError(
+        f"{bad} of {records} records cannot be used, over the limit of {max_skip:.2%} (--max-skip): {most}"
+    )
+
+
+def survey(samples: SampleSet) -> Survey:
+    """Parse all records, or of more than MAX_RECORDS or MAX_BYTES as many, drawn in parts that lie together."""
+    parts = list(_parts(samples))
+    random.Random(0).shuffle(parts)
+    chosen, records, size = [], 0, 0.0
+    for indices, part_bytes in parts:
+        if chosen and (records + len(indices) > MAX_RECORDS or size + part_bytes > MAX_BYTES):
+            break
+        chosen.append(indices)
+        records, size = records + len(indices), size + part_bytes
+    found = Survey(records=len(samples), surveyed=records, parts=len(chosen))
+    for file, name in zip(samples.files, samples.names, strict=True):
+        if unread := getattr(file, "unread", ()):
+            found.beside[name] = unread
+    chosen.sort(key=lambda indices: indices.start)  # the first of a kind is its example
+    with ThreadPoolExecutor(READERS) as pool, Progress("look over the data", records, "records") as progress:
+        for indices, part in zip(chosen, pool.map(lambda indices: _look_at(samples, indices), chosen), strict=True):
+            _add(found, part)
+            progress.advance(len(indices))
+    return found
+
+
+def _parts(samples: SampleSet) -> Iterator[tuple[range, float]]:
+    """All places, in parts whose records are read together, and how many bytes of the files each takes."""
+    for number, file in enumerate(samples.files):
+        size = (
+            0.0 if isinstance(file, TarFile) else file.path.stat().st_size / max(len(file), 1)
+        )  # of a tar, JSON alone
+        bounds = file.starts.tolist() if isinstance(file, TableFile) else [*range(0, len(file), PART_ROWS), len(file)]
+        for rows in map(range, bounds, bounds[1:]):
+            if places := samples.places_of(number, rows):
+                yield places, size * len(rows)
+
+
+def _look_at(samples: SampleSet, indices: range) -> Survey:
+    part = Survey(records=len(indices))
+    for index in indices:
+        sample = samples[index]
+        if isinstance(sample, BadRecord):
+            part.bad += 1
+            part.reasons.add(f"{sample.location}: {sample.reason}")
+        else:
+            part.with_images += bool(sample.images)
+            part.images += len(sample.images)
+            part.unread.update(sample.unread)
+    return part
+
+
+def _add(found: Survey, part: Survey) -> None:
+    for name in ("bad", "with_images", "images"):
+        setattr(found, name, getattr(found, name) + getattr(part, name))
+    found.unread.update(part.unread)
+    found.reasons.counts.update(part.reasons.counts)
+    found.reasons.examples = part.reasons.examples | found.reasons.examples
