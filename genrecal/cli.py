@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import io
-import itertools
 import json
 import math
 import os
@@ -29,7 +28,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console(soft_wrap=True)
-SHOWN_SKIPPED = 10  # skipped records that `cache` names at its end
 UNLIMITED = 1_000_000  # columns of what is not printed to a terminal
 INTERRUPTED = 130  # the exit status after Ctrl-C, as shells have it
 
@@ -173,6 +171,7 @@ def plan(
     samples_per_shard: Annotated[int, typer.Option(help="As for cache.")] = 256,
     batch_tokens: Annotated[int, typer.Option(help="As for cache.")] = 16384,
     max_tokens: Annotated[int, typer.Option(help="As for cache.")] = 0,
+    max_skip: Annotated[float, typer.Option(help="As for cache: exit status 1 if more of the records are bad.")] = 0.01,
     generate: Annotated[bool, typer.Option("--generate", help="As for cache.")] = False,
     max_answer_tokens: Annotated[int, typer.Option(help="As for cache.")] = 1024,
     peak_tflops: Annotated[float, typer.Option(help="Of a GPU, dense, in the teacher's dtype.")] = 989.0,
@@ -188,6 +187,7 @@ def plan(
     from genrecal.cache.plan import PlanOptions, make_plan, plan_text
     from genrecal.cache.teacher_shape import KNOWN, teacher_shape
     from genrecal.samples import FieldMap, open_samples
+    from genrecal.samples.survey import survey
 
     top_k, draws = _targets(targets, top_k, top_k_given=False)
     settings = CacheOptions(
@@ -214,6 +214,9 @@ def plan(
     selection = _selection(include_category, exclude_category, split, split_seed)
     fields = FieldMap.parse(field or (), role or ())
     samples = open_samples(data, image_root=image_root, limit=limit, selection=selection, fields=fields)
+    surveyed = survey(samples)
+    if not json_:
+        _print_survey(surveyed, max_skip)
     if teacher.lower() in KNOWN and not Path(teacher).exists():
         forecast = make_plan(KNOWN[teacher.lower()], None, samples, settings, assumed, out=out)
     else:
@@ -232,11 +235,17 @@ def plan(
             teacher_file_bytes=sum(file.stat().st_size for file in [folder / "config.json", *processor_files(folder)]),
         )
     if json_:
-        typer.echo(json.dumps(forecast.to_json(), indent=2, ensure_ascii=False))
+        content = forecast.to_json() | {"survey": surveyed.to_json()}
+        typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
     else:
         typer.echo(plan_text(forecast))
-    if forecast.fits is False:
+    if forecast.fits is False or surveyed.over(max_skip) or forecast.skipped > max_skip * forecast.num_samples:
         raise typer.Exit(1)
+
+
+def _print_survey(found: Any, max_skip: float = 1.0) -> None:
+    for line in found.lines(max_skip):
+        console.print(_printable(line), markup=False, highlight=False)
 
 
 # ------------------------------------------------------------------------------------------------------------------ cache
@@ -328,6 +337,7 @@ def cache(
     from genrecal.cache.job import check_place, run_cache_job
     from genrecal.cache.options import CacheOptions, RayOptions, WorkOptions
     from genrecal.samples import FieldMap, open_samples
+    from genrecal.samples.survey import Reasons, survey
     from genrecal.shards.reader import open_cache
 
     source = context.get_parameter_source("top_k")
@@ -367,6 +377,10 @@ def cache(
         open_samples, data, image_root=image_root, limit=limit, selection=selection, fields=fields
     )
     check_place(out)
+    samples = load_samples()
+    surveyed = survey(samples)
+    _print_survey(surveyed, max_skip)
+    surveyed.check(max_skip)
     if ray is not None:
         from genrecal.cache.ray_job import run_ray_job
 
@@ -383,7 +397,7 @@ def cache(
     elif ray_actors or ray_gpus is not None:
         raise UsageError("--ray-actors and --ray-gpus: expected --ray ADDRESS with them")
     else:
-        samples, model = load_samples(), load_teacher()
+        model = load_teacher()
         if compare_hf:
             from genrecal.cache.proof import compare_backends
 
@@ -399,10 +413,8 @@ def cache(
             f"{report.shards_missing} shards of other workers are not finished yet; the last worker completes the cache"
         )
         return
-    for reason in itertools.islice(open_cache(out).skipped(), min(report.skipped, SHOWN_SKIPPED)):
-        console.print(f"skipped {reason}", style="yellow")
-    if report.skipped > SHOWN_SKIPPED:
-        console.print(f"and {report.skipped - SHOWN_SKIPPED} more; `genrecal inspect {out}` counts them by reason")
+    for line in Reasons.of(open_cache(out).skipped()).lines():
+        console.print(f"skipped {_printable(line)}", style="yellow", markup=False)
     console.print(f"{out}: {report.cached} samples cached, {report.skipped} skipped; {done}")
 
 

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -28,6 +27,7 @@ from genrecal.cache.options import CacheOptions
 from genrecal.errors import DataError, SampleError, UsageError
 from genrecal.progress import human_bytes
 from genrecal.samples import BadRecord, Sample, SampleSet
+from genrecal.samples.survey import Reasons
 from genrecal.shards.codecs import CODECS, Codec, round_to_bf16
 from genrecal.shards.manifest import CACHED, SKIPPED, ManifestRow, Member, manifest_bytes
 from genrecal.shards.record import NO_TARGET, AnswerRows, QuestionRows, SampledTargets, to_arrow
@@ -169,10 +169,10 @@ def make_plan(
     # Drawn, not every n-th: data that take turns between sources would show some of them only.
     places = np.sort(np.random.default_rng(0).choice(len(samples), count, replace=False))
     probed = [probe_record(samples[int(place)], shape, renderer, options) for place in places]
-    reasons = Counter(record.reason for record in probed if record.reason is not None)
+    reasons = Reasons.of(record.reason for record in probed if record.reason is not None)
     used = [record for record in probed if record.reason is None]
     if not used:
-        raise DataError(f"none of {len(probed)} probed records can be used: {reasons.most_common(1)[0][0]}")
+        raise DataError(f"none of {len(probed)} probed records can be used: {next(reasons.lines())}")
     total = assumed.num_samples or len(samples)
     scale, num_shards = total / len(probed), options.num_shards(total)
     sizes = Sizes(shape, options)
@@ -193,8 +193,8 @@ def make_plan(
         teacher=shape.name,
         probed=len(probed),
         num_samples=total,
-        skipped=round(scale * sum(reasons.values())),
-        reasons=dict(reasons.most_common()),
+        skipped=round(scale * reasons.counts.total()),
+        reasons=dict(reasons.counts.most_common()),
         num_shards=num_shards,
         question_tokens=round(scale * sum(record.question_tokens for record in used)),
         answer_tokens=round(scale * sum(record.answer_tokens for record in used)),

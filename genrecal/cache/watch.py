@@ -14,10 +14,11 @@ from typing import Any
 
 from genrecal.cache.proof import Proof
 from genrecal.cache.teacher import Teacher
-from genrecal.errors import DataError, UsageError
+from genrecal.errors import UsageError
 from genrecal.files import write_whole
 from genrecal.progress import Progress
 from genrecal.samples import Sample
+from genrecal.samples.survey import Reasons, too_many_bad
 from genrecal.shards.inspect import blind_teacher
 from genrecal.shards.manifest import CACHED, ManifestRow
 from genrecal.vlm.rendering import Encoded
@@ -195,8 +196,4 @@ class Watch:
 def check_skipped(skipped: int, num_samples: int, max_skip: float, reasons: Counter[str]) -> None:
     """Raises DataError if more than this share of the input is skipped, with the commonest reasons of this run."""
     if skipped > max_skip * num_samples:
-        most = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
-        raise DataError(
-            f"{skipped} of {num_samples} samples cannot be used, over the limit of {max_skip:.2%} (--max-skip)"
-            + (f": {most}" if most else "; `genrecal inspect` on the cache lists the reasons")
-        )
+        raise too_many_bad(skipped, num_samples, max_skip, Reasons.of(reasons))

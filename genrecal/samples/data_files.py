@@ -159,6 +159,9 @@ def _split_files(
         import datasets
     except ImportError:
         raise UsageError(f"{name}: needs the datasets package: pip install 'genrecal[hub]'; or give files") from None
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity_error()
     try:
@@ -200,9 +203,7 @@ def _of_hub(
     """The files of a split, or those that a path names, at the commit that the revision stands for now."""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()
     download = partial(hf_hub_download, repo, repo_type="dataset")
     try:
         info = HfApi().dataset_info(repo, revision=revision, timeout=HUB_SECONDS)

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from genrecal.errors import DataError
@@ -20,6 +20,7 @@ MAX_RECORDS, MAX_BYTES = 100_000, 2e9  # that are looked at; of more, parts are 
 PART_ROWS = 256  # of files whose records are read one by one
 READERS = 8
 SHOWN_KINDS = 10
+SHOWN_FROM = 10_000  # records, from which on progress is shown
 
 
 @dataclass
@@ -37,17 +38,16 @@ class Reasons:
     @classmethod
     def of(cls, reasons: "Iterable[str] | Counter[str]") -> "Reasons":
         found = cls()
-        for reason, count in (reasons if isinstance(reasons, Counter) else Counter(reasons)).items():
+        for reason, count in reasons.items() if isinstance(reasons, Counter) else ((reason, 1) for reason in reasons):
             found.add(reason, count)
         return found
 
     def lines(self, shown: int = SHOWN_KINDS) -> Iterator[str]:
-        """The most frequent kinds, each with an example."""
+        """The most frequent kinds, each by its example."""
         for kind, count in self.counts.most_common(shown):
-            example = self.examples[kind]
-            yield f"{count} x {example}" if count == 1 else f"{count} x {kind}, such as {example}"
+            yield f"{count} like {self.examples[kind]}" if count > 1 else self.examples[kind]
         if rest := list(self.counts.most_common())[shown:]:
-            yield f"{sum(count for _, count in rest)} for {len(rest)} other reasons"
+            yield f"{sum(count for _, count in rest)} of {len(rest)} other kinds"
 
 
 def reason_kind(reason: str) -> str:
@@ -110,7 +110,9 @@ class Survey:
             raise too_many_bad(self.bad, self.surveyed, max_skip, self.reasons)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, int)}
+        reasons = {"reasons": dict(self.reasons.counts.most_common()), "examples": self.reasons.examples}
+        return numbers | {"unread": dict(self.unread.most_common()), "beside": self.beside} | reasons
 
 
 def too_many_bad(bad: int, records: int, max_skip: float, reasons: Reasons) -> DataError:
@@ -136,7 +138,10 @@ def survey(samples: SampleSet) -> Survey:
         if unread := getattr(file, "unread", ()):
             found.beside[name] = unread
     chosen.sort(key=lambda indices: indices.start)  # the first of a kind is its example
-    with ThreadPoolExecutor(READERS) as pool, Progress("look over the data", records, "records") as progress:
+    with (
+        ThreadPoolExecutor(READERS) as pool,
+        Progress("look over the data", records, "records", shown=records > SHOWN_FROM) as progress,
+    ):
         for indices, part in zip(chosen, pool.map(lambda indices: _look_at(samples, indices), chosen), strict=True):
             _add(found, part)
             progress.advance(len(indices))
