@@ -95,14 +95,14 @@ def many(folder: Path, kind: str, count: int) -> Path:
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "tar"])
 def test_of_more_records_some_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    path = many(tmp_path, kind, 5000)
+    path = many(tmp_path, kind, 1500)
     whole = survey(open_samples([path]))
-    assert (whole.bad, whole.with_images, whole.surveyed) == (500, 2500, 5000)
-    monkeypatch.setattr(module, "MAX_RECORDS", 1100)
+    assert (whole.bad, whole.with_images, whole.surveyed) == (150, 750, 1500)
+    monkeypatch.setattr(module, "MAX_RECORDS", 550)
     drawn = survey(open_samples([path]))
-    assert 800 < drawn.surveyed <= 1100 and drawn.records == 5000
+    assert 200 < drawn.surveyed <= 550 and drawn.records == 1500
     assert drawn.bad / drawn.surveyed == pytest.approx(0.1, abs=0.03)
-    assert next(drawn.lines()).endswith(f"(of {drawn.surveyed} of 5000 records, drawn)")
+    assert next(drawn.lines()).endswith(f"(of {drawn.surveyed} of 1500 records, drawn)")
     assert survey(open_samples([path])) == drawn  # another worker says the same
 
 
