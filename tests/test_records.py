@@ -10,9 +10,14 @@ from conftest import png
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from genrecal.cache.job import run_cache_job
+from genrecal.cache.options import CacheOptions
+from genrecal.cache.teacher import HFTeacher
 from genrecal.errors import SampleError, UsageError
 from genrecal.samples import BadRecord, FieldMap, ImageRef, Sample, open_samples, parse_record
 from genrecal.samples.fields import EMPTY_JSON, IMAGE_FIELD, METADATA, RECORD_FIELDS, TURN_FIELDS, has_content
+from genrecal.shards.reader import open_cache
+from genrecal.shards.verify import verify_cache
 
 Record = dict[str, Any]
 A, B, C = "a.png", "b.png", "c.png"  # pictures 0, 1 and 2
@@ -274,6 +279,25 @@ def test_a_published_format_is_read(folder: Path, name: str) -> None:
     )
     if name not in ("ViP-LLaVA", "OpenAI"):
         assert sample.unread == ()
+
+
+def test_a_cache_of_all_published_formats_says_what_they_say(folder: Path, teacher: HFTeacher, tmp_path: Path) -> None:
+    texts = [json.dumps(record).replace("{}", str(folder)[1:]) for record, _ in PUBLISHED.values() if is_json(record)]
+    (tmp_path / "d.jsonl").write_text("\n".join(texts))
+    samples = open_samples([tmp_path / "d.jsonl"], image_root=folder)
+    options = CacheOptions(max_skip=1.0, top_k=4)
+    run_cache_job(teacher, samples, tmp_path / "cache", options)
+    cached = {record.sample.key: record for record in open_cache(tmp_path / "cache")}
+    skipped = [s for s in samples if not isinstance(s, Sample) or s.key not in cached]
+    assert all(
+        isinstance(s, Sample) and any(m.reasoning for m in s.messages) for s in skipped
+    )  # its template has no place
+    assert len(cached) > 40
+    for sample in samples:
+        if isinstance(sample, Sample) and sample.key in cached:
+            assert cached[sample.key].sample.messages == sample.messages
+            assert cached[sample.key].images == [image.read() for image in sample.images]
+    assert verify_cache(tmp_path / "cache", deep=True).whole
 
 
 PLACES: dict[str, tuple[Record, list[Any], list[int]]] = {
