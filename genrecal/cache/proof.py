@@ -28,10 +28,20 @@ from genrecal.vlm.checkpoint import FinalNorm
 from genrecal.vlm.rendering import Encoded
 
 TOP_K = 8  # logits of a row that are compared
-ROWS_AGREE = 0.1  # distance of a row from the same state of another forward pass, as a share of its length
-NORM_AGREE = 0.05  # how far the root mean square of normalised states may be from 1
-# Of two ways to the same logits, the largest difference as a share of the largest logit.
-LOGITS_AGREE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
+# The limits below stand between rounding and mistakes, as measured on Gemma 3 270M in bfloat16, whose states have outliers
+# (docs/decisions.md, 2026-11-30). Distances are shares of a state's length.
+NORM_AGREE = (
+    0.05  # how far the root mean square of normalised states may be from 1. Rounding 0.003; before the norm 5,000
+)
+# A row may be farther from its own position's state (of another forward pass) than from another's by this. Two passes over the
+# same prompt: 0; neighbours, which an error by one position takes: 0.9 at the median, 0.1 where a token is repeated.
+ROWS_AGREE = 0.03
+ROWS_RELATED = 0.5  # the largest distance from its own position's state at all. Other backends: up to 0.06
+# Logits from the same states by two programs: the largest difference as a share of a row's largest logit. Rounding to bfloat16:
+# 0.004; a cap of 30 left out: 0.2.
+LOGITS_AGREE = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 0.02}
+# Logits by two forward passes. Other backends, which round otherwise all the way: 0.04; those of the next position: 1.
+PASSES_AGREE = 0.2
 GREY = (127, 127, 127)
 
 
@@ -64,7 +74,7 @@ def prove(teacher: Teacher, sample: Sample, encoded: Encoded) -> bool:
         evidence = teacher.evidence(encoded)
         _check_norm(evidence)
         _check_rows(encoded, states, evidence)
-        _check_logits(states.answer, evidence, teacher.head.weight.dtype)
+        _check_logits(states.answer, evidence)
         if encoded.num_images:
             _check_pictures(teacher, sample, encoded, states.answer, evidence)
     except _WrongError as error:
@@ -103,60 +113,73 @@ def _letters(text: str) -> str:
 
 
 def _check_norm(evidence: Evidence) -> None:
-    """Whatever a norm was given, its output less the bias and over the weight has the root mean square 1."""
+    """Whatever a norm was given, its output less the bias and over the weight has the root mean square 1 over all channels.
+
+    No channel may be left out, however small its weight: one of them may hold nearly all of a state's energy.
+    """
     norm: FinalNorm | None = evidence.norm
     if norm is None:
         return
     states = evidence.hidden.float().cpu()
-    states = states if norm.bias is None else states - norm.bias.float()
-    weight = norm.weight.float()
+    bias = torch.zeros(states.shape[-1]) if norm.bias is None else norm.bias.float()
+    kind = torch.finfo(evidence.hidden.dtype)
+    unsure = kind.eps * (states.abs() + bias.abs()) + kind.smallest_normal * kind.eps  # what rounding has left open
     found = []
-    for scale in (weight, 1 + weight):  # Gemma's norms multiply by 1 + weight
-        used = scale.abs() > 1e-3 * scale.abs().max()
-        found.append((states[:, used] / scale[used]).square().mean(-1).sqrt())
-    # A row of tiny states stays below 1 by the norm's epsilon; most rows are not tiny.
-    if all((rms.median() - 1).abs() > NORM_AGREE for rms in found):
-        raise _WrongError(
-            f"the states are not what its final norm leaves (root mean square {found[0].median().item():.3g} over the norm's "
-            "weight, expected 1): they were taken before the norm, or from another layer"
+    for scale in (norm.weight.float(), 1 + norm.weight.float()):  # Gemma's norms multiply by 1 + weight
+        used = scale != 0
+        rms, slack = (
+            ((value[:, used] / scale[used]).square().sum(-1) / len(scale)).sqrt().median().item()
+            for value in (states - bias, unsure)
         )
+        # Channels of weight 0 hold the bias alone, and what they held before is not known. A row of tiny states stays below
+        # 1 by the norm's epsilon; the median row is not tiny.
+        whole = bool(used.all()) or bool((states - bias)[:, ~used].abs().max() == 0)
+        if whole and rms <= 1 + NORM_AGREE + slack and (rms >= 1 - NORM_AGREE - slack or not used.all()):
+            return
+        found.append(rms)
+    raise _WrongError(
+        f"the states are not what its final norm leaves (root mean square {min(found, key=lambda rms: abs(rms - 1)):.3g} over "
+        "the norm's weight, expected 1): they were taken before the norm, or from another layer"
+    )
 
 
 def _check_rows(encoded: Encoded, states: States, evidence: Evidence) -> None:
-    """The records' rows are the states of the positions that they name."""
-    hidden = evidence.hidden.float().cpu().numpy()
+    """The records' rows are the states of the positions that they name: no other position's state is nearer."""
+    hidden = evidence.hidden.float().cpu()
     if len(hidden) != len(encoded):
         raise _WrongError(f"it gave {len(hidden)} states for {len(encoded)} tokens")
     assert states.question is not None
     for name, rows in (("answer", states.answer), ("question", states.question)):
-        expected = hidden[rows.position]
-        size = np.maximum(np.linalg.norm(expected, axis=1), 1e-6)
-        distance = np.linalg.norm(rows.hidden - expected, axis=1) / size
-        if (distance > ROWS_AGREE).any():
-            worst = int(distance.argmax())
+        given, expected = torch.from_numpy(rows.hidden), hidden[rows.position]
+        size = expected.norm(dim=1).clamp(min=1e-6)
+        own = (given - expected).norm(dim=1) / size
+        nearest = torch.cdist(given, hidden).amin(1) / size
+        off = (own > nearest + ROWS_AGREE) | (own > ROWS_RELATED)
+        if off.any():
+            worst = int((own * off).argmax())
             raise _WrongError(
-                f"the {name} row of position {rows.position[worst]} is not that position's state (off by "
-                f"{distance[worst]:.0%} of its length; {(distance > ROWS_AGREE).mean():.0%} of the rows are off)"
+                f"the {name} row of position {rows.position[worst]} is not that position's state (off by {own[worst]:.0%} of "
+                f"its length; {off.float().mean():.0%} of the rows are off)"
             )
 
 
 def logits_agree(ours: torch.Tensor, others: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether two ways to the same logits `[R, V]` differ by no more than rounding in `dtype` explains."""
-    scale = others.float().abs().max()
-    return bool((ours.float() - others.float()).abs().max() <= LOGITS_AGREE[dtype] * scale)
+    """Whether two ways from the same states to logits `[R, V]` differ by no more than rounding in `dtype` explains."""
+    scale = others.float().abs().amax(-1)
+    return bool(((ours.float() - others.float()).abs().amax(-1) <= LOGITS_AGREE[dtype] * scale).all())
 
 
-def _check_logits(rows: AnswerRows, evidence: Evidence, dtype: torch.dtype) -> None:
+def _check_logits(rows: AnswerRows, evidence: Evidence) -> None:
     """The logits of the records are the model's own at their rows."""
     own = evidence.logits.float().cpu()
     ids = torch.from_numpy(np.concatenate([rows.topk_ids, np.maximum(rows.target_id, 0)[:, None]], axis=1)).long()
     expected = torch.cat([own.gather(1, ids), own.logsumexp(-1, keepdim=True)], dim=1)
     got = np.concatenate([rows.topk_logits, rows.target_logit[:, None], rows.logsumexp[:, None]], axis=1)
-    if not logits_agree(torch.from_numpy(got), expected, dtype):
-        worst = (torch.from_numpy(got) - expected).abs().max().item()
+    worst = (torch.from_numpy(got) - expected).abs().max()
+    if worst > PASSES_AGREE * own.abs().max():
         raise _WrongError(
-            f"the logits of its head are not the model's own (they differ by up to {worst:.3g}): the states are not what its "
-            "head is given"
+            f"the logits of its head are not the model's own (they differ by up to {worst.item():.3g}): the states are not "
+            "what its head is given"
         )
 
 
@@ -261,7 +284,8 @@ def _mean_log_prob(rows: AnswerRows) -> float:
 
 # --------------------------------------------------------------------------------------------------- backends compared
 
-# Mean relative distance of answer states, and of logits to the largest, that two backends may have in a dtype.
+# Mean distance of answer states, as a share of their length, that two backends may have in a dtype. Measured on Gemma 3 270M in
+# bfloat16: 0.02 (0.016 from float32); the states of the layer before the last, through the norm: 0.57.
 BACKENDS_AGREE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 

@@ -1,11 +1,13 @@
 """A teacher proves itself before the job: whole ones of every family do, deliberately broken ones are refused with why."""
 
 import functools
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import conversation, mixed_samples, write_llava
+from safetensors.torch import load_file, save_file
 
 from genrecal.cache import extract
 from genrecal.cache.job import CacheOptions, run_cache_job
@@ -89,8 +91,30 @@ def test_other_states_are_refused(teacher, monkeypatch, layer, norm, reason):
         prove(teacher, sample, teacher.encode(sample))
 
 
-def test_states_that_skip_a_norm_are_found_without_logits(teacher, monkeypatch):
+def with_norm(source, folder, kind):
+    """A copy of a model whose last states and final norm are like those of released models, as far as `kind` says."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    (name,) = [name for name in tensors if name.endswith(".norm.weight") and "visual" not in name]
+    weight = tensors[name]
+    if kind == "outliers":  # as in Gemma 3: a channel that the norm makes small holds nearly all of the energy
+        weight.copy_((torch.randn(len(weight), generator=torch.Generator().manual_seed(0)) * 1.5).exp())
+        weight[3] = 5e-4 * weight.max()
+        last = max(name for name in tensors if name.endswith("mlp.down_proj.weight"))
+        tensors[last][3] *= 1000
+    elif kind == "pruned":
+        weight[::5] = 0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
+@pytest.mark.parametrize("kind", ["as made", "outliers", "pruned"])
+def test_states_that_skip_a_norm_are_found_without_logits(tiny, monkeypatch, tmp_path, kind, dtype):
     """As for a backend whose logits come from the same states."""
+    teacher = HFTeacher.load(with_norm(tiny("qwen2_vl_wide"), tmp_path / "model", kind), dtype=dtype)
     sample = mixed_samples(1)[0]
     encoded = teacher.encode(sample)
     whole = teacher.evidence(encoded)
