@@ -48,7 +48,7 @@ class TrainingError(GenrecalError, RuntimeError):
 
 
 class StoppedError(GenrecalError):
-    """A signal asked the run to stop; it saved a checkpoint and did. The status is what shells give for SIGTERM."""
+    """A signal asked the run to stop; it saved what it had and did. The status is what shells give for SIGTERM."""
 
     exit_status: ClassVar[int] = 143
 

@@ -35,9 +35,12 @@ class Progress:
     """
 
     def __init__(self, title: str, total: int, unit: str, *, done: int = 0, shown: bool = True):
-        self.title, self.total, self.unit, self.done, self.shown = title, total, unit, done, shown
-        self._first, self._start = done, time.monotonic()
-        self._last_line = self._start
+        self.title, self.total, self.unit, self.shown = title, total, unit, shown
+        self.done: float = done
+        # Time and count of the first advance, with which the start-up ends, and of the last one.
+        self._first: tuple[float, float] | None = None
+        self._last = (0.0, float(done))
+        self._last_line = time.monotonic()
         self._bar: RichProgress | None = None
         if shown and sys.stderr.isatty():
             columns = (
@@ -47,19 +50,36 @@ class Progress:
             self._bar = _NotedProgress(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task(title, total=total, completed=done, rate="", note="")
 
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """Count on, with a few words on how it goes."""
+    def advance(self, count: float = 1, note: str = "") -> None:
+        """Count on, by a part of one too, with a few words on how it goes."""
         self.done += count
-        seconds = time.monotonic() - self._start
-        rate = (self.done - self._first) / max(seconds, 1e-9)
+        self._last = (time.monotonic(), self.done)
+        self._first = self._first or self._last
+        pace = self._pace()
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, rate=f"{rate:.1f} {self.unit}/s", note=note)
-        elif self.shown and (time.monotonic() - self._last_line >= LINE_EVERY_SECONDS or self.done >= self.total):
-            self._last_line = time.monotonic()
-            left = (self.total - self.done) / max(rate, 1e-9)
-            text = f"{self.title}: {self.done}/{self.total} {self.unit}, {rate:.1f}/s, {left:.0f} s left"
-            sys.stderr.write(f"{text}{', ' + note if note else ''}\n")
+            rate = "" if pace is None else f"{1 / pace:.3g} {self.unit}/s"
+            self._bar.update(self._task, completed=self.done, rate=rate, note=note)
+        elif self.shown and (self._last[0] - self._last_line >= LINE_EVERY_SECONDS or self.done >= self.total):
+            self._last_line = self._last[0]
+            how = [] if pace is None else [f"{1 / pace:.3g}/s", f"{self.seconds_left():.0f} s left"]
+            text = ", ".join(
+                [f"{self.title}: {self.done:.0f}/{self.total} {self.unit}", *how, *([note] if note else [])]
+            )
+            sys.stderr.write(f"{text}\n")
             sys.stderr.flush()
+
+    def seconds_left(self) -> float | None:
+        """Seconds to go at the pace from the first advance to the last; None while there is no pace."""
+        if self.done >= self.total:
+            return 0.0
+        pace = self._pace()
+        return None if pace is None else max(0.0, (self.total - self.done) * pace - (time.monotonic() - self._last[0]))
+
+    def _pace(self) -> float | None:
+        """Seconds for one; None until two advances have been made at different times."""
+        if self._first is None or self._last[0] <= self._first[0] or self._last[1] <= self._first[1]:
+            return None
+        return (self._last[0] - self._first[0]) / (self._last[1] - self._first[1])
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""

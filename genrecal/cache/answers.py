@@ -46,7 +46,7 @@ def answer_shard(
     records = options.records(shard, len(samples))
     found = finished_answers(store, [shard])
     if found:
-        watch.count(records=len(records))
+        watch.count(records=len(records), through=len(records))
         return found[shard]
     entries: dict[int, dict[str, Any]] = {}
     turns: dict[int, int] = {}  # of each conversation
@@ -58,6 +58,14 @@ def answer_shard(
         turns[index] = len(sample.answers)
         return up_to_turn(sample, entries[index]["answers"] if index in entries else [])
 
+    through = 0.0  # of these records
+
+    def wrote(count: int) -> None:
+        nonlocal through
+        share = count * len(turns) / sum(turns.values())  # of a conversation of several turns each is a part
+        through += share
+        watch.count(answers=count, through=share)
+
     turn, asking = 0, list(records)
     while asking:
         places = iter(asking)
@@ -67,7 +75,11 @@ def answer_shard(
             ready = [(index, item.sample, item.encoded) for index, item in rendered if item.encoded is not None]
             watch.prove(teacher, [(sample, encoded) for _, sample, encoded in ready if isinstance(sample, Sample)])
             written = teacher.write(
-                [encoded for _, _, encoded in ready], turn=turn, how=options.answers, batch_tokens=options.batch_tokens
+                [encoded for _, _, encoded in ready],
+                turn=turn,
+                how=options.answers,
+                batch_tokens=options.batch_tokens,
+                wrote=wrote,
             )
             answers = dict(zip([index for index, _, _ in ready], written, strict=True))
             for index, item in rendered:
@@ -75,7 +87,6 @@ def answer_shard(
                 if isinstance(answer, str):
                     entry = entries.setdefault(index, {"key": item.sample.key, "answers": []})
                     entry["answers"].append(answer)
-                    watch.count(answers=1)
                 else:
                     entries[index] = {"key": item.sample.key, "reason": str(answer)}
                     watch.skip(str(answer))
@@ -83,6 +94,7 @@ def answer_shard(
                     watch.count(records=1)
         turn += 1
         asking = [index for index in asking if "reason" not in entries[index] and turns[index] > turn]
+    watch.count(through=len(records) - through)  # what could not be asked
     checked = [entries[index] | {"checked": CHECKED} for index in records]
     lines = [json.dumps(entry, sort_keys=True, ensure_ascii=False) for entry in checked]
     with storage_errors(f"{store.url}: the answers of shard {shard}"):

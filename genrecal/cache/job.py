@@ -23,7 +23,7 @@ from genrecal.cache.options import CacheOptions, WorkOptions
 from genrecal.cache.shard import cache_shard, finished_facts
 from genrecal.cache.teacher import Teacher
 from genrecal.cache.turns import Turns
-from genrecal.cache.watch import Watch, check_skipped
+from genrecal.cache.watch import Watch, check_skipped, stop_signals
 from genrecal.cache.windows import Threads
 from genrecal.errors import StorageError, UsageError
 from genrecal.folders import KINDS, refuse_other_content
@@ -99,6 +99,7 @@ def run_cache_job(
         DataError: more than `options.max_skip` of the input cannot be used.
         StorageError: the cache cannot be written, or a remote store goes on failing. What is finished stays; run the job
             again.
+        StoppedError: a signal asked the job to stop, such as SIGTERM. What is finished stays here too.
     """
     work, store = work or WorkOptions(), open_store(cache)
     check_status_file(work, store)
@@ -112,6 +113,7 @@ def run_cache_job(
     )
 
 
+@stop_signals()
 def run_job(
     make: Callable[[Step, list[int], Watch], dict[int, Facts]],
     samples: SampleSet,
@@ -193,7 +195,8 @@ def run_shards(
         try:
             for future in turns.serve(list(running)):
                 done[running[future]] = future.result()
-        except BaseException:
+        except BaseException as error:
+            watch.end(error)
             turns.stop()
             pool.shutdown(wait=True, cancel_futures=True)
             raise

@@ -57,7 +57,7 @@ def cache_shard(
     facts = finished_facts(store, shard, size_of_store(store))
     records = options.records(shard, len(samples))
     if facts is not None:
-        watch.count(records=len(records))
+        watch.count(records=len(records), through=len(records))
         return facts
     question_codec = None if options.question_codec == "none" else CODECS[options.question_codec]
     where = f"{store.url}: shard {shard}"
@@ -75,11 +75,12 @@ def cache_shard(
         for window in windows(teacher, read, records, options, threads, watch):
             coded = _run_window(teacher, window, writer, options, threads, watch)
             for number, item in enumerate(window):
+                untouched = number not in coded  # by the teacher
                 result = coded.pop(number, item.result)
                 result = _result(result) if isinstance(result, Future) else result
                 with watch.timed("writing"), storage_errors(where):
                     _write(writer, item, result, watch)
-                watch.count(records=1)
+                watch.count(records=1, through=int(untouched))
         with watch.timed("writing"), storage_errors(where):
             facts = _commit(writer, store, shard)
         watch.finished(writer.rows, writer.bytes, teacher.head.weight.shape[0])
@@ -106,7 +107,7 @@ def _run_window(
         encoded = [item.encoded for item in (window[number] for number in batch) if item.encoded is not None]
         questions = [options.keeps_question(item.key) for item in encoded]
         found = teacher.states(encoded, questions=questions, top_k=options.top_k, draws=options.draws)
-        watch.count(samples=len(batch), tokens=sum(len(item) for item in encoded))
+        watch.count(samples=len(batch), through=len(batch), tokens=sum(len(item) for item in encoded))
         started = []
         for number, states in zip(batch, found, strict=True):
             window[number].encoded = None  # its tensors are not needed any more

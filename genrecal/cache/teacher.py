@@ -1,7 +1,7 @@
 """Teacher backends, one interface, the same records. `hf` (transformers) is the reference and runs anywhere."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,13 +74,20 @@ class Teacher(Protocol):
         """
 
     def write(
-        self, batch: Sequence[Encoded], *, turn: int, how: AnswerSource, batch_tokens: int
+        self,
+        batch: Sequence[Encoded],
+        *,
+        turn: int,
+        how: AnswerSource,
+        batch_tokens: int,
+        wrote: Callable[[int], None] | None = None,
     ) -> list[str | SampleError]:
         """Write the last answer of each conversation anew; one that cannot be used gives its error instead.
 
         Args:
             batch: conversations of turns 0 to `turn`; the last answer of each is left out.
             batch_tokens: at most so many at a time, padding and the longest answers included.
+            wrote: is told how many more are written, whenever some are.
         """
 
     def evidence(self, encoded: Encoded) -> "Evidence":
@@ -124,7 +131,13 @@ class HFTeacher:
             return [self._too_long(batch)]
 
     def write(
-        self, batch: Sequence[Encoded], *, turn: int, how: AnswerSource, batch_tokens: int
+        self,
+        batch: Sequence[Encoded],
+        *,
+        turn: int,
+        how: AnswerSource,
+        batch_tokens: int,
+        wrote: Callable[[int], None] | None = None,
     ) -> list[str | SampleError]:
         """See `Teacher.write`. Raises ModelError as `states` does."""
         results: list[str | SampleError] = [SampleError("")] * len(batch)
@@ -137,6 +150,8 @@ class HFTeacher:
                 written = [self._too_long(together)]
             for number, answer in zip(numbers, written, strict=True):
                 results[number] = answer
+            if wrote is not None:
+                wrote(len(numbers))
         return results
 
     def _too_long(self, batch: Sequence[Encoded]) -> SampleError:

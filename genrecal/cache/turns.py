@@ -11,7 +11,6 @@ from genrecal.cache.watch import Watch
 from genrecal.cache.windows import Stopped
 from genrecal.errors import SampleError
 from genrecal.samples import Sample
-from genrecal.shards.answer_source import AnswerSource
 from genrecal.shards.head import FrozenHead
 from genrecal.vlm.rendering import Encoded
 
@@ -96,11 +95,9 @@ class TeacherInTurn:
             self._shard, lambda: teacher.states(batch, questions=questions, top_k=top_k, draws=draws)
         )
 
-    def write(
-        self, batch: Sequence[Encoded], *, turn: int, how: AnswerSource, batch_tokens: int
-    ) -> list[str | SampleError]:
+    def write(self, batch: Sequence[Encoded], **options: Any) -> list[str | SampleError]:
         teacher = self._turns.teacher
-        return self._turns.ask(self._shard, lambda: teacher.write(batch, turn=turn, how=how, batch_tokens=batch_tokens))
+        return self._turns.ask(self._shard, lambda: teacher.write(batch, **options))
 
     def evidence(self, encoded: Encoded) -> Evidence:
         evidence: Evidence = self._turns.ask(self._shard, lambda: self._turns.teacher.evidence(encoded))

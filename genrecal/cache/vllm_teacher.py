@@ -7,10 +7,12 @@ That runner does not generate, so answers are written by another engine, which t
 
 import contextlib
 import dataclasses
+import functools
+import io
 import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -249,7 +251,13 @@ class VLLMTeacher:
         return [self._checked(encoded, output) for encoded, output in zip(batch, outputs, strict=True)]
 
     def write(
-        self, batch: Sequence[Encoded], *, turn: int, how: AnswerSource, batch_tokens: int
+        self,
+        batch: Sequence[Encoded],
+        *,
+        turn: int,
+        how: AnswerSource,
+        batch_tokens: int,
+        wrote: Callable[[int], None] | None = None,
     ) -> list[str | SampleError]:
         """See `Teacher.write`. vLLM makes its own batches, and draws with a generator for each request.
 
@@ -272,7 +280,7 @@ class VLLMTeacher:
         ]
         prompts = [self._prompt(encoded, answer=False) for encoded in batch]
         with self._stopping(batch):
-            outputs = self.llm.generate(prompts, params, use_tqdm=False)
+            outputs = self.llm.generate(prompts, params, use_tqdm=False if wrote is None else _told(wrote))
         written = []
         for encoded, output in zip(batch, outputs, strict=True):
             self._check_prompt(encoded, encoded.input_ids[: len(encoded) - encoded.answer_lengths[-1]], output)
@@ -412,6 +420,18 @@ def engine_reason(error: BaseException) -> str:
 def _most_images(limits: Any) -> int:
     limit = limits.get("image", 999) if isinstance(limits, dict) else 999  # vLLM's own default
     return int(limit.get("count", 999) if isinstance(limit, dict) else limit)
+
+
+def _told(wrote: Callable[[int], None]) -> Callable[..., Any]:
+    """A progress bar for vLLM that shows nothing and says how many more are done."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            wrote(int(n or 0))
+            return super().update(n)
+
+    return functools.partial(Bar, file=io.StringIO())
 
 
 def _import_vllm() -> Any:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 from genrecal.cache.proof import Proof
 from genrecal.cache.teacher import Teacher
-from genrecal.errors import UsageError
+from genrecal.errors import StoppedError, UsageError
 from genrecal.files import write_whole
 from genrecal.progress import Progress
 from genrecal.samples import Sample
@@ -24,6 +25,7 @@ from genrecal.shards.manifest import CACHED, ManifestRow
 from genrecal.vlm.rendering import Encoded
 
 STATUS_EVERY_SECONDS = 5.0
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 PARTS = ("rendering", "teacher", "coding", "writing")
 
 
@@ -35,7 +37,7 @@ class Watch:
         done: how many of them were finished before, and `skipped` of those skipped.
         num_samples: input records of the whole job.
         max_skip: share of those that may be skipped; one more raises DataError.
-        status_file: where to write what `status` gives, every few seconds and at the end; None for nowhere.
+        status_file: where a thread writes what `status` gives, every few seconds and at the end; None for nowhere.
         facts: what else the status says.
         proof: what the teacher has proved already; None for nothing.
         title: what is done, for people and programs: `cache`, or `answers` while the teacher writes them.
@@ -56,26 +58,30 @@ class Watch:
     ):
         self.total, self.num_samples, self.max_skip = total, num_samples, max_skip
         self.status_file, self.facts = status_file, facts or {}
-        self.counts: Counter[str] = Counter(records=done, skipped=skipped)  # see `count`
+        self.counts: Counter[str] = Counter(records=done, through=done, skipped=skipped)  # see `count`
         self.reasons: Counter[str] = Counter()  # why this run skipped records
         self.seconds = dict.fromkeys(PARTS, 0.0)  # of each of PARTS, over all threads
         self.warnings: list[str] = []
         self.state = "running"
         self._proof = proof or Proof()
-        self._first = done
         self._lock, self._proving = threading.Lock(), threading.Lock()
-        self._start, self._written = time.monotonic(), -float("inf")
+        self._start = time.monotonic()
+        self._ended = threading.Event()
+        self._writer = threading.Thread(target=self._keep_writing, name="status", daemon=True)
         self.title = title
         self._progress = Progress(title, total, "samples", done=done)
 
-    def count(self, **more: int) -> None:
+    def count(self, **more: float) -> None:
         """Count on: `records` of the input that are done with, `samples` and `tokens` that the teacher ran over (no
-        padding), `answers` that it wrote, `bytes` of finished shards."""
+        padding), `answers` that it wrote, `bytes` of finished shards.
+
+        `through` counts the records that the teacher is done with, or has no work with: progress and the time left go by it,
+        since records are done with many at a time.
+        """
         with self._lock:
-            self.counts.update(more)
-            if "records" in more:
-                self._progress.advance(more["records"], self._note())
-        self._write_status()
+            self.counts.update(more)  # type: ignore[arg-type]  # a part of one is as good
+            if more.get("through"):
+                self._progress.advance(more["through"], self._note())
 
     def skip(self, reason: str) -> None:
         """Count a skipped record. Raises DataError when there are too many."""
@@ -135,8 +141,7 @@ class Watch:
     def status(self) -> dict[str, Any]:
         """What the status file says; docs/quickstart.md names every field."""
         seconds = max(time.monotonic() - self._start, 1e-9)
-        records = self.counts["records"] - self._first
-        left = self.total - self.counts["records"]
+        left = self._progress.seconds_left()
         return self.facts | {
             "state": self.state,
             "doing": self.title,
@@ -152,7 +157,7 @@ class Watch:
             "samples_per_second": round(self.counts["samples"] / seconds, 3),
             "tokens_per_second": round(self.counts["tokens"] / seconds, 1),
             "megabytes_per_second": round(self.counts["bytes"] / 1e6 / seconds, 3),
-            "seconds_left": round(left * seconds / records, 1) if records else None,
+            "seconds_left": None if left is None else round(left, 1),
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "updated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -166,20 +171,37 @@ class Watch:
         return f"{tokens:.0f} tokens/s, {megabytes:.1f} MB/s, {self.counts['skipped']} skipped"
 
     def _write_status(self) -> None:
-        if self.status_file is None:
+        """Raises OSError."""
+        if self.status_file is not None:
+            with self._lock:
+                status = self.status()
+            write_whole(self.status_file, (json.dumps(status, indent=2) + "\n").encode())
+
+    def _keep_writing(self) -> None:
+        while not self._ended.wait(STATUS_EVERY_SECONDS):
+            with contextlib.suppress(OSError):  # a disk that is full now may have room later
+                self._write_status()
+
+    def end(self, error: BaseException | None) -> None:
+        """Write the last status, unless that is done. The job says so at once, before it waits for what is under way."""
+        if self._ended.is_set():
             return
-        with self._lock:
-            if self.state == "running" and time.monotonic() - self._written < STATUS_EVERY_SECONDS:
-                return
-            first, self._written = self._written < 0, time.monotonic()
-            try:
-                write_whole(self.status_file, (json.dumps(self.status(), indent=2) + "\n").encode())
-            except OSError as error:
-                if first:
-                    raise UsageError(f"--status-file {self.status_file}: {error.strerror or error}") from None
+        self._ended.set()
+        if self._writer.is_alive():
+            self._writer.join()
+        if error is not None:
+            self.state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            self.facts = self.facts | {"error": " ".join(str(error).split()) or type(error).__name__}
+        with contextlib.suppress(OSError):
+            self._write_status()
 
     def __enter__(self) -> "Watch":
-        self._write_status()
+        try:
+            self._write_status()
+        except OSError as error:
+            raise UsageError(f"--status-file {self.status_file}: {error.strerror or error}") from None
+        if self.status_file is not None:
+            self._writer.start()
         self._progress.__enter__()
         return self
 
@@ -187,10 +209,36 @@ class Watch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.__exit__(kind, error, trace)
-        if error is not None:
-            self.state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            self.facts = self.facts | {"error": " ".join(str(error).split())}
-        self._write_status()
+        self.end(error)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[None]:
+    """While it is open, the signals with which machines are taken back interrupt the block as Ctrl-C does.
+
+    Raises StoppedError then. Only the main thread takes signals; in another one nothing changes.
+    """
+
+    def interrupt(number: int, _: Any) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        wanted = [
+            number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN
+        ]  # nohup ignores one
+        before = {number: signal.signal(number, interrupt) for number in wanted}
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if not str(error):  # Ctrl-C
+            raise
+        raise StoppedError(
+            f"stopped by {error}; finished shards are kept, run the same command again to resume"
+        ) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def check_skipped(skipped: int, num_samples: int, max_skip: float, reasons: Counter[str]) -> None:

@@ -2,19 +2,24 @@
 
 import dataclasses
 import json
+import os
 import random
+import signal
 import threading
 import time
 import weakref
+from types import SimpleNamespace
 
 import pytest
 from conftest import conversation, mixed_samples, write_llava
 from made_cache import tree
 
-from genrecal.cache import job, shard, windows
+from genrecal import progress
+from genrecal.cache import job, shard, watch, windows
 from genrecal.cache.batching import batches_by_length
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions, WorkOptions
+from genrecal.cache.teacher import HFTeacher
 from genrecal.cli import main
 from genrecal.errors import ModelError, SampleError, StorageError, UsageError
 from genrecal.samples import open_samples
@@ -221,9 +226,96 @@ def test_the_status_file_says_what_was_done(teacher, data, tmp_path, capfd):
     [warning] = said["warnings"]  # a teacher of random weights; said once a run, whatever the number of shards
     assert warning.startswith("the teacher does not know these answers")
     assert capfd.readouterr().err.count(f"warning: {warning}") == 1
-    for name in ("samples", "tokens"):  # `seconds` is rounded to a tenth
-        least, most = said[name] / (said["seconds"] + 0.06), said[name] / max(said["seconds"] - 0.06, 1e-9)
-        assert least - 0.1 <= said[f"{name}_per_second"] <= most + 0.1
+    assert said["seconds_left"] == 0
+    assert verify_cache(tmp_path / "cache").whole
+
+
+def test_the_status_file_is_written_while_a_batch_runs(teacher, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "STATUS_EVERY_SECONDS", 0.01)
+    status, said = tmp_path / "s.json", []
+
+    def wait_for_another():
+        before, end = status.read_bytes(), time.monotonic() + 60
+        while status.read_bytes() == before and time.monotonic() < end:
+            time.sleep(0.01)
+        said.append((before, status.read_bytes()))
+        return 0.0
+
+    watched = Watched(teacher, wait_for_another)
+    watched.encode = teacher.encode
+    work = WorkOptions(status_file=status)
+    run_cache_job(watched, open_samples([data], limit=2), tmp_path / "cache", OPTIONS, work)
+    assert said and all(before != after for before, after in said)
+    assert {json.loads(after)["state"] for _, after in said} == {"running"}
+
+
+@pytest.mark.parametrize("samples_per_shard", [6, 100])
+def test_the_time_left_is_by_samples_that_the_teacher_is_through(
+    teacher, data, tmp_path, monkeypatch, samples_per_shard
+):
+    """On a clock that goes by one second a sample, and by an hour while the teacher proves itself."""
+    records = json.loads(data.read_text())
+    records[30]["conversations"][1]["value"] = " "  # skipped
+    (path := tmp_path / "data.json").write_text(json.dumps(records))
+    clock, seen, watches = [0.0], [], []
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    class Kept(job.Watch):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            watches.append(self)
+
+    class Timed(Watched):
+        def states(self, batch, *, top_k, **options):
+            own = top_k != OPTIONS.top_k
+            if not own:
+                status = watches[0].status()
+                seen.append((status["samples"], status["skipped"], status["seconds_left"]))
+            clock[0] += 3600 if own else len(batch)
+            return super().states(batch, top_k=top_k, **options)
+
+    monkeypatch.setattr(job, "Watch", Kept)
+    monkeypatch.setattr(job, "SHARDS_AT_ONCE", 1)  # so that a batch is counted before the next one begins
+    options = dataclasses.replace(OPTIONS, samples_per_shard=samples_per_shard, max_skip=0.1)
+    samples = open_samples([path], image_root=data.parent)
+    run_cache_job(Timed(teacher), samples, tmp_path / "cache", options, WorkOptions(threads=1))
+    assert [left for _, _, left in seen[:2]] == [None, None]  # nothing yet, and one batch, which has no pace
+    for samples, skipped, left in seen[2:]:
+        # A skipped record counts when it is written, and takes no time.
+        assert left == pytest.approx(40 - samples - skipped, rel=0.1, abs=1.01), seen
+    assert watches[0].status()["seconds_left"] == 0
+
+
+STOPS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGHUP: 143, signal.SIGINT: 130}
+
+
+@pytest.mark.parametrize("number", STOPS, ids=lambda number: number.name)
+def test_a_signal_leaves_interrupted_in_the_status_and_the_same_command_resumes(
+    tiny, data, tmp_path, monkeypatch, capfd, number
+):
+    states, batches, before = HFTeacher.states, [], signal.getsignal(number)
+
+    def struck(self, batch, **options):
+        batches.append(batch)
+        if len(batches) == 6:
+            os.kill(os.getpid(), number)
+        return states(self, batch, **options)
+
+    status = tmp_path / "s.json"
+    words = ["cache", "--teacher", str(tiny("qwen2_vl")), "--data", str(data), "--out", str(tmp_path / "cache")]
+    words += ["--samples-per-shard", "6", "--batch-tokens", "300", "--status-file", str(status)]
+    monkeypatch.setattr(HFTeacher, "states", struck)
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    said, err = json.loads(status.read_text()), capfd.readouterr().err
+    assert stopped.value.code == STOPS[number], err
+    assert said["state"] == "interrupted" and said["records"] < 40
+    assert said["error"] == (number.name if number != signal.SIGINT else "KeyboardInterrupt")
+    assert err.splitlines()[-1].startswith("genrecal: ") and "run the same command again" in err.splitlines()[-1]
+    assert "Traceback" not in err and signal.getsignal(number) == before
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 0 and json.loads(status.read_text())["state"] == "finished"
     assert verify_cache(tmp_path / "cache").whole
 
 
