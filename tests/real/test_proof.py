@@ -1,6 +1,7 @@
 """The teacher's proof on real states, which have outliers: whole ones pass in every check, broken ones in none."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -14,85 +15,81 @@ from genrecal.vlm.checkpoint import Checkpoint
 pytestmark = pytest.mark.real
 
 SAMPLES = [
-    conversation(("What is the capital of France?", "The capital of France is Paris. It lies on the Seine."), key="0"),
-    conversation(("Name three fruits.", "Apples, pears and plums."), ("And a vegetable?", "Carrots."), key="1"),
-    conversation(("Repeat: A A A A A A A A", "A A A A A A A A A A A A"), key="2"),
+    conversation(("What is the capital of France?", "Paris, on the Seine."), ("And of Italy?", "Rome."), key="turns"),
+    conversation(("Repeat: A A A A", "A A A A A A A A"), key="repeats"),  # neighbours have almost the same state
 ]
+samples = pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.key)
+
+
+class Proved:
+    """A teacher whose evidence is taken once a sample, and may be changed."""
+
+    def __init__(self, teacher):
+        self.teacher, self.encode = teacher, functools.cache(lambda sample: teacher.encode(sample))
+        self.whole = functools.cache(lambda sample: teacher.evidence(self.encode(sample)))
+        self.norm = Checkpoint(teacher.path).final_norm()
+
+    def prove(self, sample, monkeypatch, **changes):
+        """Without the help of the logits' equality, bit for bit: as for the vllm backend."""
+        found = dataclasses.replace(self.whole(sample), norm=self.norm, **changes)
+        monkeypatch.setattr(self.teacher, "evidence", lambda _: found)
+        return prove(self.teacher, sample, self.encode(sample))
 
 
 @pytest.fixture(scope="module")
 def load(real):
-    made = {}
-    return lambda dtype: made.setdefault(dtype, HFTeacher.load(real / "gemma3-270m", dtype=dtype))
+    return functools.cache(lambda dtype: Proved(HFTeacher.load(real / "gemma3-270m", dtype=dtype)))
 
 
-@pytest.fixture
-def evidence(load, monkeypatch):
-    """Evidence of a sample's bfloat16 states that must hold without the logits' help, as for the vllm backend."""
-    teacher = load(torch.bfloat16)
-    norm, whole = Checkpoint(teacher.path).final_norm(), teacher.evidence
-
-    def change(sample, **changes):
-        encoded = teacher.encode(sample)
-        found = dataclasses.replace(whole(encoded), norm=norm, **changes)
-        monkeypatch.setattr(teacher, "evidence", lambda _: found)
-        return teacher, sample, encoded
-
-    return change
-
-
-def last_states(teacher, sample, layer):
+def states_of_layer(teacher, encoded, layer):
     """What a layer leaves, `[L, D]`: -1 is the last."""
     left = []
     hooks = [block.register_forward_hook(lambda _, __, out: left.append(out)) for block in teacher.vlm.body.layers]
     with torch.inference_mode():
-        teacher.vlm.hidden(teacher.renderer.collate([teacher.encode(sample)]))
+        teacher.vlm.hidden(teacher.renderer.collate([encoded]))
     for hook in hooks:
         hook.remove()
-    states = left[layer]
-    return (states[0] if isinstance(states, tuple) else states).reshape(-1, states[0].shape[-1])
+    return left[layer].reshape(-1, left[layer].shape[-1])
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.key)
-def test_real_states_pass(load, evidence, sample):
-    scale = 1 + Checkpoint(load(torch.bfloat16).path).final_norm().weight.float()
+@samples
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_real_states_pass(load, monkeypatch, dtype, sample):
+    proved = load(dtype)
+    scale = 1 + proved.norm.weight.float()
     assert scale.abs().max() > 1000 * scale.abs().min()  # a heavy tail
-    assert prove(*evidence(sample))
-    encoded = load(torch.float32).encode(sample)
-    assert prove(load(torch.float32), sample, encoded)
+    assert proved.prove(sample, monkeypatch)
 
 
-@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.key)
-def test_states_before_the_norm_are_refused(load, evidence, sample):
+@samples
+def test_states_before_the_norm_are_refused(load, monkeypatch, sample):
+    proved = load(torch.bfloat16)
+    before = states_of_layer(proved.teacher, proved.encode(sample), -1)
     with pytest.raises(ModelError, match="not what its final norm leaves"):
-        prove(*evidence(sample, hidden=last_states(load(torch.bfloat16), sample, -1)))
+        proved.prove(sample, monkeypatch, hidden=before)
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
-@pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample.key)
-def test_rows_shifted_by_one_are_refused(load, evidence, sample, shift):
-    """Also where a token is repeated, so that neighbours have almost the same state."""
-    teacher = load(torch.bfloat16)
-    hidden = teacher.evidence(teacher.encode(sample)).hidden
+@samples
+def test_rows_shifted_by_one_are_refused(load, monkeypatch, sample, shift):
+    proved = load(torch.bfloat16)
     with pytest.raises(ModelError, match="is not that position's state"):
-        prove(*evidence(sample, hidden=hidden.roll(shift, 0)))
+        proved.prove(sample, monkeypatch, hidden=proved.whole(sample).hidden.roll(shift, 0))
 
 
 def test_a_softcap_left_out_is_found(load):
-    """Logits of one row in bfloat16, as vLLM may give them, against ours with a cap."""
-    teacher = load(torch.bfloat16)
-    evidence = teacher.evidence(teacher.encode(SAMPLES[0]))
-    rounded = evidence.logits.float()
-    positions = teacher.states([teacher.encode(SAMPLES[0])], questions=[False], top_k=1)[0].answer.position
-    ours = teacher.head.logits(evidence.hidden[torch.from_numpy(positions).long()])
-    assert logits_agree(ours, rounded, torch.bfloat16)
-    assert not logits_agree(50 * (ours / 50).tanh(), rounded, torch.bfloat16)
+    """In logits from the same states, one side in bfloat16, as vLLM may give them."""
+    proved = load(torch.bfloat16)
+    evidence = proved.whole(SAMPLES[0])
+    (states,) = proved.teacher.states([proved.encode(SAMPLES[0])], questions=[False], top_k=1)
+    ours = proved.teacher.head.logits(evidence.hidden[torch.from_numpy(states.answer.position).long()])
+    assert logits_agree(ours, evidence.logits, torch.bfloat16)
+    assert not logits_agree(50 * (ours / 50).tanh(), evidence.logits, torch.bfloat16)
 
 
-def test_backends_that_differ_by_rounding_agree_and_another_layers_states_do_not(load, monkeypatch):
-    teacher, reference = load(torch.bfloat16), load(torch.float32)
-    assert 0 < compare_backends(teacher, reference, SAMPLES, 3).hidden < 0.05
-    body = teacher.vlm.body
-    monkeypatch.setattr(body, "layers", body.layers[:-1])
+def test_backends_that_differ_by_rounding_agree_and_a_layer_less_does_not(load, monkeypatch):
+    teacher, reference = load(torch.bfloat16).teacher, load(torch.float32).teacher
+    assert 0 < compare_backends(teacher, reference, SAMPLES, 2).hidden < 0.05
+    monkeypatch.setattr(teacher.vlm.body, "layers", teacher.vlm.body.layers[:-1])
     with pytest.raises(ModelError, match="does not give the states of hf"):
-        compare_backends(teacher, reference, SAMPLES, 3)
+        compare_backends(teacher, reference, SAMPLES, 2)
