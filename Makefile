@@ -15,7 +15,7 @@ demo: $(READY)
 	$(BIN)/genrecal demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 -m "not slow and not vllm and not eval and not real" tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not vllm and not eval and not real" tests
 
 # Every suite, with all kills and all damages (tests/conftest.py).
 test-all: export GENRECAL_FULL = 1

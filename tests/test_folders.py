@@ -125,7 +125,7 @@ def test_of_many_at_once_one_has_it(tmp_path: Path, stale: bool) -> None:
         processes = [context.Process(target=_race, args=(folder, barrier, results)) for _ in range(count)]
         for process in processes:
             process.start()
-        found = sorted(results.get(timeout=60) for _ in processes)
+        found = sorted(results.get(timeout=600) for _ in processes)
         for process in processes:
             process.join()
         assert found == ["held"] + ["refused"] * (count - 1)

@@ -224,7 +224,7 @@ def in_a_process(endpoint: str, home: Path, *data: str) -> list[Any]:
         env=os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()] + [done.stderr]

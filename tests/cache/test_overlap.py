@@ -235,7 +235,7 @@ def test_the_status_file_is_written_while_a_batch_runs(teacher, data, tmp_path, 
     status, said = tmp_path / "s.json", []
 
     def wait_for_another():
-        before, end = status.read_bytes(), time.monotonic() + 60
+        before, end = status.read_bytes(), time.monotonic() + 600
         while status.read_bytes() == before and time.monotonic() < end:
             time.sleep(0.01)
         said.append((before, status.read_bytes()))

@@ -313,7 +313,7 @@ def test_shared_memory_that_is_full_is_advised_about_too(trainer):
 
     def ended(*options):
         command = [*small, sys.executable, "-m", "genrecal", *trainer.words("--set", "data.workers=1", *options)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
     first = ended()
     (line,) = [line for line in first.stderr.splitlines() if line.startswith("genrecal: error: ")]

@@ -112,7 +112,7 @@ def test_the_next_step_is_read_while_one_is_computed(tmp_path, workers):
     stream = stream_of(Noted(tmp_path), workers=workers)
     for step in range(1, 4):
         assert len(next(stream).batches) == 8
-        end = time.monotonic() + 60
+        end = time.monotonic() + 600
         while len(list(tmp_path.iterdir())) < 8 * (step + 1) and time.monotonic() < end:
             time.sleep(0.01)
         time.sleep(0.05)
