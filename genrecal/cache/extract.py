@@ -1,6 +1,6 @@
 """Body outputs -> answer rows and question rows. Both backends and the live teacher end here, so their records agree."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,11 +46,28 @@ def extract_answer(
     Raises:
         SampleError: a state or a logit is not finite.
     """
-    positions, _ = answer_positions(encoded)
-    states = hidden[torch.from_numpy(positions).to(hidden.device)]
-    target_id = answer_targets(encoded)["target_id"]
-    found = head_targets(states, target_id, head, key=encoded.key, top_k=top_k, draws=draws)
-    return answer_rows(encoded, states, found)
+    (answer,) = extract_answers([encoded], [hidden], head, top_k=top_k, draws=draws)
+    if isinstance(answer, SampleError):
+        raise answer
+    return answer
+
+
+def extract_answers(
+    batch: Sequence[Encoded], hidden: Iterable[torch.Tensor], head: FrozenHead, *, top_k: int, draws: int = 0
+) -> list[AnswerRows | SampleError]:
+    """The answer rows of several samples, which go through the head together; else as `extract_answer`."""
+    items = []
+    for encoded, rows in zip(batch, hidden, strict=True):
+        states = rows[torch.from_numpy(answer_positions(encoded)[0]).to(rows.device)]
+        items.append((encoded.key, states, answer_targets(encoded)["target_id"]))
+    results: list[AnswerRows | SampleError] = []
+    found = head_targets(items, head, top_k=top_k, draws=draws)
+    for encoded, (_, states, _), targets in zip(batch, items, found, strict=True):
+        try:
+            results.append(targets if isinstance(targets, SampleError) else answer_rows(encoded, states, targets))
+        except SampleError as error:
+            results.append(error)
+    return results
 
 
 def answer_rows(encoded: Encoded, states: torch.Tensor, found: "HeadTargets") -> AnswerRows:
@@ -115,43 +132,58 @@ class HeadTargets:
 
 
 def head_targets(
-    states: torch.Tensor, target_id: np.ndarray, head: FrozenHead, *, key: str, top_k: int, draws: int
-) -> HeadTargets:
-    """Run the rows' states through the head, a chunk at a time. Raises SampleError if a logit that is kept is not finite.
+    items: Sequence[tuple[str, torch.Tensor, np.ndarray]], head: FrozenHead, *, top_k: int, draws: int
+) -> list[HeadTargets | SampleError]:
+    """Run the rows of several samples through the head, a chunk at a time; an error where a logit that is kept is not finite.
 
     Args:
-        states: `[R, D]`.
-        target_id: int32 `[R]`.
-        key: the sample's; it begins the random numbers of the draws.
+        items: per sample its key, which begins the random numbers of the draws, its states `[R, D]` and target ids int32
+            `[R]`.
     """
-    numbers = uniforms(key, len(states), draws) if draws else None  # float64 [R, K]
-    rows, num_logits = len(states), head.weight.shape[0]
-    k = min(top_k, num_logits)
-    device = head.weight.device
+    counts = [len(target_id) for _, _, target_id in items]
+    states, target_id = torch.cat([item[1] for item in items]), np.concatenate([item[2] for item in items])
+    # float64 [rows, K]
+    numbers = (
+        np.concatenate([uniforms(item[0], n, draws) for item, n in zip(items, counts, strict=True)]) if draws else None
+    )
+    num_logits, device = head.weight.shape[0], head.weight.device
     targets = torch.from_numpy(np.maximum(target_id, 0).astype(np.int64)).to(device)
     pieces, drawn = [], []
-    for chunk in _chunks(rows, max(1, LOGIT_BUDGET // num_logits)):
+    for chunk in _chunks(sum(counts), max(1, LOGIT_BUDGET // num_logits)):
         logits = head.logits(states[chunk])  # [r, V]
-        values, ids = logits.topk(k, dim=-1)
+        values, ids = logits.topk(min(top_k, num_logits), dim=-1)
         target = logits.gather(1, targets[chunk, None])[:, 0]
         pieces.append((ids.int().cpu(), values.cpu(), logits.logsumexp(-1).cpu(), target.cpu()))
-        if not (pieces[-1][1].isfinite().all() and pieces[-1][2].isfinite().all()):
-            raise SampleError("the teacher's logits are not finite")
         if numbers is not None:
             u = torch.from_numpy(numbers[chunk]).to(device)
             # They work in float64, on three copies: a few rows at a time, so that the chunk's logits stay the largest.
             for part in _chunks(len(logits), max(1, len(logits) // 8)):
                 ids, entropy = draw(logits[part], u[part])
                 drawn.append((ids.cpu(), entropy.float().cpu()))
-    topk_ids, topk_logits, logsumexp, target_logit = (torch.cat(part).numpy() for part in zip(*pieces, strict=True))
-    sampled = None
+    columns = [torch.cat(part) for part in zip(*pieces, strict=True)]
+    topk_ids, topk_logits, logsumexp, target_logit = (column.numpy() for column in columns)
+    finite = np.isfinite(topk_logits).all(1) & np.isfinite(logsumexp)
     if drawn:
         ids, entropy = (torch.cat(part) for part in zip(*drawn, strict=True))
-        distinct, counts = count_draws(ids.numpy())
-        sampled = SampledTargets(ids=distinct, counts=counts, entropy=entropy.numpy())
-    return HeadTargets(
-        topk_ids=topk_ids, topk_logits=topk_logits, logsumexp=logsumexp, target_logit=target_logit, sampled=sampled
-    )
+        distinct, times = count_draws(ids.numpy())
+    results: list[HeadTargets | SampleError] = []
+    for end, count in zip(np.cumsum(counts), counts, strict=True):
+        rows = slice(end - count, end)
+        if not finite[rows].all():
+            results.append(SampleError("the teacher's logits are not finite"))
+            continue
+        results.append(
+            HeadTargets(
+                topk_ids=topk_ids[rows],
+                topk_logits=topk_logits[rows],
+                logsumexp=logsumexp[rows],
+                target_logit=target_logit[rows],
+                sampled=SampledTargets(ids=distinct[rows], counts=times[rows], entropy=entropy[rows].numpy())
+                if drawn
+                else None,
+            )
+        )
+    return results
 
 
 def _chunks(rows: int, size: int) -> Iterator[slice]:

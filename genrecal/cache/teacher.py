@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from genrecal.cache.batching import batches_by_length
-from genrecal.cache.extract import answer_positions, extract_answer, extract_question
+from genrecal.cache.extract import answer_positions, extract_answers, extract_question
 from genrecal.cache.generate import write_batch
 from genrecal.errors import ModelError, SampleError
 from genrecal.samples import Sample
@@ -170,9 +170,11 @@ class HFTeacher:
     ) -> list[States | SampleError]:
         hidden = self.vlm.hidden(self.vlm.renderer.collate(batch))
         results: list[States | SampleError] = []
-        for encoded, rows, wants_question in zip(batch, hidden, questions, strict=True):
+        answers = extract_answers(batch, hidden, self.head, top_k=top_k, draws=draws)
+        for encoded, rows, answer, wants_question in zip(batch, hidden, answers, questions, strict=True):
             try:
-                answer = extract_answer(encoded, rows, self.head, top_k=top_k, draws=draws)
+                if isinstance(answer, SampleError):
+                    raise answer
                 question = extract_question(encoded, rows) if wants_question else None
                 results.append(States(answer=answer, question=question))
             except SampleError as error:

@@ -61,11 +61,10 @@ def compute_rows(hidden: torch.Tensor, request: RowsRequest, head: FrozenHead) -
 
     answer = hidden[torch.tensor(request.answer_positions, device=hidden.device)]
     question = torch.cat([hidden[:0], *(hidden[start:end] for start, end in request.question_spans)])
-    try:
-        target_id = np.array(request.target_id, np.int32)
-        found = head_targets(answer, target_id, head, key=request.key, top_k=request.top_k, draws=request.draws)
-    except SampleError as error:
-        return _bytes_tensor(safetensors.torch.save({"error": _bytes_tensor(str(error).encode())}))
+    item = request.key, answer, np.array(request.target_id, np.int32)
+    (found,) = head_targets([item], head, top_k=request.top_k, draws=request.draws)
+    if isinstance(found, SampleError):
+        return _bytes_tensor(safetensors.torch.save({"error": _bytes_tensor(str(found).encode())}))
     tensors = {
         "answer": answer,
         "question": question,

@@ -4,7 +4,6 @@ Damage is returned as findings, never raised, so that one bad shard does not hid
 nothing is extracted to disk.
 """
 
-import dataclasses
 import functools
 import hashlib
 import io
@@ -181,7 +180,7 @@ def verify_cache(
     settings = {name: value for name, value in description.items() if name not in wrong_settings(description)}
     head = None
     if deep and not any(finding.file == HEAD_FILE for finding in outside):
-        head = _deep_head(store, str(_teacher(description, "head_sha256")), device)
+        head = FrozenHead.load(store.local_copy(HEAD_FILE, str(_teacher(description, "head_sha256"))), device)
     vocabulary, unreadable = load_vocabulary(store) if deep else (None, "")
     if vocabulary is not None and not vocabulary.is_exact:
         vocabulary, unreadable = None, f"{TEACHER_FOLDER}/tokenizer.json: a decoder of an unknown kind"
@@ -857,12 +856,6 @@ def _over_limit(results: Iterable[ShardResult], max_kl: float) -> Iterator[Findi
 
 
 # ------------------------------------------------------------------------------------------------------------------- deep
-
-
-def _deep_head(store: Store, sha256: str, device: str) -> FrozenHead:
-    """The head, widened once on a CPU, where each product would widen it again."""
-    head = FrozenHead.load(store.local_copy(HEAD_FILE, sha256), device)
-    return head if head.weight.is_cuda else dataclasses.replace(head, weight=head.weight.float())
 
 
 class Spelling:

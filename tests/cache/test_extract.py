@@ -9,7 +9,7 @@ from conftest import conversation, mixed_samples
 
 from genrecal.cache import extract
 from genrecal.cache.draws import uniforms
-from genrecal.cache.extract import extract_answer, extract_question
+from genrecal.cache.extract import extract_answer, extract_answers, extract_question
 from genrecal.cache.teacher import HFTeacher
 from genrecal.errors import SampleError
 from genrecal.shards.codecs import round_to_bf16
@@ -123,6 +123,26 @@ def test_byte_ranges_are_in_the_answer(teacher_of):
     keep = answer.predicts
     pieces = [text.encode()[s:e] for s, e in zip(answer.target_start[keep], answer.target_end[keep], strict=True)]
     assert b"".join(pieces) == text.encode() and pieces[-1] == b""
+
+
+def test_samples_go_through_the_head_together_and_a_bad_one_spoils_no_other(teacher_of):
+    teacher = teacher_of("qwen2_vl")
+    batch = [teacher.encode(sample) for sample in mixed_samples(4)]
+    hidden = [torch.randn(len(encoded), teacher.vlm.hidden_size) for encoded in batch]
+    hidden[1][-2] = float("nan")
+    for draws in (0, 9):
+        together = extract_answers(batch, hidden, teacher.head, top_k=4, draws=draws)
+        assert isinstance(together[1], SampleError) and "finite" in str(together[1])
+        for place in (0, 2, 3):
+            alone = extract_answer(batch[place], hidden[place], teacher.head, top_k=4, draws=draws)
+            for name, value in vars(alone).items():
+                got = getattr(together[place], name)
+                if isinstance(value, np.ndarray):
+                    assert np.allclose(got, value, atol=1e-5), name
+            assert (alone.sampled is None) == (draws == 0)
+            if draws:
+                assert np.allclose(together[place].sampled.entropy, alone.sampled.entropy, atol=1e-5)
+                assert (together[place].sampled.ids != alone.sampled.ids).any(1).sum() <= 1
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from genrecal.cache.draws import count_draws, draw
+from genrecal.shards import head as head_module
 from genrecal.shards.head import FrozenHead, LogitTransform, linear_float32
 from genrecal.train.losses import (
     CHUNK_BYTES,
@@ -180,6 +181,23 @@ def test_rows_at_once_stay_within_their_bytes():
     for vocab in (1, 700, 152_064, 10**6, 10**9):
         rows = rows_at_once(vocab)
         assert rows == 1 or 0.5 * CHUNK_BYTES < 4 * rows * vocab <= CHUNK_BYTES
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [0, 1, 13])
+def test_a_narrow_weight_is_widened_block_by_block(monkeypatch, dtype, rows):
+    """The product is that of the whole weight in float32, and gradients flow as through any product."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 48, generator=generator, requires_grad=True)
+    weight = torch.randn(1003, 48, generator=generator).to(dtype)
+    whole = linear_float32(x, weight)
+    assert torch.equal(whole, torch.nn.functional.linear(x, weight.float()))
+    whole.sum().backward()
+    assert torch.allclose(x.grad, weight.float().sum(0).expand(rows, -1), atol=1e-4)
+    for values in (1, 48 * 7, 48 * 1003, 2**20):
+        monkeypatch.setattr(head_module, "WIDENED", values)
+        found = linear_float32(x.detach(), weight)
+        assert found.dtype == torch.float32 and torch.allclose(found, whole, atol=5e-5, rtol=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
