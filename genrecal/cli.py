@@ -954,7 +954,7 @@ def _evaluate_by_harness(model: str, tasks: list[str], options: dict[str, Any], 
     _show(table, False)
 
 
-def _check_evaluate(harness: str | None, tasks: str | None, data: list[Path] | None, given: list[str]) -> None:
+def _check_evaluate(harness: str | None, tasks: str | None, data: list[str] | None, given: list[str]) -> None:
     """That what is asked for is one of two: data of one's own, or tasks of a harness."""
     harness_only = ("tasks", "task_folder", "harness_model", "harness_arg")
     data_only = (

@@ -127,7 +127,8 @@ def survey(samples: SampleSet) -> Survey:
     """Parse all records, or of more than MAX_RECORDS or MAX_BYTES as many, drawn in parts that lie together."""
     parts = list(_parts(samples))
     random.Random(0).shuffle(parts)
-    chosen, records, size = [], 0, 0.0
+    chosen: list[range] = []
+    records, size = 0, 0.0
     for indices, part_bytes in parts:
         if chosen and (records + len(indices) > MAX_RECORDS or size + part_bytes > MAX_BYTES):
             break
