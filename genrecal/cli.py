@@ -60,6 +60,16 @@ RoleNames = Annotated[
     list[str] | None,
     typer.Option("--role", metavar="ROLE=NAME", help="What a role in the records is: Human=user; may be repeated."),
 ]
+TemplateArg = Annotated[
+    list[str] | None,
+    typer.Option(help="Variable of the chat template, such as enable_thinking=false (JSON or text); may be repeated."),
+]
+AllowToken = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Added token that texts may hold, such as <|box_start|>; else special ones are refused; may be repeated."
+    ),
+]
 IncludeCategory = Annotated[
     list[str] | None,
     typer.Option(help='Take records of this category alone; may be repeated. "" is those that name none.'),
@@ -179,6 +189,8 @@ def plan(
     gpu_gigabytes: Annotated[float, typer.Option(help="Memory of a GPU.")] = 80.0,
     gpu_bandwidth: Annotated[float, typer.Option(help="Of --generate: of that memory, GB/s.")] = 3350.0,
     train_rate: Annotated[float, typer.Option(help="Samples a second that the trainer takes.")] = 64.0,
+    template_arg: TemplateArg = None,
+    allow_token: AllowToken = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -220,11 +232,12 @@ def plan(
     if teacher.lower() in KNOWN and not Path(teacher).exists():
         forecast = make_plan(KNOWN[teacher.lower()], None, samples, settings, assumed, out=out)
     else:
-        from genrecal.vlm.loading import load_processor, model_folder, processor_files
-        from genrecal.vlm.rendering import Renderer
+        from genrecal.vlm.loading import load_renderer, model_folder, processor_files
 
         folder = model_folder(teacher)
-        renderer = Renderer(load_processor(folder, trust_remote_code=trust_remote_code))
+        prompt = _prompt(template_arg, allow_token)
+        renderer = load_renderer(folder, prompt, trust_remote_code=trust_remote_code)
+        renderer.refuse_unsaid_thinking()
         forecast = make_plan(
             teacher_shape(folder, trust_remote_code=trust_remote_code),
             renderer,
@@ -298,6 +311,8 @@ def cache(
     max_answer_tokens: Annotated[
         int, typer.Option(help="Of --generate: skip a conversation with an answer that does not end within so many.")
     ] = 1024,
+    template_arg: TemplateArg = None,
+    allow_token: AllowToken = None,
     max_skip: Annotated[float, typer.Option(help="Fail when more than this share of the input is skipped.")] = 0.01,
     workers: Annotated[int, typer.Option(help="Runs of this command that share the work, one a node, say.")] = 1,
     worker: Annotated[int, typer.Option(help="Which of them this is, counted from 0.")] = 0,
@@ -357,10 +372,19 @@ def cache(
         max_skip=max_skip,
     )
     work = WorkOptions(workers=workers, worker=worker, threads=threads, status_file=status_file)
+    prompt = _prompt(template_arg, allow_token)
     load_teacher: Callable[[], Any]
     if backend == "vllm":
         load_teacher = functools.partial(
-            _vllm_teacher, teacher, dtype, device, trust_remote_code, tensor_parallel, pipeline_parallel, engine_arg
+            _vllm_teacher,
+            teacher,
+            dtype,
+            device,
+            trust_remote_code,
+            tensor_parallel,
+            pipeline_parallel,
+            engine_arg,
+            prompt,
         )
     elif backend != "hf":
         raise UsageError(f"--backend {backend!r}: expected hf or vllm")
@@ -370,7 +394,7 @@ def cache(
             "--device split spreads a teacher of the hf backend over the GPUs of a machine"
         )
     else:
-        load_teacher = functools.partial(_teacher, teacher, dtype, device, trust_remote_code)
+        load_teacher = functools.partial(_teacher, teacher, dtype, device, trust_remote_code, prompt)
     selection = _selection(include_category, exclude_category, split, split_seed)
     fields = FieldMap.parse(field or (), role or ())
     load_samples = functools.partial(
@@ -401,7 +425,8 @@ def cache(
         if compare_hf:
             from genrecal.cache.proof import compare_backends
 
-            reference = _teacher(teacher, str(model.head.weight.dtype).removeprefix("torch."), "cpu", trust_remote_code)
+            dtype = str(model.head.weight.dtype).removeprefix("torch.")
+            reference = _teacher(teacher, dtype, "cpu", trust_remote_code, prompt)
             console.print(f"hf against vllm: {compare_backends(model, reference, samples, compare_hf)}")
         if blank_check:
             _blank_check(model, samples, blank_check)
@@ -415,6 +440,16 @@ def cache(
         return
     for line in Reasons.of(open_cache(out).skipped()).lines():
         console.print(f"skipped {_printable(line)}", style="yellow", markup=False)
+    if count := report.counts["context_answers"]:
+        console.print(
+            f"{count} earlier answers are context and no targets: this chat template opens the last answer of a conversation "
+            "otherwise than earlier ones; give a record for each answer to have them all",
+            style="yellow",
+        )
+    if count := report.counts["unread_reasoning"]:
+        console.print(
+            f"{count} records have reasoning_content, which this model's chat template does not write", style="yellow"
+        )
     console.print(f"{out}: {report.cached} samples cached, {report.skipped} skipped; {done}")
 
 
@@ -455,10 +490,18 @@ def _selection(include: list[str] | None, exclude: list[str] | None, split: str,
     )
 
 
-def _teacher(path: str, dtype: str, device: str, trust_remote_code: bool) -> Any:
+def _prompt(template_arg: list[str] | None, allow_token: list[str] | None) -> Any:
+    from genrecal.vlm.rendering import PromptOptions
+
+    return PromptOptions.parse(template_arg, allow_token)
+
+
+def _teacher(path: str, dtype: str, device: str, trust_remote_code: bool, prompt: Any) -> Any:
     from genrecal.cache.teacher import HFTeacher
 
-    return HFTeacher.load(path, dtype=_dtype(dtype), device=_device(device), trust_remote_code=trust_remote_code)
+    return HFTeacher.load(
+        path, dtype=_dtype(dtype), device=_device(device), trust_remote_code=trust_remote_code, prompt=prompt
+    )
 
 
 def _vllm_teacher(
@@ -469,6 +512,7 @@ def _vllm_teacher(
     tensor_parallel: int,
     pipeline_parallel: int,
     engine_arg: list[str] | None,
+    prompt: Any,
 ) -> Any:
     from genrecal.cache.vllm_teacher import VLLMTeacher, engine_arguments
 
@@ -483,6 +527,7 @@ def _vllm_teacher(
         trust_remote_code=trust_remote_code,
         # The engine takes the GPUs; this process needs a device for the head alone.
         head_device="cpu" if device == "auto" else _device(device),
+        prompt=prompt,
     )
 
 
@@ -788,10 +833,12 @@ def _live_teacher(path: str, cache: str, device: str, trust_remote_code: bool) -
     """The co-resident teacher; with the cache's dtype and head, or else it is another teacher."""
     from genrecal.cache.teacher import LiveTeacher
     from genrecal.shards.reader import open_cache
+    from genrecal.vlm.cached_teacher import prompt_options
     from genrecal.vlm.loading import file_digest, model_folder, processor_files
 
     opened = open_cache(cache)
-    teacher = _teacher(path, opened.description["teacher"]["dtype"], device, trust_remote_code)
+    prompt = prompt_options(opened)
+    teacher = _teacher(path, opened.description["teacher"]["dtype"], device, trust_remote_code, prompt)
     if not teacher.head.weight.cpu().equal(opened.head().weight):
         raise UsageError(f"--teacher live:{path}: its head is not the one that the cache {cache} was made with")
     made_with = opened.description["teacher"]["files_sha256"]
@@ -864,6 +911,8 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest answer; else the generation config's.", min=1)
     ] = None,
+    template_arg: TemplateArg = None,
+    allow_token: AllowToken = None,
     harness: Annotated[
         str | None, typer.Option(help="lmms-eval: run its tasks in place of --data; it needs the extra eval.")
     ] = None,
@@ -913,7 +962,10 @@ def evaluate(
     selection = _selection(include_category, exclude_category, split, split_seed)
     fields = FieldMap.parse(field or (), role or ())
     samples = open_samples(data or [], image_root=image_root, limit=limit, selection=selection, fields=fields)
-    vlm = load_vlm(model, dtype=_dtype(dtype), device=_device(device), trust_remote_code=trust_remote_code)
+    prompt = _prompt(template_arg, allow_token)
+    vlm = load_vlm(
+        model, dtype=_dtype(dtype), device=_device(device), trust_remote_code=trust_remote_code, prompt=prompt
+    )
     result = evaluate(vlm, samples, metric=metric, batch_size=batch_size or 8, max_new_tokens=max_new_tokens)
     for where, why in result.skipped:
         sys.stderr.write(f"skipped {where}: {why}\n")
@@ -968,6 +1020,8 @@ def _check_evaluate(harness: str | None, tasks: str | None, data: list[str] | No
         "split",
         "split_seed",
         "max_new_tokens",
+        "template_arg",
+        "allow_token",
         "dtype",
     )
     if harness is None:

@@ -38,8 +38,7 @@ from genrecal.train.loop import check_stages, open_for, plan_stage, train
 from genrecal.train.ranks import world_size
 from genrecal.train.run import Run, flat
 from genrecal.train.scores import check_metric
-from genrecal.vlm.loading import load_processor, model_folder, resolve_device
-from genrecal.vlm.rendering import Renderer
+from genrecal.vlm.loading import load_renderer, model_folder, resolve_device
 
 COMPARE_FILE, TABLE_FILE = "compare.json", "table.md"
 PROBED = 64  # records among which one must be a question that the student can be asked
@@ -309,7 +308,7 @@ def _check_runs(runs: dict[tuple[int, Variant], Run], stages: Sequence[int]) -> 
 
 def _check_questions(student: str, samples: SampleSet, trust_remote_code: bool) -> None:
     """Raises DataError if the student can be asked none of the first records."""
-    renderer = Renderer(load_processor(model_folder(student), trust_remote_code=trust_remote_code))
+    renderer = load_renderer(model_folder(student), trust_remote_code=trust_remote_code)
     reasons = []
     for sample in islice(samples, PROBED):
         if isinstance(sample, BadRecord):

@@ -24,36 +24,130 @@ CORPUS = [
     "Which company issued this receipt? What is the total amount?",
 ] * 20
 
-CHATML = (
-    "{%- for m in messages -%}{{ '<|im_start|>' + m['role'] + '\n' }}"
-    "{%- if m['content'] is string -%}{{ m['content'] }}{%- else -%}{%- for c in m['content'] -%}"
-    "{%- if c['type'] == 'image' -%}{{ 'IMAGE' }}{%- else -%}{{ c['text'] }}{%- endif -%}{%- endfor -%}{%- endif -%}"
-    "{{ '<|im_end|>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+# Chat templates as released, where a part on tools is left out and `IMAGE` stands for the family's own placeholder.
+QWEN2 = (  # Qwen2-Instruct
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-
-GEMMA = (
-    "{{ bos_token }}{%- for m in messages -%}"
-    "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
-    "{%- if m['content'] is string -%}{{ m['content'] }}{%- else -%}{%- for c in m['content'] -%}"
-    "{%- if c['type'] == 'image' -%}{{ 'IMAGE' }}{%- else -%}{{ c['text'] | trim }}{%- endif -%}{%- endfor -%}{%- endif -%}"
-    "{{ '<end_of_turn>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
+QWEN2_VL = (  # and Qwen2.5-VL
+    "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+    "{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "{% set image_count.value = image_count.value + 1 %}{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif content['type'] == 'video' or 'video' in content %}"
+    "{% set video_count.value = video_count.value + 1 %}{% if add_vision_id %}Video {{ video_count.value }}: {% endif %}"
+    "<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}"
+    "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-# Llama 3's own. The text begins with a token that the tokenizer adds, so the template leaves it out.
-LLAMA3 = (
-    "{%- for m in messages -%}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
-    "{%- if m['content'] is string -%}{{ m['content'] }}{%- else -%}{%- for c in m['content'] -%}"
-    "{%- if c['type'] == 'image' -%}{{ 'IMAGE' }}{%- else -%}{{ c['text'] }}{%- endif -%}{%- endfor -%}{%- endif -%}"
-    "{{ '<|eot_id|>' }}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif -%}"
+QWEN3_VL = """\
+{%- set image_count = namespace(value=0) %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.content is string %}
+        {{- message.content }}
+    {%- else %}
+        {%- for content in message.content %}
+            {%- if content.type == 'image' or 'image' in content or 'image_url' in content %}
+                {%- set image_count.value = image_count.value + 1 %}
+                {%- if add_vision_id %}Picture {{ image_count.value }}: {% endif -%}
+                <|vision_start|><|image_pad|><|vision_end|>
+            {%- elif 'text' in content %}
+                {{- content.text }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+INTERNVL = (  # InternVL3 in transformers' layout
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "{{ 'IMAGE\n' }}{% elif content['type'] == 'video' %}{{ '<video>\n' }}{% elif content['type'] == 'text' %}"
+    "{{ content['text'] }}{% endif %}{% endfor %}{% endif %}{{'<|im_end|>\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
 )
+LLAVA_ONEVISION = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + content['text'] }}"
+    "{% endfor %}{{'<|im_end|>'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+IDEFICS3 = (  # SmolVLM begins with <|im_start|>
+    "<|begin_of_text|>{% for message in messages %}{{message['role'].capitalize()}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+GEMMA3 = """\
+{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- if messages[0]['content'] is string -%}
+        {%- set first_user_prefix = messages[0]['content'] + '
 
-IDEFICS = (
-    "<|begin_of_text|>{%- for m in messages -%}{{ m['role'] | capitalize }}"
-    "{%- if m['content'] is not string and m['content'][0]['type'] == 'image' -%}{{ ':' }}{%- else -%}{{ ': ' }}{%- endif -%}"
-    "{%- if m['content'] is string -%}{{ m['content'] }}{%- else -%}{%- for c in m['content'] -%}"
-    "{%- if c['type'] == 'image' -%}{{ 'IMAGE' }}{%- else -%}{{ c['text'] }}{%- endif -%}{%- endfor -%}{%- endif -%}"
-    "{{ '<end_of_utterance>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"
+' -%}
+    {%- else -%}
+        {%- set first_user_prefix = messages[0]['content'][0]['text'] + '
+
+' -%}
+    {%- endif -%}
+    {%- set loop_messages = messages[1:] -%}
+{%- else -%}
+    {%- set first_user_prefix = "" -%}
+    {%- set loop_messages = messages -%}
+{%- endif -%}
+{%- for message in loop_messages -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception("Conversation roles must alternate user/assistant/user/assistant/...") }}
+    {%- endif -%}
+    {%- if (message['role'] == 'assistant') -%}
+        {%- set role = "model" -%}
+    {%- else -%}
+        {%- set role = message['role'] -%}
+    {%- endif -%}
+    {{ '<start_of_turn>' + role + '
+' + (first_user_prefix if loop.first else "") }}
+    {%- if message['content'] is string -%}
+        {{ message['content'] | trim }}
+    {%- elif message['content'] is iterable -%}
+        {%- for item in message['content'] -%}
+            {%- if item['type'] == 'image' -%}
+                {{ '<start_of_image>' }}
+            {%- elif item['type'] == 'text' -%}
+                {{ item['text'] | trim }}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- else -%}
+        {{ raise_exception("Invalid content type") }}
+    {%- endif -%}
+    {{ '<end_of_turn>
+' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{'<start_of_turn>model
+'}}
+{%- endif -%}
+"""
+LLAMA3 = (  # it writes the token that its tokenizer would add too
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    "+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+LLAMA3_VL = (  # the same with images in it: no InternVL on Llama 3 is released in transformers' layout
+    "{% for message in messages %}{% if loop.index0 == 0 %}{{ bos_token }}{% endif %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}{{ 'IMAGE\n' }}{% else %}{{ content['text'] | trim }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 
 TEXT = dict(
@@ -168,7 +262,7 @@ def qwen_vl(
     **sizes: int,
 ) -> tuple[Any, Any]:
     specials = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    template = CHATML.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    template = QWEN3_VL if version == "3" else QWEN2_VL
     backend = byte_bpe(["<|endoftext|>", "<|im_end|>", *specials], like=like)
     tokenizer = fast(backend, template, specials=specials)
     ids = {
@@ -233,12 +327,9 @@ def internvl(
         marks: the tokens before, after and in the place of a picture.
         vision, text: settings of the encoder, and of the text model over those of every tiny one.
     """
-    # The released templates break the line after a picture.
-    line_break = wide or like is not None
     eos = "<|eot_id|>" if like == "llama3" else "<|im_end|>"
     specials = ["<|start_header_id|>", "<|end_header_id|>"] if like == "llama3" else ["<|im_start|>"]
-    template = LLAMA3 if like == "llama3" else CHATML
-    template = template.replace("'IMAGE'", rf"'{marks[2]}\n'" if line_break else f"'{marks[2]}'")
+    template = (LLAMA3_VL if like == "llama3" else INTERNVL).replace("IMAGE", marks[2])
     base = ["<|endoftext|>", eos, *specials]
     if text_model == "llama" and like is None:
         backend = sentencepiece_bpe(base)
@@ -376,7 +467,7 @@ def make_original(native: Path, folder: Path, *, nvlm: bool = False) -> Path:
     tokenizer_config.pop("processor_class", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
     template = (native / "chat_template.jinja").read_text()
-    template = template.replace("{%- if m['content'] is string -%}", "{%- if true -%}")  # as the original's
+    template = template.replace("{% if message['content'] is string %}", "{% if true %}")  # as the original's
     (folder / "chat_template.jinja").write_text(template)
     return folder
 
@@ -430,7 +521,7 @@ def _sentencepiece_files(tokenizer: dict[str, Any], folder: Path) -> None:
 def llava_onevision() -> tuple[Any, Any]:
     specials = ["<|im_start|>", "<image>", "<video>"]
     backend = byte_bpe(["<|endoftext|>", "<|im_end|>", *specials])
-    tokenizer = fast(backend, CHATML.replace("IMAGE", "<image>"), specials=specials)
+    tokenizer = fast(backend, LLAVA_ONEVISION, specials=specials)
     pinpoints = [[56, 56], [56, 112], [112, 56], [112, 112]]
     config = transformers.LlavaOnevisionConfig(
         text_config=_text(tokenizer, model_type="qwen2"),
@@ -463,7 +554,7 @@ def idefics3(name: str = "Idefics3") -> tuple[Any, Any]:
     backend = byte_bpe(["<|endoftext|>", *specials])
     tokenizer = fast(
         backend,
-        IDEFICS.replace("IMAGE", "<image>"),
+        IDEFICS3,
         specials=specials,
         eos="<end_of_utterance>",
         bos_token="<|begin_of_text|>",
@@ -493,7 +584,7 @@ def gemma3() -> tuple[Any, Any]:
     specials = ["<start_of_turn>", "<end_of_turn>"]
     backend = byte_bpe(["<|endoftext|>", "<bos>", *specials])
     tokenizer = fast(
-        backend, GEMMA.replace("IMAGE", "<start_of_image>"), specials=specials, eos="<end_of_turn>", bos_token="<bos>",
+        backend, GEMMA3, specials=specials, eos="<end_of_turn>", bos_token="<bos>",
         extra_special_tokens=extra,
     )  # fmt: skip
     config = transformers.Gemma3Config(
@@ -521,11 +612,8 @@ def text_only(model_class: str, *, like: str, **text: Any) -> tuple[Any, Any]:
         specials, eos, template = ["<|start_header_id|>", "<|end_header_id|>"], "<|eot_id|>", LLAMA3
         base, begin = ["<|begin_of_text|>", "<|endoftext|>", eos, *specials], {"bos_token": "<|begin_of_text|>"}
     else:
-        specials, eos, template = ["<|im_start|>"], "<|im_end|>", CHATML
+        specials, eos, template = ["<|im_start|>"], "<|im_end|>", QWEN2
         base, begin = ["<|endoftext|>", eos, *specials], {}
-    # Templates of language models know strings alone.
-    start, end = template.index("{%- if m['content'] is string -%}"), template.index("{%- endif -%}{{ '<")
-    template = template[:start] + "{{ m['content'] + '' }}" + template[end + len("{%- endif -%}") :]
     tokenizer = fast(byte_bpe(base, like=like), template, specials=specials, eos=eos, **begin)
     config = getattr(transformers, f"{model_class}Config")(**_text(tokenizer) | text)
     return getattr(transformers, f"{model_class}ForCausalLM")(config), tokenizer

@@ -295,6 +295,8 @@ def _description(
         "top_k": min(options.top_k, num_rows),
         "sampled_targets": options.draws,
         "answers": options.answers.to_json(),
+        "template_args": teacher.renderer.template_args,
+        "allowed_tokens": list(teacher.renderer.allowed_tokens),
         "answer_codec": options.answer_codec,
         "question_codec": options.question_codec,
         "question_fraction": options.question_fraction,

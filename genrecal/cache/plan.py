@@ -307,6 +307,7 @@ def probe_record(
         return ProbedRecord(**names, reason=sample.reason)
     try:
         images = [image.read() for image in sample.images]
+        sample = sample if renderer is None else renderer.settle(sample)
         if renderer is None:
             counts = _counted_by_rule(sample, images, shape, options.max_tokens)
         else:

@@ -6,6 +6,7 @@ What is checked, and which silent mistake of caches it finds:
 - states are what the checkpoint's final norm leaves (states taken before the norm), where logits do not prove it;
 - the records' rows are the states of their positions and their logits the model's own there (rows shifted or mixed up);
 - the tokens that the rows predict spell the answers (a wrong span);
+- the ids are those of the model's own `apply_chat_template(tokenize=True)` (two BOS tokens, another prompt);
 - as many placeholder tokens as visual embeddings, and other pictures give other states (pictures dropped).
 """
 
@@ -70,6 +71,7 @@ def prove(teacher: Teacher, sample: Sample, encoded: Encoded) -> bool:
     if isinstance(states, SampleError):
         return False
     try:
+        _check_ids(teacher, sample, encoded)
         _check_spans(teacher, sample, encoded, states)
         evidence = teacher.evidence(encoded)
         _check_norm(evidence)
@@ -86,6 +88,29 @@ def prove(teacher: Teacher, sample: Sample, encoded: Encoded) -> bool:
 
 class _WrongError(Exception):
     """What a check found."""
+
+
+def _check_ids(teacher: Teacher, sample: Sample, encoded: Encoded) -> None:
+    """The ids are the model's own: those of the last prompt, and of the whole conversation where they can be.
+
+    They cannot where an answer begins with white space, which a tokenizer may join with the end of its prompt.
+    """
+    renderer, messages = teacher.renderer, sample.messages
+    images = [decode_image(image.read()) for image in sample.images]
+    ours = {"prompt": encoded.input_ids[: len(encoded) - encoded.answer_lengths[-1]]}
+    own = {"prompt": renderer.own_ids(messages[:-1], images, prompt=True)}
+    if renderer.marks.reopened is None and not any(answer[:1].isspace() for answer in sample.answers):
+        ours["conversation"], own["conversation"] = encoded.input_ids, renderer.own_ids(messages, images)
+    for what, ids in ours.items():
+        expected = own[what]
+        if expected is None or np.array_equal(ids, expected[: len(ids)]):
+            continue
+        place = next(i for i in range(len(ids)) if i >= len(expected) or ids[i] != expected[i])
+        tokens = [renderer.tokenizer.decode(part[place : place + 1].tolist()) for part in (ids, expected)]
+        raise _WrongError(
+            f"token {place} of the {what} is {tokens[0]!r}, expected {tokens[1]!r} as the model's own "
+            "apply_chat_template(tokenize=True) has it"
+        )
 
 
 def _check_spans(teacher: Teacher, sample: Sample, encoded: Encoded, states: States) -> None:

@@ -80,7 +80,8 @@ def cache_shard(
                 result = _result(result) if isinstance(result, Future) else result
                 with watch.timed("writing"), storage_errors(where):
                     _write(writer, item, result, watch)
-                watch.count(records=1, through=int(untouched))
+                notes = item.notes if isinstance(result, CodedRecord) else {}
+                watch.count(records=1, through=int(untouched), **notes)
         with watch.timed("writing"), storage_errors(where):
             facts = _commit(writer, store, shard)
         watch.finished(writer.rows, writer.bytes, teacher.head.weight.shape[0])

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import io
 import itertools
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,8 +41,8 @@ from genrecal.shards.answer_source import AnswerSource
 from genrecal.shards.head import FrozenHead, LogitTransform
 from genrecal.vlm.checkpoint import Checkpoint
 from genrecal.vlm.generation import stop_tokens
-from genrecal.vlm.loading import first_line, load_processor
-from genrecal.vlm.rendering import Encoded, Renderer
+from genrecal.vlm.loading import first_line, load_renderer
+from genrecal.vlm.rendering import Encoded, PromptOptions, named_values
 
 OLDEST = (0, 32)  # the vLLM that this was written for and is tested with
 MOST_IMAGES = 64  # a conversation, unless --engine-arg limit_mm_per_prompt says otherwise
@@ -87,6 +86,7 @@ class VLLMTeacher:
         engine_args: dict[str, Any] | None = None,
         trust_remote_code: bool = False,
         head_device: torch.device | str = "cpu",
+        prompt: PromptOptions | None = None,
     ):
         """Start the engine.
 
@@ -97,6 +97,7 @@ class VLLMTeacher:
             engine_args: more of vLLM's engine arguments, by their names there.
             trust_remote_code: run Python that comes with the checkpoint; never done without being asked for.
             head_device: where this process keeps its own copy of the head, with which codecs are measured.
+            prompt: how conversations are rendered.
 
         Raises:
             UsageError: vLLM is not installed, or an argument that is this backend's own.
@@ -111,7 +112,8 @@ class VLLMTeacher:
         self.versions = {"vllm": str(vllm.__version__)}
         self.checkpoint = Checkpoint(path)
         self.dtype = self.checkpoint.dtype() if isinstance(dtype, str) else dtype
-        self.renderer = Renderer(load_processor(path, trust_remote_code=trust_remote_code))
+        self.renderer = load_renderer(path, prompt, trust_remote_code=trust_remote_code)
+        self.renderer.refuse_unsaid_thinking()
         self._arguments: dict[str, Any] = {
             "dtype": str(self.dtype).removeprefix("torch."),
             "tensor_parallel_size": tensor_parallel,
@@ -391,20 +393,8 @@ class VLLMTeacher:
 
 
 def engine_arguments(texts: Sequence[str]) -> dict[str, Any]:
-    """`--engine-arg` options -> vLLM's engine arguments: `name=value`, the value as JSON or else as text.
-
-    Raises UsageError for one without a name or a value.
-    """
-    arguments: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier():
-            raise UsageError(f"--engine-arg {text!r}: expected name=value, such as gpu_memory_utilization=0.85")
-        try:
-            arguments[name] = json.loads(value)
-        except json.JSONDecodeError:
-            arguments[name] = value
-    return arguments
+    """`--engine-arg` options -> vLLM's engine arguments. Raises UsageError as `named_values` does."""
+    return named_values("--engine-arg", texts, "gpu_memory_utilization=0.85")
 
 
 def engine_reason(error: BaseException) -> str:

@@ -73,7 +73,8 @@ class Watch:
 
     def count(self, **more: float) -> None:
         """Count on: `records` of the input that are done with, `samples` and `tokens` that the teacher ran over (no
-        padding), `answers` that it wrote, `bytes` of finished shards.
+        padding), `answers` that it wrote, `bytes` of finished shards, and of what was cached `context_answers` and
+        `unread_reasoning` (see `genrecal.vlm.rendering.Renderer.settle`).
 
         `through` counts the records that the teacher is done with, or has no work with: progress and the time left go by it,
         since records are done with many at a time.

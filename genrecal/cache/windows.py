@@ -5,7 +5,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from genrecal.cache.options import CacheOptions
@@ -50,6 +50,7 @@ class Item:
     sample: Sample | BadRecord
     encoded: Encoded | None
     result: SampleError | None
+    notes: dict[str, int] = field(default_factory=dict)  # what of it is not an answer to learn, or not read
 
 
 def windows(
@@ -90,8 +91,12 @@ def render_record(teacher: Teacher, sample: Sample | BadRecord, options: CacheOp
         return Item(sample, None, SampleError(sample.reason))
     try:
         images = tuple(ImageSource(data=image.read(), suffix=image.suffix) for image in sample.images)
-        sample = dataclasses.replace(sample, images=images)
-        return Item(sample, teacher.encode(sample, max_tokens=options.max_tokens or None), None)
+        given = dataclasses.replace(sample, images=images)
+        sample = teacher.renderer.settle(given)
+        notes = {"context_answers": len(given.answers) - len(sample.answers)}
+        if given.messages[-1].reasoning and not teacher.renderer.marks.writes_reasoning:
+            notes["unread_reasoning"] = 1
+        return Item(sample, teacher.encode(sample, max_tokens=options.max_tokens or None), None, notes)
     except SampleError as error:
         return Item(sample, None, error)
     except (Stopped, KeyboardInterrupt):

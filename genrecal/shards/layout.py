@@ -62,7 +62,8 @@ def read_cache_json(store: Store) -> dict[str, Any]:
     for name in ("answer_codec", "question_codec"):
         if content.get(name) != "none":
             codec_named(str(content.get(name, "")), where=f"{path}: {name}")
-    return {"sampled_targets": 0, "answers": AnswerSource().to_json()} | content
+    defaults = {"sampled_targets": 0, "answers": AnswerSource().to_json(), "template_args": {}, "allowed_tokens": []}
+    return defaults | content
 
 
 def wrong_settings(description: dict[str, Any]) -> dict[str, str]:
@@ -104,6 +105,11 @@ def wrong_settings(description: dict[str, Any]) -> dict[str, str]:
         AnswerSource.from_json(description.get("answers"))
     except ValueError:
         wrong["answers"] = "an object with a kind of given, greedy or sampled, and that kind's settings"
+    if not isinstance(description.get("template_args"), dict):
+        wrong["template_args"] = "an object"
+    tokens = description.get("allowed_tokens")
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        wrong["allowed_tokens"] = "a list of texts"
     totals = description.get("totals", {})
     if not isinstance(totals, dict):
         wrong["totals"] = "an object"

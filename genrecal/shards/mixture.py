@@ -16,7 +16,7 @@ from genrecal.shards.order import MixedOrder, SampleOrder
 from genrecal.shards.reader import Cache, CachedRecord, read_in_step
 from genrecal.shards.record import Record
 
-SAME = ("hidden_size", "head_rows", "vocab_size", "top_k", "sampled_targets")  # in cache.json of all
+SAME = ("hidden_size", "head_rows", "vocab_size", "top_k", "sampled_targets", "template_args")  # in cache.json of all
 
 
 class Mixture(Sequence[CachedRecord]):

@@ -118,6 +118,20 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """How the student's conversations are rendered beside what its own files say.
+
+    Args:
+        template_args: variables of its chat template, such as `enable_thinking`. Those of the cache are taken too, where the
+            student's template has them and nothing is said here.
+        allowed_tokens: added tokens of its tokenizer that texts may hold, besides those that the cache allows.
+    """
+
+    template_args: dict[str, Any] = field(default_factory=dict)
+    allowed_tokens: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Reading.
 
@@ -228,6 +242,7 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
 

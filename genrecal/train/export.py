@@ -19,6 +19,7 @@ from genrecal.shards.reader import Cache
 from genrecal.train.evaluate import generate, prompts_of
 from genrecal.train.run import Run
 from genrecal.vlm.loading import VLM, is_weight_file, load_vlm, model_folder
+from genrecal.vlm.rendering import PromptOptions
 
 CHECK_SAMPLES = 4
 CHECK_TOKENS = 24
@@ -50,7 +51,7 @@ def export(run: Run, out: Path, *, cache: str | None = None, stage: int | None =
         temporary.mkdir()
         _write(student, base, temporary)
         _check_keys(base, temporary)
-        _check_outputs(student, temporary, samples, trust_remote_code=run.trust_remote_code)
+        _check_outputs(student, temporary, samples, prompt=run.prompt, trust_remote_code=run.trust_remote_code)
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -115,9 +116,11 @@ def _check_keys(base: Path, folder: Path) -> None:
 
 
 @torch.inference_mode()
-def _check_outputs(student: VLM, folder: Path, samples: Sequence[Sample], *, trust_remote_code: bool) -> None:
+def _check_outputs(
+    student: VLM, folder: Path, samples: Sequence[Sample], *, prompt: PromptOptions, trust_remote_code: bool
+) -> None:
     """The reloaded checkpoint gives the same logits and the same greedy answers."""
-    exported = load_vlm(folder, trust_remote_code=trust_remote_code)
+    exported = load_vlm(folder, prompt=prompt, trust_remote_code=trust_remote_code)
     if type(exported.model) is not type(student.model):
         raise ModelError(
             f"export: {folder} loads as {type(exported.model).__name__}, not {type(student.model).__name__}"

@@ -23,7 +23,9 @@ from genrecal.train.loop import plan_stage, stages_to_train
 from genrecal.train.losses import CHUNK_BYTES
 from genrecal.train.objectives import check_cache, check_pair
 from genrecal.train.recalibrator import Recalibrator
+from genrecal.train.run import student_prompt
 from genrecal.train.stages import add_lora, needs_recalibrator, needs_teacher_head, select_trainable, wanted_by
+from genrecal.vlm.cached_teacher import prompt_options
 from genrecal.vlm.loading import model_folder, processor_files
 from genrecal.vlm.shape import meta_model
 
@@ -116,8 +118,9 @@ def make_forecast(
             raise UsageError(f"--{name} {value}: expected more than 0")
     for each in cache.caches:
         check_cache(config.objective, each)
+    prompt = student_prompt(config, prompt_options(*cache.caches))
     if processor_files(model_folder(student)):
-        check_pair(config.objective, cache.first, student, trust_remote_code=trust_remote_code)
+        check_pair(config.objective, cache.first, student, prompt=prompt, trust_remote_code=trust_remote_code)
     if not len(cache):
         raise UsageError(f"{cache.path}: no sample is left to train on")
     found, parameters = [], 0

@@ -209,7 +209,9 @@ def open_for(run: Run, stages: Sequence[int]) -> Mixture:
             )
         check_cache(run.config.objective, cache)
     mixture = Mixture(caches, run.config.data.weights)
-    check_pair(run.config.objective, mixture.first, run.student, trust_remote_code=run.trust_remote_code)
+    check_pair(
+        run.config.objective, mixture.first, run.student, prompt=run.prompt, trust_remote_code=run.trust_remote_code
+    )
     return mixture
 
 
@@ -606,7 +608,7 @@ def build_distiller(
     if config.objective == "dskd":
         dual_space = DualSpace(student.hidden_size, cache.hidden_size).to(device)
     if objective.one_tokenizer:
-        shared = shared_with(cache.first, run.student, trust_remote_code=run.trust_remote_code)
+        shared = shared_with(cache.first, run.student, prompt=run.prompt, trust_remote_code=run.trust_remote_code)
         shared_ids = min(shared.ids, cache.head_rows, student.head.out_features)
     student.model.train(stage > 1)
     if config.gradient_checkpointing:

@@ -11,6 +11,7 @@ from genrecal.errors import UsageError
 if TYPE_CHECKING:
     from genrecal.shards.reader import Cache
     from genrecal.vlm.pair import Finding, Pair, SharedTokens
+    from genrecal.vlm.rendering import PromptOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +139,15 @@ def check_cache(name: str, cache: "Cache") -> None:
         )
 
 
-def check_pair(name: str, cache: "Cache", student: str, *, trust_remote_code: bool = False) -> None:
+def check_pair(
+    name: str, cache: "Cache", student: str, *, prompt: "PromptOptions | None" = None, trust_remote_code: bool = False
+) -> None:
     """Find out, from tokenizers alone, whether the objective applies to the cache's teacher and the student.
 
     Raises UsageError that says what differs and which objectives apply.
     """
     if objective_named(name).one_tokenizer:
-        shared = shared_with(cache, student, trust_remote_code=trust_remote_code)
+        shared = shared_with(cache, student, prompt=prompt, trust_remote_code=trust_remote_code)
         if shared.differences:
             others = [other for other, objective in OBJECTIVES.items() if not objective.one_tokenizer]
             raise UsageError(
@@ -153,14 +156,15 @@ def check_pair(name: str, cache: "Cache", student: str, *, trust_remote_code: bo
             )
 
 
-def shared_with(cache: "Cache", student: str, *, trust_remote_code: bool = False) -> "SharedTokens":
+def shared_with(
+    cache: "Cache", student: str, *, prompt: "PromptOptions | None" = None, trust_remote_code: bool = False
+) -> "SharedTokens":
     """What the tokenizers of a cache's teacher and a student have in common."""
     from genrecal.vlm.cached_teacher import teacher_renderer
-    from genrecal.vlm.loading import load_processor
+    from genrecal.vlm.loading import load_renderer
     from genrecal.vlm.pair import shared_tokens
-    from genrecal.vlm.rendering import Renderer
 
-    own = Renderer(load_processor(student, trust_remote_code=trust_remote_code))
+    own = load_renderer(student, prompt, trust_remote_code=trust_remote_code)
     return shared_tokens(teacher_renderer(cache), own)
 
 

@@ -33,16 +33,19 @@ from genrecal.folders import refuse_other_content
 from genrecal.run_folder import LOCK_FILE, OUTPUT_FILE, RUN_FILE, read_run_file
 from genrecal.shards.layout import CACHE_FILE
 from genrecal.shards.mixture import Mixture
+from genrecal.shards.reader import Cache
 from genrecal.train.advice import cannot_write
 from genrecal.train.checkpoint import Checkpoint, copy_weights, find_checkpoints, read_tensors
 from genrecal.train.config import TrainConfig, config_from
 from genrecal.train.stages import add_lora, merge_lora, select_trainable
+from genrecal.vlm.cached_teacher import prompt_options
 from genrecal.vlm.checkpoint import model_digests
 from genrecal.vlm.loading import VLM, load_vlm
+from genrecal.vlm.rendering import PromptOptions
 
 # The settings that identify a run. All others may change when it is resumed: they say how it is computed, not what.
 IDENTITY = re.compile(
-    r"seed|objective|(recalibrator|lora)\.\w+|loss\.(?!chunk_rows$)\w+|data\.(weights|window)"
+    r"seed|objective|prompt\.\w+(\.\w+)?|(recalibrator|lora)\.\w+|loss\.(?!chunk_rows$)\w+|data\.(weights|window)"
     r"|stage\d\.(epochs|max_steps|lr|lr_end|weight_decay|max_grad_norm|include_categories|exclude_categories)"
 )
 
@@ -62,6 +65,16 @@ class Run:
     caches: tuple[str, ...]  # each a directory or any fsspec URL
     teacher: str = "cache"
     trust_remote_code: bool = False
+
+    @property
+    def prompt(self) -> PromptOptions:
+        """How the student's conversations are rendered: as the run was begun with, or will be."""
+        found = read_run_file(self.path) if (self.path / RUN_FILE).exists() else {}
+        if "cache_prompt" in found:
+            inherited = PromptOptions(**found["cache_prompt"])
+        else:
+            inherited = prompt_options(*map(Cache, self.caches))
+        return student_prompt(self.config, inherited)
 
     def stage_result(self, stage: int) -> Path:
         return self.path / f"stage{stage}" / "trained.safetensors"
@@ -205,6 +218,7 @@ class Run:
 
     def description(self, cache: Mixture, processes: int = 1) -> dict[str, Any]:
         """What a run and its checkpoints are of, as run.json has it."""
+        prompt = prompt_options(*cache.caches)
         description = {
             "config": asdict(self.config),
             "global_batch": {
@@ -218,6 +232,7 @@ class Run:
             "teacher": self.teacher,
             "trust_remote_code": self.trust_remote_code,
             "caches": [each.store.absolute for each in cache.caches],
+            "cache_prompt": {"template_args": prompt.template_args, "allowed_tokens": prompt.allowed_tokens},
             "caches_sha256": [hashlib.sha256(each.store.read(CACHE_FILE)).hexdigest() for each in cache.caches],
             "command": shlex.join(sys.argv),
             "software": {
@@ -259,9 +274,16 @@ class Run:
     def load_student(self, dtype: torch.dtype | str, device: torch.device | str = "cpu") -> VLM:
         """The student as it was before the run."""
         attention = None if self.config.attention == "auto" else self.config.attention
-        return load_vlm(
-            self.student, dtype=dtype, device=device, trust_remote_code=self.trust_remote_code, attention=attention
+        student = load_vlm(
+            self.student,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=self.trust_remote_code,
+            attention=attention,
+            prompt=self.prompt,
         )
+        student.renderer.refuse_unsaid_thinking()
+        return student
 
     def student_after(self, stage: int, dtype: torch.dtype | str, device: torch.device | str = "cpu") -> VLM:
         """The student with what stages up to `stage` taught it, LoRA merged. Stage 0 and 1 leave it as it was."""
@@ -300,6 +322,12 @@ def _whole(content: dict[str, Any], where: Path) -> dict[str, Any]:
             f"{where}: it does not say {', '.join(missing)}, so it is of another version; use another --out"
         )
     return content
+
+
+def student_prompt(config: TrainConfig, inherited: PromptOptions) -> PromptOptions:
+    """How a student's conversations are rendered, given how its teacher's were."""
+    own = config.prompt
+    return PromptOptions(template_args=own.template_args, allowed_tokens=own.allowed_tokens, inherited=inherited)
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

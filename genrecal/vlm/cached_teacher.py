@@ -7,10 +7,16 @@ from tempfile import TemporaryDirectory
 from genrecal.errors import DamageError
 from genrecal.shards.layout import CACHE_FILE, TEACHER_FOLDER
 from genrecal.shards.reader import Cache
-from genrecal.vlm.loading import load_processor
-from genrecal.vlm.rendering import Renderer
+from genrecal.vlm.loading import load_renderer
+from genrecal.vlm.rendering import PromptOptions, Renderer
 
 MOST_FILE_BYTES = 2**28  # of one file; a tokenizer of 262,144 entries takes 35 MB
+
+
+def prompt_options(*caches: Cache) -> PromptOptions:
+    """How conversations were rendered for caches of one teacher."""
+    allowed = {token for cache in caches for token in cache.description["allowed_tokens"]}
+    return PromptOptions(template_args=caches[0].description["template_args"], allowed_tokens=tuple(sorted(allowed)))
 
 
 def teacher_renderer(cache: Cache) -> Renderer:
@@ -33,4 +39,4 @@ def teacher_renderer(cache: Cache) -> Renderer:
             if (got := hashlib.sha256(content).hexdigest()) != digest:
                 raise DamageError(f"{where}: expected sha256 {digest}, got {got}; `genrecal verify` checks the others")
             (Path(folder) / Path(name).name).write_bytes(content)
-        return Renderer(load_processor(folder))
+        return load_renderer(folder, prompt_options(cache))

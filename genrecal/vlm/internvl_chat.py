@@ -57,7 +57,12 @@ class InternVLChatProcessor:
         return str(self.tokenizer.apply_chat_template(flat, **options))
 
     def __call__(
-        self, text: Sequence[str], images: Sequence[Sequence[Image.Image]] | None = None, **_: Any
+        self,
+        text: Sequence[str],
+        images: Sequence[Sequence[Image.Image]] | None = None,
+        *,
+        add_special_tokens: bool = True,
+        **_: Any,
     ) -> dict[str, torch.Tensor]:
         """One text and its pictures -> `input_ids` and `attention_mask`, int64 `[1, L]`.
 
@@ -67,22 +72,23 @@ class InternVLChatProcessor:
         if (count := text[0].count(PLACEHOLDER)) != len(pictures):
             raise ValueError(f"the text holds {count} times {PLACEHOLDER}, expected {len(pictures)}")
         runs = [self._expanded(self.num_tiles(*image.size)) for image in pictures]
-        ids = torch.tensor([self._ids(text[0], runs)])
+        ids = torch.tensor([self._ids(text[0], runs, add_special_tokens)])
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-    def raw_ids(self, text: str) -> list[int]:
+    def raw_ids(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """The ids of a text whose every placeholder is tokenised by itself, as vLLM looks for it.
 
         A byte-level BPE would join its ">" with a line break, and vLLM then tokenises the whole conversation anew.
         """
-        return self._ids(text, [self._plain(self.replaced)] * text.count(PLACEHOLDER))
+        return self._ids(text, [self._plain(self.replaced)] * text.count(PLACEHOLDER), add_special_tokens)
 
-    def _ids(self, text: str, pictures: Sequence[list[int]]) -> list[int]:
+    def _ids(self, text: str, pictures: Sequence[list[int]], add_special_tokens: bool) -> list[int]:
         """The ids of a text with these in place of its pictures. A context token, which no tokenizer joins with its
         neighbours, holds their places meanwhile."""
         waiting = iter(pictures)
         ids: list[int] = []
-        for token in self.tokenizer(text.replace(self.replaced, self.context))["input_ids"]:
+        text = text.replace(self.replaced, self.context)
+        for token in self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]:
             ids += next(waiting) if token == self.image_token_id else [token]
         return ids
 

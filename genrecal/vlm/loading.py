@@ -19,7 +19,7 @@ from genrecal.errors import ModelError, UsageError
 from genrecal.samples import ImageRef, Message
 from genrecal.shards.head import FrozenHead, LogitTransform
 from genrecal.vlm.internvl_chat import load_original_processor, original_layout
-from genrecal.vlm.rendering import Renderer
+from genrecal.vlm.rendering import PromptOptions, Renderer
 
 # What families call the numbers that follow their head, by what is done with them.
 SOFTCAP_NAMES = ("final_logit_softcapping", "final_logit_softcap", "logits_soft_cap")
@@ -60,17 +60,19 @@ def image_backend() -> str:
 
 
 def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The model's own processor. Raises ModelError if it cannot be loaded.
+    """The model's own processor; a language model's tokenizer, whatever processor its files name.
 
-    One loaded without its video half refuses to be saved: its folder would not load where torchvision exists. Export
-    copies the base model's files instead.
+    Raises ModelError if it cannot be loaded. One loaded without its video half refuses to be saved: its folder would not
+    load where torchvision exists. Export copies the base model's files instead.
     """
-    from transformers import AutoProcessor
+    from transformers import AutoProcessor, AutoTokenizer
 
     try:
         with without_video_processors(), _quiet():
             if original_layout(path) is not None:
                 return load_original_processor(path, trust_remote_code=trust_remote_code)
+            if _is_language_model(path):
+                return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
             processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     except TypeError as error:
         if image_backend() == "pil" and "video_processor" in str(error):  # SmolVLM's cannot do without
@@ -85,6 +87,28 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
 
         processor.save_pretrained = refuse
     return processor
+
+
+def _is_language_model(path: str | Path) -> bool:
+    """Whether a folder's config is one of transformers' own that take text alone."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
+
+    try:
+        kind = type(AutoConfig.from_pretrained(path))
+    except Exception:  # no config, or one with code of its own
+        return False
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def load_renderer(
+    path: str | Path, options: PromptOptions | None = None, *, trust_remote_code: bool = False
+) -> Renderer:
+    """The renderer of a model folder or hub name. Raises ModelError and UsageError, which name it, as `Renderer` does."""
+    processor = load_processor(path, trust_remote_code=trust_remote_code)
+    try:
+        return Renderer(processor, options)
+    except (ModelError, UsageError) as error:
+        raise type(error)(f"{path}: {error}") from None
 
 
 SPLIT = "split"  # the device of a model that is spread over all of a machine's GPUs
@@ -164,6 +188,7 @@ def load_vlm(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
     attention: str | None = None,
+    prompt: PromptOptions | None = None,
 ) -> VLM:
     """Load a model folder (or hub name) and find its parts.
 
@@ -173,6 +198,7 @@ def load_vlm(
             `device_map="auto"`), for a model that one does not hold.
         attention: transformers' `attn_implementation`; None lets it choose.
         trust_remote_code: run Python that comes with the checkpoint; never done without being asked for.
+        prompt: how conversations are rendered.
 
     Raises:
         ModelError: the folder is not a model that AutoModelForImageTextToText knows, nor a language model; its chat
@@ -200,7 +226,7 @@ def load_vlm(
             )
     except Exception as error:
         raise ModelError(f"{path}: the model cannot be loaded: {first_line(error)}") from None
-    renderer = Renderer(load_processor(path, trust_remote_code=trust_remote_code))
+    renderer = load_renderer(path, prompt, trust_remote_code=trust_remote_code)
     if device != SPLIT:
         model.to(device)
     return split_vlm(model.eval(), renderer, path=str(path))

@@ -271,6 +271,7 @@ def _token_types(
         tokens = renderer.encode_messages(answered, []).answers[0]
     except SampleError as error:
         raise ModelError(f"{path}: {error}{advice}") from None
+    of_text = tokens.ends[:-1] > 0  # not what the template writes before an answer; the last token closes it
     entries: dict[bytes, set[int]] = {}
     for token_id in tokenizer.get_vocab().values():
         entries.setdefault(renderer.byte_tokenizer.token_bytes(token_id), set()).add(token_id)
@@ -282,8 +283,8 @@ def _token_types(
         name=Path(path).resolve().name if Path(path).is_dir() else str(path),
         vocabulary=len(tokenizer),
         head_rows=_head_rows(config, path),
-        ids=tokens.ids[:-1].tolist(),  # the last one closes the answer
-        ends=np.maximum.accumulate(tokens.ends[:-1]).tolist(),
+        ids=tokens.ids[:-1][of_text].tolist(),
+        ends=np.maximum.accumulate(tokens.ends[:-1][of_text]).tolist(),
         image_tokens=None if counts is None else {name: count[0] for name, count in counts.items()},
         image_positions=None if counts is None else {name: count[1] for name, count in counts.items()},
         prompt=tokenizer.decode(_prompt(renderer, [])),

@@ -1,47 +1,83 @@
 """A conversation -> token ids split as Q1 A1 ... QT AT, and batches of them, for any chat template and processor.
 
-Nothing here knows a model family. The chat template is probed once for what stands around an answer; a conversation is
-then rendered with the answers left out, run through the model's own processor (which expands image placeholders and may
-return anything about the pictures), and the answers' tokens are put in where they belong. So an answer's tokens are
-always its own, and what the processor does with pictures is not repeated here.
+Nothing here knows a model family. The ids are those of the model's own `apply_chat_template(tokenize=True)`: the prompt of
+the last answer, as the template renders it with `add_generation_prompt`, the answer as the template writes it, and the token
+that closes it. docs/models.md lists the exceptions. Answers are left out of the text that the model's processor gets (it
+expands image placeholders and may return anything about the images), and their tokens are put in afterwards: no token
+straddles the border between a prompt and its answer, as none does when the model writes the answer itself.
 """
 
+import contextlib
 import dataclasses
+import json
+import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from genrecal.errors import ModelError, SampleError
+from genrecal.errors import ModelError, SampleError, UsageError
 from genrecal.samples import ImageRef, Message, Sample, decode_image
 from genrecal.vlm.tokens import ByteTokenizer, TokenizedText
 
 MARK = "GENRECALxANSWER"  # stands for an answer while a conversation is rendered; plain letters pass every template
+QUESTION, REASONING = "GENRECALxQUESTION", "GENRECALxREASONING"  # of the probes
+# Variables of chat templates that transformers itself sets.
+OWN_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """How conversations are rendered beside what the model's own files say.
+
+    Args:
+        template_args: variables of the chat template, such as `enable_thinking`.
+        allowed_tokens: added tokens of the tokenizer that texts may hold, such as those around a box.
+        inherited: of another model, a student's teacher: its arguments that this template has too, where `template_args`
+            says nothing, and its allowed tokens.
+    """
+
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    allowed_tokens: tuple[str, ...] = ()
+    inherited: "PromptOptions | None" = None
+
+    @classmethod
+    def parse(cls, template_args: Sequence[str] | None, allowed_tokens: Sequence[str] | None) -> "PromptOptions":
+        """From `--template-arg` and `--allow-token` options."""
+        return cls(
+            template_args=named_values("--template-arg", template_args or (), "enable_thinking=false"),
+            allowed_tokens=tuple(allowed_tokens or ()),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TurnMarks:
-    """What a chat template puts around an assistant's answer.
+    """What a chat template puts around an assistant's answer, found by rendering known conversations.
 
     Args:
-        header: what a template writes before an answer of the history, as it stands in the rendered text.
-        prompt: what it writes there to ask for generation. Where the two differ by white space alone (LLaVA-OneVision's
-            template does), `prompt` is used for every turn: it is what the model is given when it answers.
-        answer_prefix: white space that belongs to the answer's first token, because the generation prompt ends before it
-            (Idefics3: "Assistant:" and then " yes").
-        end_of_turn: the special token that closes an answer, as text.
+        end_of_turn: the token that closes an answer, as text. A template that closes the last answer with nothing has the
+            token there that begins the next turn.
         end_of_turn_id: its id.
+        answer_prefix: what the template writes between the generation prompt and an answer: white space (Idefics3:
+            "Assistant:" and then " yes"), or the empty thinking of a model that thinks. It is part of the answer.
+        tail: what it writes after the last answer, the closing token included.
+        reopened: how the generation prompt ends, and what stands there in a conversation, where the two differ by white
+            space alone (LLaVA-OneVision). The last answer then has the prompt's.
+        earlier_alike: the template opens an earlier answer as it opens the last one.
+        writes_reasoning: the template writes the last turn's `reasoning_content`.
     """
 
-    header: str
-    prompt: str
-    answer_prefix: str
     end_of_turn: str
     end_of_turn_id: int
+    answer_prefix: str
+    tail: str
+    reopened: tuple[str, str] | None
+    earlier_alike: bool
+    writes_reasoning: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +91,7 @@ class Encoded:
             end-of-turn token.
         answers: per turn, the answer's token ids and the byte range of each in the answer text (the end-of-turn token
             has an empty range at its end).
-        num_images: pictures in the conversation.
+        num_images: images in the conversation.
     """
 
     key: str
@@ -88,18 +124,28 @@ class Encoded:
 
 
 class Renderer:
-    """Renders conversations for one model's processor. Raises ModelError at once if its template cannot be handled."""
+    """Renders conversations for one model's processor.
 
-    def __init__(self, processor: Any):
+    Raises ModelError at once if its template cannot be handled, UsageError for options that it does not have.
+    """
+
+    def __init__(self, processor: Any, options: PromptOptions | None = None):
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.takes_pictures = hasattr(processor, "image_processor")  # a language model has a tokenizer alone
         self.byte_tokenizer = ByteTokenizer(self.tokenizer)
-        special = {str(t) for t in self.tokenizer.added_tokens_decoder.values() if getattr(t, "special", False)}
-        self._special = re.compile("|".join(re.escape(t) for t in sorted(special, key=len, reverse=True)) or r"(?!)")
+        self._added = {str(token): token_id for token_id, token in self.tokenizer.added_tokens_decoder.items()}
+        options = options or PromptOptions()
+        if not getattr(processor, "chat_template", None) and not self.tokenizer.chat_template:
+            raise ModelError("the model has no chat template; copy the one it was trained with into its folder")
+        self.template_args = self._template_args(options)
+        self._content_lists = self.takes_pictures
+        self._written_tokens: set[str] = set()
+        self._refused = self._refused_in_answers = re.compile(r"(?!)")
         self.marks = self._probe_turns()
         self.text_keys = tuple(self._process("a", []).keys())
-        self._per_sample_keys = self._probe_images()
+        self._per_sample_keys, probed = self._probe_images()
+        self.allowed_tokens = self._set_refused_tokens(options, {*probed, *self._probed_ids()})
 
     # ------------------------------------------------------------------------------------------------ conversations
 
@@ -119,11 +165,9 @@ class Renderer:
         """Render messages that end with a target turn; an assistant turn that is none is part of the next question."""
         if images and not self.takes_pictures:
             raise SampleError("the conversation has pictures, and this is a language model, which takes text alone")
-        answers = [message.text for message in messages if message.is_target]
-        if any(message.reasoning for message in messages):
-            raise SampleError("the assistant's reasoning cannot be rendered")
-        self._refuse_special_tokens(messages)
-        text, ordinals = self._text_without_answers(messages, num_answers=len(answers))
+        self._refuse_texts(messages)
+        questions, answers = self._segments(messages)
+        text, ordinals = self._without_answers(questions)
         inputs = self._process(text, _in_reading_order(messages, images))
         ids = inputs["input_ids"][0].numpy()
         closings = np.flatnonzero(ids == self.marks.end_of_turn_id)
@@ -136,22 +180,60 @@ class Renderer:
 
         Answers have the same tokens as in `encode_messages`. Raises SampleError as that does.
         """
-        answers = [message.text for message in messages if message.is_target]
-        text, ordinals = self._text_without_answers(messages, num_answers=len(answers))
-        tokenize = getattr(self.processor, "raw_ids", None)  # a placeholder that is no single token needs care
-        ids = list(tokenize(text) if tokenize is not None else self.tokenizer(text)["input_ids"])
+        questions, answers = self._segments(messages)
+        text, ordinals = self._without_answers(questions)
+        # A placeholder that is no single token needs care.
+        tokenize = getattr(self.processor, "raw_ids", lambda *args, **kw: self.tokenizer(*args, **kw)["input_ids"])
+        ids = list(tokenize(text, add_special_tokens=self._adds_special_tokens(text)))
         closings = [place for place, token in enumerate(ids) if token == self.marks.end_of_turn_id]
         result, start = [], 0
         for ordinal, answer in zip(ordinals, answers, strict=True):
-            result += ids[start : closings[ordinal]] + self._tokenize_answer(answer).ids.tolist()
+            result += ids[start : closings[ordinal]] + answer.ids.tolist()
             start = closings[ordinal] + 1
         return result
 
     def encode_prompt(self, messages: Sequence[Message], images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         """Render messages that end with a user's turn, ready for generation; the same tokens as a Q segment."""
-        self._refuse_special_tokens(messages)
         answer = Message(role="assistant", parts=("a",))
         return self.without_last_answer(self.encode_messages([*messages, answer], images)).inputs
+
+    def own_ids(
+        self, messages: Sequence[Message], images: Sequence[Image.Image], *, prompt: bool = False
+    ) -> np.ndarray | None:
+        """The ids int64 `[L]` of the model's own `apply_chat_template(tokenize=True)`; None if it has none that does it.
+
+        Args:
+            images: of all the messages that `ImageRef` counts through.
+            prompt: with the generation prompt.
+        """
+        chat = self._chat(messages, images)
+        if self.processor is not self.tokenizer and not hasattr(self.processor, "_resolve_chat_template"):
+            return None  # a processor of genrecal's own, for a checkpoint that comes without one
+        options = {"tokenize": True, "return_dict": True, "add_generation_prompt": prompt, "return_tensors": "pt"}
+        try:
+            found = self.processor.apply_chat_template([chat], **options, **self.template_args)
+        except Exception as error:  # Jinja raises what the template tells it to
+            raise SampleError(f"the chat template cannot render this conversation: {error}") from None
+        return np.asarray(found["input_ids"], np.int64)[0]
+
+    def settle(self, sample: Sample) -> Sample:
+        """The sample as this model's template has it, which is how a teacher's cache keeps it.
+
+        - Earlier answers become context where the template opens them otherwise than the last one, as templates of models
+          that think do: no prompt would ever look like what stands before them.
+        - Thinking in the last answer's text is written as the template writes it.
+
+        Raises SampleError if the template cannot render the sample.
+        """
+        *before, last = sample.messages
+        if not self.marks.earlier_alike:
+            before = [dataclasses.replace(message, target=False) for message in before]
+        self._refuse_texts(sample.messages)
+        written = self._written(self._render(sample.messages[:-1], prompt=True), sample.messages)
+        if written is not None and not _is_in(last.text, written):
+            last = dataclasses.replace(last, parts=(written,), reasoning="")
+        given = sample.given_answers if self.marks.earlier_alike else sample.given_answers[-1:]
+        return dataclasses.replace(sample, messages=(*before, last), given_answers=given)
 
     def without_last_answer(self, encoded: Encoded) -> Encoded:
         """The conversation up to its last question's end; A_T is empty in it."""
@@ -169,14 +251,13 @@ class Renderer:
         key: str,
         inputs: dict[str, torch.Tensor],
         closings: np.ndarray,
-        answers: Sequence[str],
+        answers: Sequence[TokenizedText],
         num_images: int,
         max_tokens: int | None,
     ) -> Encoded:
-        tokenized = [self._tokenize_answer(answer) for answer in answers]
         starts = np.concatenate([[0], closings[:-1] + 1])
         question_lengths = tuple(int(n) for n in closings - starts)
-        answer_lengths = tuple(len(answer.ids) for answer in tokenized)
+        answer_lengths = tuple(len(answer.ids) for answer in answers)
         total = sum(question_lengths) + sum(answer_lengths)
         if max_tokens is not None and total > max_tokens:
             raise SampleError(f"{total} tokens, over the limit of {max_tokens}")
@@ -184,7 +265,7 @@ class Renderer:
         for name in self.text_keys:
             fill = 1 if name == "attention_mask" else 0
             pieces = []
-            for start, closing, answer in zip(starts, closings, tokenized, strict=True):
+            for start, closing, answer in zip(starts, closings, answers, strict=True):
                 ids = torch.from_numpy(answer.ids)
                 pieces.append(inputs[name][:, start:closing])
                 pieces.append((ids if name == "input_ids" else torch.full_like(ids, fill)).to(inputs[name].dtype)[None])
@@ -194,19 +275,27 @@ class Renderer:
             inputs=result,
             question_lengths=question_lengths,
             answer_lengths=answer_lengths,
-            answers=tuple(tokenized),
+            answers=tuple(answers),
             num_images=num_images,
         )
 
-    def _tokenize_answer(self, answer: str) -> TokenizedText:
-        """Answer text -> its tokens and the end-of-turn token, byte ranges relative to the answer itself."""
-        prefix = len(self.marks.answer_prefix.encode())
-        tokens = self.byte_tokenizer(self.marks.answer_prefix + answer)
-        end = len(answer.encode())
+    def _tokenize_answer(self, written: str, text: str) -> TokenizedText:
+        """An answer as the template writes it -> its tokens and the end-of-turn token.
+
+        Byte ranges are relative to the answer's own `text`, and cover all of it: what the template adds before it has empty
+        ranges at its beginning, and white space that the template trims belongs to the token beside it.
+        """
+        tokens, end, core = self.byte_tokenizer(written), len(text.encode()), text.strip()
+        lead = len(text[: len(text) - len(text.lstrip())].encode())
+        offset = len(written[: written.rfind(core)].encode()) - lead if core else len(written.encode()) - end
+        starts, ends = np.clip(tokens.starts - offset, 0, end), np.clip(tokens.ends - offset, 0, end)
+        if len(tokens.ids) and offset < 0:
+            starts[0] = 0
+        if len(tokens.ids):
+            ends[-1] = end
+        closing = self.marks.end_of_turn_id
         return TokenizedText(
-            ids=np.append(tokens.ids, self.marks.end_of_turn_id),
-            starts=np.append(np.maximum(tokens.starts - prefix, 0), end),
-            ends=np.append(np.maximum(tokens.ends - prefix, 0), end),
+            ids=np.append(tokens.ids, closing), starts=np.append(starts, end), ends=np.append(ends, end)
         )
 
     def answer_text(self, ids: Sequence[int]) -> str:
@@ -216,53 +305,111 @@ class Renderer:
         """
         return self.byte_tokenizer.text(ids).removeprefix(self.marks.answer_prefix)
 
-    def _text_without_answers(self, messages: Sequence[Message], num_answers: int) -> tuple[str, list[int]]:
-        """The rendered text up to the last end of turn, answers left out, and each closing token's count before it."""
-        marks = self.marks
-        pieces = self._render(messages, answer=MARK).split(MARK)
-        if len(pieces) != num_answers + 1:
-            raise SampleError(f"the rendered conversation has {len(pieces) - 1} answers, expected {num_answers}")
-        text, ordinals = "", []
-        for number, piece in enumerate(pieces):
-            if number:
-                if not piece.startswith(marks.end_of_turn):
-                    raise SampleError(f"turn {number}: the answer is not closed by {marks.end_of_turn!r}")
-                ordinals.append(text.count(marks.end_of_turn))
-            if number == num_answers:
-                return text + marks.end_of_turn, ordinals
-            if not piece.endswith(marks.header + marks.answer_prefix):
-                raise SampleError(
-                    f"turn {number + 1}: the chat template does not open the answer as it did in the probe"
-                )
-            text += piece[: len(piece) - len(marks.header + marks.answer_prefix)] + marks.prompt
-        raise AssertionError("a conversation has at least one answer")
+    def _segments(self, messages: Sequence[Message]) -> tuple[list[str], list[TokenizedText]]:
+        """The texts of Q1 to QT, each but the first with the closing token before it; and A1 to AT."""
+        targets = [message for message in messages if message.is_target]
+        if not targets or not messages[-1].is_target:
+            raise SampleError("the conversation does not end with an answer to learn")
+        prompt = self._render(messages[:-1], prompt=True)
+        marked = [dataclasses.replace(m, parts=(MARK,)) if m.is_target else m for m in messages[:-1]]
+        questions = self._render(marked, prompt=True).split(MARK) if len(targets) > 1 else [prompt]
+        if len(questions) != len(targets) or not prompt.startswith(questions[0]):
+            raise SampleError(f"the rendered conversation has {len(questions)} answers, expected {len(targets)}")
+        answers, place = [], len(questions[0])
+        for number, (message, question) in enumerate(zip(targets, questions[1:], strict=False), start=1):
+            if not question.startswith(self.marks.end_of_turn):
+                raise SampleError(f"turn {number}: the answer is not closed by {self.marks.end_of_turn!r}")
+            end = prompt.find(question, place)
+            written = prompt[place:end]
+            if end < 0 or not _is_in(message.text, written):
+                raise SampleError(f"turn {number}: the chat template leaves out a part of this earlier answer")
+            answers.append(self._tokenize_answer(written, message.text))
+            place = end + len(question)
+        answers.append(self._last_answer(prompt, messages))
+        return questions, answers
 
-    def _render(self, messages: Sequence[Message], *, answer: str | None = None, prompt: bool = False) -> str:
-        rendered: list[dict[str, Any]] = []
+    def _last_answer(self, prompt: str, messages: Sequence[Message]) -> TokenizedText:
+        text, written = messages[-1].text, self._written(prompt, messages)
+        if written is None:
+            thinking = "; it has reasoning_content, and thinking is off" if messages[-1].reasoning else ""
+            raise SampleError(
+                f"the chat template asks for the last answer with {prompt[-40:]!r}, but does not open this one so{thinking}"
+            )
+        # Where another model's template writes the answer's thinking otherwise, the answer stays as it was cached.
+        return self._tokenize_answer(written if _is_in(text, written) else text, text)
+
+    def _written(self, prompt: str, messages: Sequence[Message]) -> str | None:
+        """What the template writes between the prompt and the closing token; None if it does not begin as the prompt does."""
+        whole, marks = self._render(messages), self.marks
+        if marks.reopened is not None:
+            prompt = prompt.removesuffix(marks.reopened[0]) + marks.reopened[1]
+        if not (whole.startswith(prompt) and whole.endswith(marks.tail)):
+            return None
+        return whole[len(prompt) : len(whole) - len(marks.tail)]
+
+    def _without_answers(self, questions: Sequence[str]) -> tuple[str, list[int]]:
+        """The text with closed empty answers, and the number of closing tokens before each that closes one."""
+        ordinals, text, closing = [], "", self.marks.end_of_turn
+        for question in questions:
+            text += question
+            ordinals.append(text.count(closing))
+        return text + closing, ordinals
+
+    def _chat(self, messages: Sequence[Message], images: Sequence[Image.Image] | None = None) -> list[dict[str, Any]]:
+        """Messages as chat templates take them, with the images in place if they are given."""
+        chat: list[dict[str, Any]] = []
         for message in messages:
-            parts = [answer] if answer is not None and message.is_target else message.parts
             content: Any = [
-                {"type": "image"} if isinstance(p, ImageRef) else {"type": "text", "text": p} for p in parts
+                {"type": "text", "text": part}
+                if isinstance(part, str)
+                else {"type": "image", **({} if images is None else {"image": images[part.index]})}
+                for part in message.parts
             ]
-            if not self.takes_pictures:  # templates of language models take strings
-                content = "".join(part for part in parts if isinstance(part, str))
-            rendered.append({"role": message.role, "content": content})
+            if not self._content_lists and all(isinstance(part, str) for part in message.parts):
+                content = message.text
+            reasoning = {"reasoning_content": message.reasoning} if message.reasoning else {}
+            chat.append({"role": message.role, "content": content, **reasoning})
+        return chat
+
+    def _render(self, messages: Sequence[Message], *, prompt: bool = False, **args: Any) -> str:
+        options = self.template_args | args
         try:
-            return str(self.processor.apply_chat_template(rendered, tokenize=False, add_generation_prompt=prompt))
+            return str(
+                self.processor.apply_chat_template(
+                    self._chat(messages), tokenize=False, add_generation_prompt=prompt, **options
+                )
+            )
         except Exception as error:  # Jinja raises what the template tells it to
             raise SampleError(f"the chat template cannot render this conversation: {error}") from None
 
-    def _refuse_special_tokens(self, messages: Sequence[Message]) -> None:
+    def _refuse_texts(self, messages: Sequence[Message]) -> None:
         for message in messages:
-            if match := self._special.search(message.text):
-                raise SampleError(f"the {message.role}'s text holds {match[0]!r}, a special token of this model")
-            if MARK in message.text:
-                raise SampleError(f"the text holds {MARK!r}, which genrecal uses to mark answers")
+            refused = self._refused_in_answers if message.role == "assistant" else self._refused
+            for name, text in (("text", message.text), ("reasoning_content", message.reasoning)):
+                if match := refused.search(text):
+                    allow = (
+                        " that its chat template writes"
+                        if match[0] in self._written_tokens
+                        else f"; --allow-token {match[0]!r} lets texts hold it"
+                    )
+                    raise SampleError(
+                        f"the {message.role}'s {name} holds {match[0]!r}, a special token of this model{allow}"
+                    )
+                if MARK in text:
+                    raise SampleError(f"the text holds {MARK!r}, which genrecal uses to mark answers")
+
+    def _adds_special_tokens(self, text: str) -> bool:
+        """As `apply_chat_template(tokenize=True)` does: a tokenizer's never adds any, a processor's unless the text begins
+        with the BOS token."""
+        bos = self.tokenizer.bos_token
+        return self.processor is not self.tokenizer and not (bos and text.startswith(bos))
 
     def _process(self, text: str, images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        pictures = {"images": [images]} if images else {}
+        options: dict[str, Any] = {"images": [images]} if images else {}
+        if not self._adds_special_tokens(text):
+            options["add_special_tokens"] = False
         try:
-            return dict(self.processor(text=[text], **pictures, return_tensors="pt"))
+            return dict(self.processor(text=[text], **options, return_tensors="pt"))
         except Exception as error:  # each processor has its own kinds
             raise SampleError(f"the processor refuses this conversation: {error}") from None
 
@@ -310,56 +457,149 @@ class Renderer:
 
     # ------------------------------------------------------------------------------------------------------- probing
 
+    def _template_args(self, options: PromptOptions) -> dict[str, Any]:
+        """The arguments that the template gets. Raises UsageError for one that it does not have."""
+        known = template_variables(self.processor)
+        if unknown := sorted(set(options.template_args) - known):
+            raise UsageError(
+                f"template argument {unknown[0]}: the chat template has no such variable; it has "
+                f"{', '.join(sorted(known)) or 'none'}"
+            )
+        inherited = options.inherited.template_args if options.inherited else {}
+        return {name: value for name, value in inherited.items() if name in known} | dict(options.template_args)
+
     def _probe_turns(self) -> TurnMarks:
-        """Find what stands around an answer by rendering one known conversation both ways."""
-        question, answer = Message(role="user", parts=("one",)), Message(role="assistant", parts=(MARK,))
-        if not getattr(self.processor, "chat_template", None) and not self.tokenizer.chat_template:
-            raise ModelError("the model has no chat template; copy the one it was trained with into its folder")
+        """Find what stands around an answer by rendering known conversations."""
+        question, answer = Message(role="user", parts=(QUESTION,)), Message(role="assistant", parts=(MARK,))
         try:
-            history = self._render([question, answer, question, answer])
-            prompt = self._render([question], prompt=True)
+            history = self._probe_contents([question, answer, question, answer])
+            prompt, whole = self._render([question], prompt=True), self._render([question, answer])
         except SampleError as error:
             raise ModelError(str(error)) from None
-        pieces = history.split(MARK)
-        if len(pieces) != 3:
+        if history.count(MARK) != 2 or whole.count(MARK) != 1:
             raise ModelError("the chat template does not render an assistant's text as it is given")
-        before, after = pieces[0], pieces[1]
-        closing = [t for t in self._special_tokens() if after.startswith(t)]
+        (earlier, after, _), (head, tail) = history.split(MARK), whole.split(MARK)
+        closing = [token for token in self._added if token and after.startswith(token)]
         if not closing:
             raise ModelError(
                 f"no special token closes an assistant's turn: after the answer the template writes {after[:20]!r}"
             )
         end_of_turn = max(closing, key=len)
-        shared = 0
-        while shared < min(len(before), len(prompt)) and before[shared] == prompt[shared]:
-            shared += 1
-        header, generation, prefix = before[shared:], prompt[shared:], ""
-        if not generation:  # the history only adds to the prompt
-            header, prefix = "", header
-        if prefix.strip() or header.strip() != generation.strip():
+        opening = _opening(prompt, head)
+        if opening is None:
             raise ModelError(
-                f"the chat template opens an answer with {before[-40:]!r} in a conversation but with "
+                f"the chat template opens an answer with {head[-40:]!r} in a conversation but with "
                 f"{prompt[-40:]!r} when it asks for one; teacher-forced states would not be the generating model's"
             )
-        # As much context as is the template's own, so that the place is recognised in a text.
-        shared = min(shared, before.rfind("one") + len("one"))
+        prefix, reopened = opening
+        # White space apart, which some templates write otherwise in a prompt.
+        openings = [text.rpartition(QUESTION)[2].split() for text in (earlier, prompt + prefix)]
         return TurnMarks(
-            header=before[shared : len(before) - len(prefix)],
-            prompt=prompt[shared:],
-            answer_prefix=prefix,
             end_of_turn=end_of_turn,
             end_of_turn_id=int(self.tokenizer.convert_tokens_to_ids(end_of_turn)),
+            answer_prefix=prefix,
+            tail=tail,
+            reopened=reopened,
+            earlier_alike=openings[0] == openings[1],
+            writes_reasoning=self._writes_reasoning(question, answer),
         )
 
-    def _special_tokens(self) -> list[str]:
-        return [str(token) for token in self.tokenizer.added_tokens_decoder.values()]
+    def _probe_contents(self, messages: Sequence[Message]) -> str:
+        """Render messages. Templates of language models take texts as strings, others as lists of parts; a few write a list
+        as Python does, and want strings where there is no image."""
+        try:
+            history = self._render(messages)
+            if not self._content_lists or "{'type': 'text'" not in history:
+                return history
+        except SampleError:
+            if not self._content_lists:
+                raise
+            self._content_lists = False
+            try:
+                return self._render(messages)
+            except SampleError:
+                self._content_lists = True
+                raise
+        self._content_lists = False
+        return self._render(messages)
 
-    def _probe_images(self) -> frozenset[str]:
-        """Which of the processor's tensors have one row a conversation, however many pictures it holds."""
+    def _writes_reasoning(self, question: Message, answer: Message) -> bool:
+        try:
+            return REASONING in self._render([question, dataclasses.replace(answer, reasoning=REASONING)])
+        except SampleError:
+            return False
+
+    def refuse_unsaid_thinking(self) -> None:
+        """Raises ModelError for a model that thinks unless it is told not to, where nothing was said of it.
+
+        Its template then begins an answer with thinking that the prompt does not hold, and an argument of the template
+        changes that.
+        """
+        if not self.marks.answer_prefix.strip():
+            return
+        question, answer = Message(role="user", parts=(QUESTION,)), Message(role="assistant", parts=(MARK,))
+        for name in sorted(template_variables(self.processor) - set(self.template_args)):
+            for value in (False, True):
+                try:
+                    prompt = self._render([question], prompt=True, **{name: value})
+                    whole = self._render([question, answer], **{name: value})
+                except SampleError:
+                    continue
+                opening = _opening(prompt, whole.partition(MARK)[0])
+                if opening is not None and not opening[0].strip():
+                    said, other = f"{name}={str(value).lower()}", f"{name}={str(not value).lower()}"
+                    raise ModelError(
+                        f"this model thinks before it answers unless its chat template is told otherwise; choose {said} for "
+                        f"answers without thinking or {other} for answers that begin with it: --template-arg {said}, or for "
+                        f"train --set prompt.template_args.{said}"
+                    )
+
+    def _probed_ids(self) -> set[int]:
+        """The ids of all that the template is known to write, in conversations whose texts hold no added token."""
+        question, answer = Message(role="user", parts=(QUESTION,)), Message(role="assistant", parts=(MARK,))
+        system, thinking = Message(role="system", parts=("be",)), dataclasses.replace(answer, reasoning=REASONING)
+        ids: set[int] = set()
+        for messages in ([question, answer, question, answer], [system, question, answer], [question, thinking]):
+            for prompt in (True, False):
+                with contextlib.suppress(SampleError):  # a template may know no system, say
+                    text = self._render(messages[:-1] if prompt else messages, prompt=prompt)
+                    ids |= set(self._process(text, [])["input_ids"][0].tolist())
+        return ids
+
+    def _set_refused_tokens(self, options: PromptOptions, probed: set[int]) -> tuple[str, ...]:
+        """Set which tokens no text may hold: special ones, and those that the template or the processor writes. With one of
+        these, a text could end its turn and begin another. White space is no such token (Gemma's "\n\n").
+
+        Returns the tokens that are allowed. Raises UsageError for one that cannot be.
+        """
+        tokens = self.tokenizer.added_tokens_decoder
+        shown = {text for text, token_id in self._added.items() if self.byte_tokenizer.token_bytes(token_id).strip()}
+        self._written_tokens = {text for text in shown if self._added[text] in probed}
+        special = {text for text, token_id in self._added.items() if getattr(tokens[token_id], "special", False)}
+        for token in options.allowed_tokens:
+            if token not in self._added:
+                raise UsageError(f"allowed token {token!r}: the tokenizer has no such added token")
+            if token in self._written_tokens:
+                raise UsageError(
+                    f"allowed token {token!r}: the chat template writes it itself; in a text it would change the conversation"
+                )
+        inherited = options.inherited.allowed_tokens if options.inherited else ()
+        allowed = {token for token in (*options.allowed_tokens, *inherited) if token in self._added}
+        in_template = {text for text in shown if text in _literal_text(self.processor)}  # those of tool calls, say
+        refused = (special | in_template | self._written_tokens) - (allowed - self._written_tokens)
+        self._refused = _any_of(refused)
+        # An answer may hold thinking where the template would begin it so.
+        self._refused_in_answers = _any_of(
+            token for token in refused if token in special or token not in self.marks.answer_prefix
+        )
+        return tuple(sorted(allowed))
+
+    def _probe_images(self) -> tuple[frozenset[str], set[int]]:
+        """Which of the processor's tensors have one row a conversation, however many images it holds; and the ids seen."""
         if not self.takes_pictures:
-            return frozenset()
+            return frozenset(), set()
         picture = Image.new("RGB", (64, 48), (200, 30, 30))
-        question = Message(role="user", parts=(ImageRef(0), ImageRef(1), "one"))
+        question = Message(role="user", parts=(ImageRef(0), ImageRef(1), QUESTION))
         answer = Message(role="assistant", parts=("two",))
         longer = dataclasses.replace(answer, parts=("two three four five six",))
         try:
@@ -373,7 +613,61 @@ class Renderer:
                 raise ModelError(
                     f"the processor's {name} depends on the text's length, so answers cannot be put in later"
                 )
-        return frozenset(name for name in names if short.inputs[name].shape[0] == 1)
+        per_sample = frozenset(name for name in names if short.inputs[name].shape[0] == 1)
+        return per_sample, set(short.input_ids.tolist())
+
+
+def named_values(option: str, texts: Sequence[str], example: str) -> dict[str, Any]:
+    """`name=value` options, the value as JSON or else as text. Raises UsageError for one without a name or a value."""
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"{option} {text!r}: expected name=value, such as {example}")
+        try:
+            values[name] = json.loads(value)
+        except json.JSONDecodeError:
+            values[name] = value
+    return values
+
+
+def template_variables(processor: Any) -> set[str]:
+    """The variables of a processor's or tokenizer's chat template that its user can set."""
+    from transformers.utils.chat_template_utils import _get_template_variables
+
+    special = getattr(processor, "tokenizer", processor).special_tokens_map
+    return set(_get_template_variables(_template(processor))) - {*OWN_VARIABLES, *special}
+
+
+def _literal_text(processor: Any) -> str:
+    """All that the chat template can write by itself, in no order."""
+    from transformers.utils.chat_template_utils import _get_template_literal_text
+
+    return str(_get_template_literal_text(_template(processor)))
+
+
+def _template(processor: Any) -> str:
+    template = getattr(processor, "chat_template", None) or getattr(processor, "tokenizer", processor).chat_template
+    return str(template["default"] if isinstance(template, dict) else template)
+
+
+def _opening(prompt: str, head: str) -> tuple[str, tuple[str, str] | None] | None:
+    """What the text before a given answer adds to the prompt for one, and the white space at the prompt's end that it has
+    otherwise, if any; None if the two differ in more."""
+    if head.startswith(prompt):
+        return head[len(prompt) :], None
+    shared = len(os.path.commonprefix([prompt, head]))
+    ends = prompt[shared:], head[shared:]
+    return None if any(end.strip() for end in ends) else ("", ends)
+
+
+def _is_in(text: str, written: str) -> bool:
+    """Whether a template has written an answer as it is, white space around it and what it adds before it apart."""
+    return written.rstrip().endswith(text.strip())
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True)) or r"(?!)")
 
 
 def _in_reading_order(messages: Sequence[Message], images: Sequence[Image.Image]) -> list[Image.Image]:

@@ -25,7 +25,7 @@ BACKENDS = {
     "sentencepiece": tiny_models.sentencepiece_bpe(MARKS),
 }
 KINDS = {
-    name: ByteTokenizer(tiny_models.fast(backend, tiny_models.CHATML, specials=MARKS[2:]))
+    name: ByteTokenizer(tiny_models.fast(backend, tiny_models.INTERNVL, specials=MARKS[2:]))
     for name, backend in BACKENDS.items()
 }
 PAIRS = list(itertools.permutations(KINDS, 2))

@@ -19,7 +19,7 @@ MARKS = ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
 
 
 def tokenizer_of(backend: Tokenizer) -> PreTrainedTokenizerFast:
-    return tiny_models.fast(backend, tiny_models.CHATML, specials=MARKS[2:])
+    return tiny_models.fast(backend, tiny_models.INTERNVL, specials=MARKS[2:])
 
 
 def normalising(normalizer: normalizers.Normalizer) -> ByteTokenizer:
