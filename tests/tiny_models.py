@@ -134,6 +134,50 @@ GEMMA3 = """\
 '}}
 {%- endif -%}
 """
+QWEN3 = """\
+{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == "user" and not(message.content.startswith('<tool_response>')) %}
+        {%- set ns.multi_step_tool = false %}
+        {%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system") %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- elif message.role == "assistant" %}
+        {%- set content = message.content %}
+        {%- set reasoning_content = '' %}
+        {%- if message.reasoning_content is defined and message.reasoning_content is not none %}
+            {%- set reasoning_content = message.reasoning_content %}
+        {%- else %}
+            {%- if '</think>' in message.content %}
+                {%- set content = message.content.split('</think>')[-1].lstrip('\\n') %}
+                {%- set reasoning_content = message.content.split('</think>')[0].rstrip('\\n') %}
+                {%- set reasoning_content = reasoning_content.split('<think>')[-1].lstrip('\\n') %}
+            {%- endif %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last_query_index %}
+            {%- if loop.last or (not loop.last and reasoning_content) %}
+                {{- '<|im_start|>' + message.role + '\\n<think>\\n' + reasoning_content.strip('\\n') }}
+                {{- '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+            {%- else %}
+                {{- '<|im_start|>' + message.role + '\\n' + content }}
+            {%- endif %}
+        {%- else %}
+            {{- '<|im_start|>' + message.role + '\\n' + content }}
+        {%- endif %}
+        {{- '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
 LLAMA3 = (  # it writes the token that its tokenizer would add too
     "{% set loop_messages = messages %}{% for message in loop_messages %}"
     "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
@@ -614,7 +658,11 @@ def text_only(model_class: str, *, like: str, **text: Any) -> tuple[Any, Any]:
     else:
         specials, eos, template = ["<|im_start|>"], "<|im_end|>", QWEN2
         base, begin = ["<|endoftext|>", eos, *specials], {}
+        if model_class == "Qwen3":
+            template, specials = QWEN3, [*specials, "<|box_start|>", "<|box_end|>"]
     tokenizer = fast(byte_bpe(base, like=like), template, specials=specials, eos=eos, **begin)
+    if model_class == "Qwen3":
+        tokenizer.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
     config = getattr(transformers, f"{model_class}Config")(**_text(tokenizer) | text)
     return getattr(transformers, f"{model_class}ForCausalLM")(config), tokenizer
 
@@ -640,6 +688,7 @@ LANGUAGE_MODELS = {
     "qwen2": functools.partial(text_only, "Qwen2", like="qwen2", tie_word_embeddings=True),
     "qwen2_wide": functools.partial(text_only, "Qwen2", like="qwen2", **WIDE_TEXT),
     "llama3": functools.partial(text_only, "Llama", like="llama3"),
+    "qwen3": functools.partial(text_only, "Qwen3", like="qwen2", head_dim=16),  # it thinks
 }
 
 # The paper's models: classes, config keys, tokenizer and ratios of heads as released, but for NVLM-D (`make_original`).

@@ -313,6 +313,8 @@ class Renderer:
         prompt = self._render(messages[:-1], prompt=True)
         marked = [dataclasses.replace(m, parts=(MARK,)) if m.is_target else m for m in messages[:-1]]
         questions = self._render(marked, prompt=True).split(MARK) if len(targets) > 1 else [prompt]
+        # What the template adds to a prompt before an answer is a part of the answer.
+        questions = [question.removesuffix(self.marks.answer_prefix) for question in questions[:-1]] + questions[-1:]
         if len(questions) != len(targets) or not prompt.startswith(questions[0]):
             raise SampleError(f"the rendered conversation has {len(questions)} answers, expected {len(targets)}")
         answers, place = [], len(questions[0])
@@ -325,6 +327,8 @@ class Renderer:
                 raise SampleError(f"turn {number}: the chat template leaves out a part of this earlier answer")
             answers.append(self._tokenize_answer(written, message.text))
             place = end + len(question)
+        if place != len(prompt):
+            raise SampleError("the chat template renders earlier answers otherwise than in the probe")
         answers.append(self._last_answer(prompt, messages))
         return questions, answers
 

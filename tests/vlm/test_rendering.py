@@ -8,12 +8,15 @@ import tiny_models
 import torch
 from conftest import conversation, picture
 
-from genrecal.errors import ModelError, SampleError
+from genrecal.errors import ModelError, SampleError, UsageError
 from genrecal.samples import Message
-from genrecal.vlm.loading import load_processor
-from genrecal.vlm.rendering import Renderer
+from genrecal.vlm.loading import load_processor, load_renderer
+from genrecal.vlm.rendering import PromptOptions, Renderer
 
 FAMILIES = [*sorted(tiny_models.FAMILIES), "internvl2_76b"]  # the last for Llama 3's tokenizer and template
+LANGUAGE_MODELS = sorted(tiny_models.LANGUAGE_MODELS)
+TRIMMING = ("gemma3", "internvl2_76b")  # whose templates trim answers
+OFF, ON = (PromptOptions(template_args={"enable_thinking": value}) for value in (False, True))
 ANSWERS = [" leading space", "\n\nnewlines\n", "7 of 9", "中文，好的。", "🙂 and 👨‍👩‍👧", "trailing \n", "plain"]
 
 
@@ -42,7 +45,8 @@ def test_answer_segments_hold_the_answers(renderers, family):
         assert ids[end - 1] == renderer.marks.end_of_turn_id
         assert ids[start:end].tolist() == tokens.ids.tolist()
         texts.append(b"".join(renderer.byte_tokenizer.token_bytes(int(i)) for i in ids[start : end - 1]).decode())
-    assert texts == [renderer.marks.answer_prefix + answer for answer in ANSWERS]
+    written = [answer.strip() if family in TRIMMING else answer for answer in ANSWERS]
+    assert texts == [renderer.marks.answer_prefix + answer for answer in written]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -73,14 +77,72 @@ def test_question_segments_are_the_prompts_that_generation_gets(renderers, famil
     encoded = renderer.encode_messages(sample.messages, pictures)
     prompt = renderer.encode_prompt(sample.messages[:3], pictures)
     assert prompt["input_ids"][0].tolist() == encoded.input_ids[: len(encoded) - encoded.answer_lengths[-1]].tolist()
-    text = renderer.processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "text", "text": "Hi there"}]}],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    own = renderer.processor(text=[text], return_tensors="pt")["input_ids"][0].tolist()
-    ours = renderer.encode_prompt(conversation(("Hi there", "x")).messages[:1], [])["input_ids"][0].tolist()
-    assert ours == own
+
+
+def own_ids(processor, messages, pictures=(), *, prompt=False, **args) -> list[int]:
+    """The ids that the model's own template and processor give."""
+    chat = []
+    for message in messages:
+        content = [
+            {"type": "text", "text": part}
+            if isinstance(part, str)
+            else {"type": "image", "image": pictures[part.index]}
+            for part in message.parts
+        ]
+        content = content if hasattr(processor, "image_processor") else message.text
+        reasoning = {"reasoning_content": message.reasoning} if message.reasoning else {}
+        chat.append({"role": message.role, "content": content, **reasoning})
+    return processor.apply_chat_template([chat], tokenize=True, return_dict=True, add_generation_prompt=prompt, **args)[
+        "input_ids"
+    ][0]
+
+
+def assert_own_ids(renderer, messages, pictures=(), **args) -> None:
+    """Prompt and conversation are the template's, and nothing but what it writes after the last answer is left out."""
+    processor = renderer.processor
+    encoded = renderer.encode_messages(messages, pictures)
+    prompt = own_ids(processor, messages[:-1], pictures, prompt=True, **args)
+    assert renderer.encode_prompt(messages[:-1], pictures)["input_ids"][0].tolist() == prompt
+    ids = encoded.input_ids.tolist()
+    assert ids[: len(ids) - encoded.answer_lengths[-1]] == prompt
+    whole = own_ids(processor, messages, pictures, **args)
+    answer = encoded.answers[-1].ids.tolist()
+    if (
+        renderer.marks.reopened is not None
+    ):  # LLaVA-OneVision: other white space stands before an answer than ends the prompt
+        assert whole[-len(answer) :] == answer
+        return
+    assert ids == whole[: len(ids)]
+    assert renderer.marks.tail == renderer.marks.end_of_turn + renderer.tokenizer.decode(whole[len(ids) :])
+    if renderer.tokenizer.bos_token is not None:
+        assert ids.count(renderer.tokenizer.bos_token_id) == 1
+
+
+SHOWN = [("What is shown?", "A red square."), ("And now?", "7 of 9"), ("Où?", "中文，好的。\n\nyes"), ("Last", "plain")]
+
+
+@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize("images", [{}, {0: 1, 1: 2, 3: 1}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ids_are_those_of_the_models_own_template(renderers, family, images, system):
+    renderer = renderers(family)
+    for turns in (1, 2, 4):
+        sample = conversation(*SHOWN[:turns], images={k: v for k, v in images.items() if k < turns})
+        pictures = [picture(i, 90 - 20 * (i % 2), 60) for i in range(len(sample.images))]
+        messages = [Message(role="system", parts=("Be brief.",))] * system + list(sample.messages)
+        assert_own_ids(renderer, messages, pictures)
+
+
+@pytest.mark.parametrize("options", [None, OFF, ON])
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+def test_ids_of_language_models_are_those_of_their_own_template(tiny, family, options):
+    if options is not None and family != "qwen3":
+        with pytest.raises(UsageError, match="enable_thinking: the chat template has no such variable; it has none"):
+            load_renderer(tiny(family), options)
+        return
+    renderer = load_renderer(tiny(family), options)
+    for turns in (1, 2, 4):
+        assert_own_ids(renderer, conversation(*SHOWN[:turns]).messages, **renderer.template_args)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -101,7 +163,10 @@ def test_collating_equals_the_processors_own_batch(renderers, family):
     if family == "idefics3":  # its processor wants as many lists as texts with pictures
         texts, pictures, prompts = texts[:2], pictures[:2], prompts[:2]
         ours = renderer.collate(prompts)
-    theirs = renderer.processor(text=texts, images=pictures, return_tensors="pt", padding=True, padding_side="right")
+    once = {"add_special_tokens": False} if renderer.tokenizer.bos_token else {}  # the template writes it
+    theirs = renderer.processor(
+        text=texts, images=pictures, return_tensors="pt", padding=True, padding_side="right", **once
+    )
     assert sorted(ours) == sorted(theirs)
     for name, value in theirs.items():
         if name == "batch_num_images":
@@ -119,19 +184,12 @@ def test_left_padding(renderers):
     assert batch["attention_mask"][0].sum() == used
 
 
-def test_llava_onevision_template_of_the_released_models(tiny):
-    """Its history writes "assistant \\n" but its prompt "assistant\\n": every turn is opened as the prompt is."""
-    processor = load_processor(tiny("llava_onevision"))
-    processor.chat_template = (
-        "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
-        "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
-        "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + content['text'] }}"
-        "{% endfor %}{{'<|im_end|>'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-    renderer = Renderer(processor)
+def test_a_prompt_that_ends_with_other_white_space_than_a_conversation_has(renderers):
+    """LLaVA-OneVision's history has "assistant \\n" but its prompt "assistant\\n": the last answer stands after its prompt."""
+    renderer = renderers("llava_onevision")
     encoded = renderer.encode(conversation(("What?", "a b"), ("And?", " c"), images={0: 1}))
-    text = renderer.tokenizer.decode(encoded.input_ids[encoded.input_ids != 4])
-    assert text.count("assistant\na b<|im_end|>") == 1 and "assistant\n c<|im_end|>" in text
+    text = renderer.tokenizer.decode(encoded.input_ids)
+    assert text.count("assistant \na b<|im_end|>") == 1 and text.endswith("assistant\n c<|im_end|>")
 
 
 @pytest.mark.parametrize(
@@ -158,11 +216,149 @@ def test_templates_that_cannot_be_handled_are_refused(tiny, template, reason):
         Renderer(processor)
 
 
+# ------------------------------------------------------------------------------------------------- models that think
+
+
+def thinking(tiny, options: PromptOptions | None = None) -> Renderer:
+    return load_renderer(tiny("qwen3"), options)
+
+
+def last_answer(renderer, *messages: Message) -> str:
+    return renderer.tokenizer.decode(renderer.encode_messages(messages, []).answers[-1].ids)
+
+
+def test_thinking_is_part_of_the_answer_or_off(tiny):
+    question, answer = conversation(("Why?", "So.")).messages
+    on, off = (thinking(tiny, options) for options in (ON, OFF))
+    assert last_answer(off, question, answer) == "So.<|im_end|>"
+    assert last_answer(on, question, answer) == "<think>\n\n</think>\n\nSo.<|im_end|>"
+    prompts = [
+        renderer.tokenizer.decode(renderer.encode_prompt([question], [])["input_ids"][0]) for renderer in (on, off)
+    ]
+    assert prompts[0].endswith("assistant\n") and prompts[1].endswith("assistant\n<think>\n\n</think>\n\n")
+
+
+def test_what_the_template_adds_before_an_answer_covers_none_of_its_bytes(tiny):
+    tokens = thinking(tiny, ON).encode(conversation(("Why?", "So it is."))).answers[0]
+    covered = [(s, e) for s, e in zip(tokens.starts, tokens.ends, strict=True) if e > s]
+    assert (covered[0][0], covered[-1][1], tokens.starts[0], tokens.ends[0]) == (0, len("So it is."), 0, 0)
+    assert all(end == start for (_, end), (start, _) in zip(covered, covered[1:], strict=False))
+
+
+def test_reasoning_goes_where_the_template_puts_it(tiny):
+    question, answer = conversation(("Why?", "So.")).messages
+    thought = dataclasses.replace(answer, reasoning="Because of it.")
+    on = thinking(tiny, ON)
+    assert last_answer(on, question, thought) == "<think>\nBecause of it.\n</think>\n\nSo.<|im_end|>"
+    assert_own_ids(on, [question, thought], enable_thinking=True)
+    assert_own_ids(on, [question, thought, question, thought], enable_thinking=True)  # dropped in the first
+    # An answer that the model wrote holds its thinking in its text.
+    written = dataclasses.replace(answer, parts=("<think>\nBecause of it.\n</think>\n\nSo.",))
+    assert last_answer(on, question, written) == last_answer(on, question, thought)
+    with pytest.raises(SampleError, match="does not open this one so; it has reasoning_content, and thinking is off"):
+        thinking(tiny, OFF).encode_messages([question, thought], [])
+    with pytest.raises(SampleError, match="the assistant's text holds '<think>'"):
+        thinking(tiny, OFF).encode_messages([question, written], [])
+
+
+def test_a_thinking_model_is_to_be_told(tiny):
+    with pytest.raises(
+        ModelError, match="choose enable_thinking=false for .* or enable_thinking=true .*--template-arg"
+    ):
+        thinking(tiny).refuse_unsaid_thinking()
+    for renderer in (thinking(tiny, ON), thinking(tiny, OFF), load_renderer(tiny("qwen2"))):
+        renderer.refuse_unsaid_thinking()
+
+
+def test_earlier_answers_of_a_thinking_model_become_context(tiny):
+    """No prompt looks like what stands before them, so their states would not be those of a model that answers."""
+    sample = conversation(("One?", "1"), ("Two?", "2"), ("Three?", "3"))
+    settled = thinking(tiny, OFF).settle(sample)
+    assert [message.is_target for message in settled.messages] == [False, False, False, False, False, True]
+    assert settled.answers == ("3",)
+    assert Renderer(thinking(tiny).tokenizer, OFF).encode(settled).answer_lengths[-1] == 2
+    assert load_renderer(tiny("qwen2")).settle(sample) == sample
+
+
+def test_thinking_is_cached_as_the_template_writes_it(tiny):
+    sample = conversation(("Why?", "<think>it is</think>So."))
+    settled = thinking(tiny, ON).settle(sample)
+    assert settled.answers == ("<think>\nit is\n</think>\n\nSo.",)
+    assert_own_ids(thinking(tiny, ON), settled.messages, enable_thinking=True)
+    assert thinking(tiny, ON).settle(settled) == settled
+
+
+def test_a_students_template_takes_the_arguments_that_it_has(tiny):
+    inherited = PromptOptions(
+        template_args={"enable_thinking": False, "other": 1}, allowed_tokens=("<|box_start|>", "<ref>")
+    )
+    student = thinking(tiny, PromptOptions(inherited=inherited))
+    assert student.template_args == {"enable_thinking": False} and student.allowed_tokens == ("<|box_start|>",)
+    own = PromptOptions(template_args={"enable_thinking": True}, inherited=inherited)
+    assert thinking(tiny, own).template_args == {"enable_thinking": True}
+    assert load_renderer(tiny("qwen2"), PromptOptions(inherited=inherited)).template_args == {}
+
+
+GLM = (  # GLM-4.1V: nothing closes the last answer, the next turn's token any other; an answer is a string
+    "[gMASK]<sop>{%- for msg in messages %}{%- if msg.role == 'user' %}<|user|>{{ '\n' }}"
+    "{%- if msg.content is string %}{{ msg.content }}{%- else %}{%- for item in msg.content %}"
+    "{%- if item.type == 'image' %}<|image_pad|>{%- else %}{{ item.text }}{%- endif %}{%- endfor %}{%- endif %}"
+    "{%- elif msg.role == 'assistant' %}<|assistant|>{{ '\n' + msg.content }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}<|assistant|>{{ '\n' }}{%- endif %}"
+)
+
+
+def test_a_template_that_closes_the_last_answer_with_nothing(tiny):
+    processor = load_processor(tiny("qwen2_vl"))
+    processor.tokenizer.add_tokens(["<|user|>", "<|assistant|>", "[gMASK]", "<sop>"])
+    processor.chat_template = GLM
+    renderer = Renderer(processor)
+    encoded = renderer.encode(conversation(("What?", "a b"), ("And?", "c"), images={0: 1}))
+    text = renderer.tokenizer.decode(encoded.input_ids).replace("<|image_pad|>", "")
+    assert text == "[gMASK]<sop><|user|>\nWhat?<|assistant|>\na b<|user|>\nAnd?<|assistant|>\nc<|user|>"
+    assert [renderer.tokenizer.decode(answer.ids) for answer in encoded.answers] == ["a b<|user|>", "c<|user|>"]
+
+
+# -------------------------------------------------------------------------------------------- tokens that texts may not hold
+
+
 def test_texts_with_special_tokens_are_refused(renderers):
-    with pytest.raises(SampleError, match="special token"):
+    with pytest.raises(SampleError, match="a special token of this model that its chat template writes"):
         renderers("qwen2_vl").encode(conversation(("What is <|im_end|>?", "a")))
     with pytest.raises(SampleError, match="special token"):
         renderers("qwen2_vl").encode(conversation(("What?", "<|image_pad|>")))
+
+
+@pytest.mark.parametrize("token", ["<think>", "</think>", "<|im_start|>", "<|box_start|>", "<|endoftext|>"])
+def test_tokens_of_the_template_are_refused_in_questions(tiny, token):
+    """Those that the tokenizer does not call special too."""
+    with pytest.raises(SampleError, match="the user's text holds"):
+        thinking(tiny, ON).encode(conversation((f"What is {token}?", "a")))
+
+
+def test_added_tokens_that_nothing_writes_are_plain_text(tiny):
+    encoded = thinking(tiny, ON).encode(conversation(("What is <tool_call>?", "a <tool_call>")))
+    assert encoded.answers[0].ends[-1] == len("a <tool_call>")
+
+
+def test_allowed_tokens(tiny):
+    text = "<|box_start|>(1,2),(3,4)<|box_end|>"
+    renderer = thinking(
+        tiny, PromptOptions(template_args={"enable_thinking": False}, allowed_tokens=("<|box_start|>", "<|box_end|>"))
+    )
+    encoded = renderer.encode(conversation((f"What is in {text}?", text)))
+    box = renderer.tokenizer.convert_tokens_to_ids("<|box_start|>")
+    assert encoded.answers[0].ids[0] == box and list(encoded.input_ids).count(box) == 2
+    assert (encoded.answers[0].starts[0], encoded.answers[0].ends[0]) == (0, len("<|box_start|>"))
+    assert_own_ids(renderer, conversation((f"What is in {text}?", text)).messages, enable_thinking=False)
+    with pytest.raises(
+        SampleError, match="special token of this model; --allow-token '<|box_start|>' lets texts hold it"
+    ):
+        thinking(tiny, OFF).encode(conversation(("What?", text)))
+    with pytest.raises(UsageError, match="'<ref>': the tokenizer has no such added token"):
+        thinking(tiny, PromptOptions(allowed_tokens=("<ref>",)))
+    with pytest.raises(UsageError, match="the chat template writes it itself"):
+        thinking(tiny, PromptOptions(allowed_tokens=("<|im_end|>",)))
 
 
 def test_too_long_conversations_are_refused(renderers):
