@@ -237,7 +237,7 @@ def plan(
         folder = model_folder(teacher)
         prompt = _prompt(template_arg, allow_token)
         renderer = load_renderer(folder, prompt, trust_remote_code=trust_remote_code)
-        renderer.refuse_unsaid_thinking()
+        renderer.refuse_unsaid_thinking(teacher)
         forecast = make_plan(
             teacher_shape(folder, trust_remote_code=trust_remote_code),
             renderer,

@@ -71,8 +71,8 @@ def prove(teacher: Teacher, sample: Sample, encoded: Encoded) -> bool:
     if isinstance(states, SampleError):
         return False
     try:
-        _check_ids(teacher, sample, encoded)
         _check_spans(teacher, sample, encoded, states)
+        _check_ids(teacher, sample, encoded)
         evidence = teacher.evidence(encoded)
         _check_norm(evidence)
         _check_rows(encoded, states, evidence)

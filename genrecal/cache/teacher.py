@@ -106,7 +106,7 @@ class HFTeacher:
         self.vlm = vlm
         self.path = vlm.path
         self.renderer = vlm.renderer
-        self.renderer.refuse_unsaid_thinking()
+        self.renderer.refuse_unsaid_thinking(self.path)
         self.versions: dict[str, str] = {}
         self.head = vlm.frozen_head()
 

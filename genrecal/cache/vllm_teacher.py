@@ -113,7 +113,7 @@ class VLLMTeacher:
         self.checkpoint = Checkpoint(path)
         self.dtype = self.checkpoint.dtype() if isinstance(dtype, str) else dtype
         self.renderer = load_renderer(path, prompt, trust_remote_code=trust_remote_code)
-        self.renderer.refuse_unsaid_thinking()
+        self.renderer.refuse_unsaid_thinking(self.path)
         self._arguments: dict[str, Any] = {
             "dtype": str(self.dtype).removeprefix("torch."),
             "tensor_parallel_size": tensor_parallel,

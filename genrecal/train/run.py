@@ -282,7 +282,7 @@ class Run:
             attention=attention,
             prompt=self.prompt,
         )
-        student.renderer.refuse_unsaid_thinking()
+        student.renderer.refuse_unsaid_thinking(self.student)
         return student
 
     def student_after(self, stage: int, dtype: torch.dtype | str, device: torch.device | str = "cpu") -> VLM:

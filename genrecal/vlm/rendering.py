@@ -279,12 +279,13 @@ class Renderer:
             num_images=num_images,
         )
 
-    def _tokenize_answer(self, written: str, text: str) -> TokenizedText:
+    def _tokenize_answer(self, written: str, text: str | None = None) -> TokenizedText:
         """An answer as the template writes it -> its tokens and the end-of-turn token.
 
         Byte ranges are relative to the answer's own `text`, and cover all of it: what the template adds before it has empty
         ranges at its beginning, and white space that the template trims belongs to the token beside it.
         """
+        text = written if text is None else text
         tokens, end, core = self.byte_tokenizer(written), len(text.encode()), text.strip()
         lead = len(text[: len(text) - len(text.lstrip())].encode())
         offset = len(written[: written.rfind(core)].encode()) - lead if core else len(written.encode()) - end
@@ -533,8 +534,8 @@ class Renderer:
         except SampleError:
             return False
 
-    def refuse_unsaid_thinking(self) -> None:
-        """Raises ModelError for a model that thinks unless it is told not to, where nothing was said of it.
+    def refuse_unsaid_thinking(self, name: str) -> None:
+        """Raises ModelError, with the model's name, for one that thinks unless it is told not to, where nothing was said of it.
 
         Its template then begins an answer with thinking that the prompt does not hold, and an argument of the template
         changes that.
@@ -542,19 +543,19 @@ class Renderer:
         if not self.marks.answer_prefix.strip():
             return
         question, answer = Message(role="user", parts=(QUESTION,)), Message(role="assistant", parts=(MARK,))
-        for name in sorted(template_variables(self.processor) - set(self.template_args)):
+        for variable in sorted(template_variables(self.processor) - set(self.template_args)):
             for value in (False, True):
                 try:
-                    prompt = self._render([question], prompt=True, **{name: value})
-                    whole = self._render([question, answer], **{name: value})
+                    prompt = self._render([question], prompt=True, **{variable: value})
+                    whole = self._render([question, answer], **{variable: value})
                 except SampleError:
                     continue
                 opening = _opening(prompt, whole.partition(MARK)[0])
                 if opening is not None and not opening[0].strip():
-                    said, other = f"{name}={str(value).lower()}", f"{name}={str(not value).lower()}"
+                    said, other = (f"{variable}={json.dumps(choice)}" for choice in (value, not value))
                     raise ModelError(
-                        f"this model thinks before it answers unless its chat template is told otherwise; choose {said} for "
-                        f"answers without thinking or {other} for answers that begin with it: --template-arg {said}, or for "
+                        f"{name}: this model thinks before it answers unless its chat template is told otherwise; choose {said} "
+                        f"for answers without thinking or {other} for answers that begin with it: --template-arg {said}, or for "
                         f"train --set prompt.template_args.{said}"
                     )
 

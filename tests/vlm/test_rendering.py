@@ -7,6 +7,7 @@ import pytest
 import tiny_models
 import torch
 from conftest import conversation, picture
+from own_template import assert_own_ids
 
 from genrecal.errors import ModelError, SampleError, UsageError
 from genrecal.samples import Message
@@ -77,45 +78,6 @@ def test_question_segments_are_the_prompts_that_generation_gets(renderers, famil
     encoded = renderer.encode_messages(sample.messages, pictures)
     prompt = renderer.encode_prompt(sample.messages[:3], pictures)
     assert prompt["input_ids"][0].tolist() == encoded.input_ids[: len(encoded) - encoded.answer_lengths[-1]].tolist()
-
-
-def own_ids(processor, messages, pictures=(), *, prompt=False, **args) -> list[int]:
-    """The ids that the model's own template and processor give."""
-    chat = []
-    for message in messages:
-        content = [
-            {"type": "text", "text": part}
-            if isinstance(part, str)
-            else {"type": "image", "image": pictures[part.index]}
-            for part in message.parts
-        ]
-        content = content if hasattr(processor, "image_processor") else message.text
-        reasoning = {"reasoning_content": message.reasoning} if message.reasoning else {}
-        chat.append({"role": message.role, "content": content, **reasoning})
-    return processor.apply_chat_template([chat], tokenize=True, return_dict=True, add_generation_prompt=prompt, **args)[
-        "input_ids"
-    ][0]
-
-
-def assert_own_ids(renderer, messages, pictures=(), **args) -> None:
-    """Prompt and conversation are the template's, and nothing but what it writes after the last answer is left out."""
-    processor = renderer.processor
-    encoded = renderer.encode_messages(messages, pictures)
-    prompt = own_ids(processor, messages[:-1], pictures, prompt=True, **args)
-    assert renderer.encode_prompt(messages[:-1], pictures)["input_ids"][0].tolist() == prompt
-    ids = encoded.input_ids.tolist()
-    assert ids[: len(ids) - encoded.answer_lengths[-1]] == prompt
-    whole = own_ids(processor, messages, pictures, **args)
-    answer = encoded.answers[-1].ids.tolist()
-    if (
-        renderer.marks.reopened is not None
-    ):  # LLaVA-OneVision: other white space stands before an answer than ends the prompt
-        assert whole[-len(answer) :] == answer
-        return
-    assert ids == whole[: len(ids)]
-    assert renderer.marks.tail == renderer.marks.end_of_turn + renderer.tokenizer.decode(whole[len(ids) :])
-    if renderer.tokenizer.bos_token is not None:
-        assert ids.count(renderer.tokenizer.bos_token_id) == 1
 
 
 SHOWN = [("What is shown?", "A red square."), ("And now?", "7 of 9"), ("Où?", "中文，好的。\n\nyes"), ("Last", "plain")]
@@ -265,9 +227,9 @@ def test_a_thinking_model_is_to_be_told(tiny):
     with pytest.raises(
         ModelError, match="choose enable_thinking=false for .* or enable_thinking=true .*--template-arg"
     ):
-        thinking(tiny).refuse_unsaid_thinking()
+        thinking(tiny).refuse_unsaid_thinking("MODEL")
     for renderer in (thinking(tiny, ON), thinking(tiny, OFF), load_renderer(tiny("qwen2"))):
-        renderer.refuse_unsaid_thinking()
+        renderer.refuse_unsaid_thinking("MODEL")
 
 
 def test_earlier_answers_of_a_thinking_model_become_context(tiny):
