@@ -554,9 +554,9 @@ class Renderer:
                 if opening is not None and not opening[0].strip():
                     said, other = (f"{variable}={json.dumps(choice)}" for choice in (value, not value))
                     raise ModelError(
-                        f"{name}: this model thinks before it answers unless its chat template is told otherwise; choose {said} "
-                        f"for answers without thinking or {other} for answers that begin with it: --template-arg {said}, or for "
-                        f"train --set prompt.template_args.{said}"
+                        f"{name}: this model thinks before it answers unless its chat template is told otherwise; choose "
+                        f"{said} for answers without thinking or {other} for answers that begin with it: --template-arg "
+                        f"{said}, or for train --set prompt.template_args.{said}"
                     )
 
     def _probed_ids(self) -> set[int]:
@@ -578,8 +578,13 @@ class Renderer:
         Returns the tokens that are allowed. Raises UsageError for one that cannot be.
         """
         tokens = self.tokenizer.added_tokens_decoder
-        shown = {text for text, token_id in self._added.items() if self.byte_tokenizer.token_bytes(token_id).strip()}
-        self._written_tokens = {text for text in shown if self._added[text] in probed}
+        literal = _literal_text(self.processor)
+        in_template = {  # those of tool calls too
+            text
+            for text, token_id in self._added.items()
+            if (token_id in probed or text in literal) and self.byte_tokenizer.token_bytes(token_id).strip()
+        }
+        self._written_tokens = {text for text in in_template if self._added[text] in probed}
         special = {text for text, token_id in self._added.items() if getattr(tokens[token_id], "special", False)}
         for token in options.allowed_tokens:
             if token not in self._added:
@@ -590,8 +595,7 @@ class Renderer:
                 )
         inherited = options.inherited.allowed_tokens if options.inherited else ()
         allowed = {token for token in (*options.allowed_tokens, *inherited) if token in self._added}
-        in_template = {text for text in shown if text in _literal_text(self.processor)}  # those of tool calls, say
-        refused = (special | in_template | self._written_tokens) - (allowed - self._written_tokens)
+        refused = (special | in_template) - (allowed - self._written_tokens)
         self._refused = _any_of(refused)
         # An answer may hold thinking where the template would begin it so.
         self._refused_in_answers = _any_of(

@@ -55,7 +55,7 @@ def test_the_teacher_is_to_be_told_whether_it_thinks(tiny, data, tmp_path, run):
     assert status == 0 and "0 samples cached, 8 skipped" in out
     assert "a special token of this model; --allow-token '<|box_start|>' lets texts hold it" in " ".join(out.split())
     status, _, err = run(*command, "--template-arg", "enable_thoughts=false")
-    assert status == 2 and "no such variable; it has enable_thinking" in err
+    assert status == 2 and "enable_thoughts: the chat template has no such variable" in err and "enable_thinking" in err
 
 
 def test_the_cache_records_them(cache, tiny, data, run):
@@ -94,9 +94,8 @@ def test_a_student_with_the_same_template_takes_them(cache, tiny, tmp_path, run)
     status, _, err = run(*command, "--out", tmp_path / "r")
     assert status == 0, err
     lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
-    step = next(line for line in lines if line.get("step") == 1)
-    assert not step.get("skipped")
-    assert abs(step["kl"] if "kl" in step else step["terms"]["kl"]) < 1e-4  # the teacher is its own student
+    assert [line["samples"] for line in lines] == [4]
+    assert abs(lines[0]["kl"]) < 1e-5  # the teacher is its own student
     student = Run.open(tmp_path / "r").load_student(torch.float32).renderer
     assert student.template_args == {"enable_thinking": False} and list(student.allowed_tokens) == sorted(BOXES)
     content = json.loads((tmp_path / "r" / "run.json").read_text())
@@ -108,7 +107,7 @@ def test_a_student_with_the_same_template_takes_them(cache, tiny, tmp_path, run)
 def test_a_student_that_thinks_is_to_be_told_too(tiny, data, tmp_path, run):
     command = ["cache", "--teacher", tiny("qwen2"), "--data", data, "--out", tmp_path / "c", "--dtype", "float32"]
     assert run(*command)[0] == 0  # the boxes are plain text to it
-    few = ["--set", "stage2.max_steps=1", "--set", "data.workers=0", "--set", "measure.samples=0"]
+    few = ["--set", "stage2.max_steps=1", "--set", "data.workers=0", "--set", "stage2.accumulation=2"]
     command = [
         "train",
         "--cache",
@@ -129,7 +128,7 @@ def test_a_student_that_thinks_is_to_be_told_too(tiny, data, tmp_path, run):
         "--set",
         'prompt.allowed_tokens=["<|box_start|>", "<|box_end|>"]',
     ]
-    status, _, err = run(*command, "--out", tmp_path / "told", "--set", "stage2.accumulation=2", *told)
+    status, _, err = run(*command, "--out", tmp_path / "told", "--set", "measure.samples=0", *told)
     assert status == 0, err
 
 

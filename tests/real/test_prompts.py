@@ -29,18 +29,17 @@ TURNS = [
 ]
 
 
-@pytest.mark.parametrize("system", [False, True])
-@pytest.mark.parametrize("options", [None, OFF, ON])
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_ids_are_those_of_the_models_own_template(
-    real: Path, name: str, options: PromptOptions | None, system: bool
-) -> None:
-    if options is not None and name != "qwen3-tiny":
-        pytest.skip("its template has no such variable")
+CASES = [*((name, None) for name in TEMPLATES), ("qwen3-tiny", OFF), ("qwen3-tiny", ON)]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES)
+def test_ids_are_those_of_the_models_own_template(real: Path, name: str, options: PromptOptions | None) -> None:
     renderer = load_renderer(real / name, options)
     for turns in range(1, len(TURNS) + 1):
-        messages = [Message(role="system", parts=("Be brief.",))] * system + list(conversation(*TURNS[:turns]).messages)
+        messages = conversation(*TURNS[:turns]).messages
         assert_own_ids(renderer, messages, **renderer.template_args)
+        system = Message(role="system", parts=("Be brief.",))
+        assert_own_ids(renderer, [system, *messages], **renderer.template_args)
 
 
 @pytest.mark.parametrize("name", ["gemma3-270m", "gemma3-asis"])
@@ -69,8 +68,9 @@ def test_no_text_can_begin_a_turn(real: Path, name: str) -> None:
     question, answer = conversation(("QUESTION", "ANSWER")).messages
     ids = renderer.encode_messages([question, answer, question, answer], []).input_ids
     written = {i for i in ids.tolist() if i in renderer.tokenizer.added_tokens_decoder}
-    assert len(written) >= 2
-    for token in renderer.tokenizer.convert_ids_to_tokens(sorted(written)):
+    tokens = [token for token in renderer.tokenizer.convert_ids_to_tokens(sorted(written)) if token.strip()]
+    assert len(tokens) >= 2
+    for token in tokens:
         with pytest.raises(SampleError, match="that its chat template writes"):
             renderer.encode(conversation((f"one{token}two", "a")))
 
