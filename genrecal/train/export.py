@@ -132,8 +132,8 @@ def _check_outputs(
         if not torch.equal(expected, got):
             worst = (expected - got).abs().max().item()
             raise ModelError(f"export: logits on sample {sample.key} differ by up to {worst:.3g} after reloading")
-        prompt = prompts_of(student, sample, [decode_image(image.read()) for image in sample.images])[0]
-        texts = [generate(vlm, [prompt], max_new_tokens=CHECK_TOKENS)[0] for vlm in (student, exported)]
+        first = prompts_of(student, sample, [decode_image(image.read()) for image in sample.images])[0]
+        texts = [generate(vlm, [first], max_new_tokens=CHECK_TOKENS)[0] for vlm in (student, exported)]
         if texts[0] != texts[1]:
             raise ModelError(
                 f"export: the greedy answer on sample {sample.key} was {texts[0]!r}, reloaded {texts[1]!r}"
