@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 
+from genrecal.objectives.losses import Exact, Sampled, Target, TopK, head_losses, head_losses_naive
 from genrecal.report.summary import markdown_table
 from genrecal.shards.head import FrozenHead
-from genrecal.train.losses import Exact, Sampled, Target, TopK, head_losses, head_losses_naive
 
 METHODS = {
     "topk": ("naive", "compiled", "genrecal"),

@@ -643,8 +643,8 @@ def pair(
 ) -> None:
     """Put two models' token types side by side: which distillation is possible between them."""
     from genrecal.errors import SampleError
+    from genrecal.objectives.pairs import findings
     from genrecal.samples import ImageSource, decode_image
-    from genrecal.train.objectives import findings
     from genrecal.vlm.pair import TEXT, compare_pair, pair_report
 
     pictures = {}

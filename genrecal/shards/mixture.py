@@ -69,12 +69,10 @@ class Mixture(Sequence[CachedRecord]):
         """The teacher's frozen head."""
         return self.first.head(device)
 
-    @property
-    def question_share(self) -> float:
-        """Of the samples of an epoch, those that come with the teacher's question states, as the caches were asked for."""
-        counts = np.array([len(cache) * weight for cache, weight in zip(self.caches, self.weights, strict=True)])
-        fractions = np.array([float(cache.description["question_fraction"]) for cache in self.caches])
-        return float(counts @ fractions / counts.sum()) if counts.any() else 0.0
+    def question_share(self, indices: np.ndarray) -> float:
+        """Of the samples at `indices`, as often as an epoch takes each, those that come with the teacher's question states."""
+        weights = np.repeat(self.weights, np.diff(self._starts))[indices]
+        return float(np.average(self.column("has_question")[indices], weights=weights)) if len(indices) else 0.0
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from genrecal.errors import UsageError
-from genrecal.train.objectives import check_target
+from genrecal.objectives import objective_named
+from genrecal.objectives.settings import LossConfig, RecalibratorConfig
 
 # What number formats are called: in --dtype and in precision, by any of these names.
 NUMBER_FORMATS = {
@@ -71,50 +72,6 @@ class LoraConfig:
     rank: int = 64
     alpha: float = 64.0
     dropout: float = 0.05
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecalibratorConfig:
-    """The Recalibrator: `layers` decoder blocks; 0 for none, projections alone."""
-
-    layers: int = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """Weights of the terms, and what the KL is taken from.
-
-    Args:
-        ce_weight, kl_weight: of the Recalibrator's cross-entropy and KL, in every pass; with an objective that compares the
-            student itself with the teacher, of its own cross-entropy and of what it is compared by.
-        splice_weight: of the passes that are given the teacher's answer states, the regularisation's included; 0 leaves
-            them out (objective genrecal-aligned).
-        reg_weight: of the regularisation pass (stage 1).
-        aligned_weight: of the pass over the student's states alone (objective genrecal-aligned).
-        sft_weight: of the student's own cross-entropy (stage 2).
-        first_token_weight: of the first token of each answer, in every term of every stage; the others' is 1.
-        target: "topk", the stored logits and one bucket for the rest; "exact", recomputed from the cached state;
-            "sample", the stored draws, whose KL is unbiased (a cache made with `--targets sample:K`).
-        skew: of objective skewed-kl: the teacher's share in the mixture that it is compared with.
-        chunk_rows: rows of logits that exist at once; 0 for as many as take 256 MiB.
-    """
-
-    ce_weight: float = 1.0
-    kl_weight: float = 1.0
-    splice_weight: float = 1.0
-    reg_weight: float = 1.0
-    aligned_weight: float = 1.0
-    sft_weight: float = 1.0
-    first_token_weight: float = 1.0
-    target: str = "topk"
-    skew: float = 0.1
-    chunk_rows: int = 0
-
-    def __post_init__(self) -> None:
-        if self.target not in ("topk", "exact", "sample"):
-            raise UsageError(f"loss.target {self.target!r}: expected topk, exact or sample")
-        if not 0 < self.skew < 1:
-            raise UsageError(f"loss.skew {self.skew}: expected a share between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,9 +162,7 @@ class TrainConfig:
 
     Args:
         seed: of the order, the Recalibrator's first weights and dropout.
-        objective: one of `genrecal.train.objectives.OBJECTIVES`: "genrecal"; "genrecal-aligned", with a second pass over the
-            student's states alone; "sft" and "seqkd", stages 2 and 3 with the student's own cross-entropy alone; "kl",
-            "reverse-kl", "skewed-kl", "uld" and "dskd", stages 2 and 3 with the student compared with the teacher besides.
+        objective: one of `genrecal.objectives.OBJECTIVES`, or `module:Class` for one of your own.
         precision: "bfloat16" (or bf16) computes in bfloat16 with float32 trained weights; "float32" (or fp32); "auto" is
             bfloat16 on CUDA, else float32.
         device: "auto", "cpu", "cuda"; under a launcher, each process takes the CUDA device of its local rank.
@@ -247,19 +202,12 @@ class TrainConfig:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
 
     def __post_init__(self) -> None:
-        check_target(self.objective, self.loss.target)
+        objective_named(self.objective).check_settings(self.objective, self.loss)
         object.__setattr__(self, "precision", number_format(self.precision, "precision", without=("float16",)))
         choices = {"engine": ENGINES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
-        if self.objective == "genrecal" and not self.loss.splice_weight:
-            raise UsageError(
-                "loss.splice_weight 0 leaves objective genrecal nothing of the teacher's; set objective to genrecal-aligned "
-                "or sft"
-            )
-        if self.objective == "genrecal-aligned" and not self.loss.aligned_weight:
-            raise UsageError("objective genrecal-aligned with loss.aligned_weight 0 is objective genrecal; set that")
         if self.offload and not self.engine.startswith("zero"):
             raise UsageError(f"offload is for engine zero1, zero2 and zero3; engine is {self.engine}")
 

@@ -1,7 +1,7 @@
 """What runs a stage's Distiller on this rank: plain torch, DistributedDataParallel, or DeepSpeed's ZeRO.
 
 All engines take the same micro-steps and give the same numbers. A micro-step's loss is its part of the global batch's,
-whose denominators are known beforehand, so gradients are summed over ranks and micro-steps, never averaged: DDP and
+whose denominator is known beforehand, so gradients are summed over ranks and micro-steps, never averaged: DDP and
 DeepSpeed average over ranks, which a factor of the world size takes back. A parameter that no rank used has a gradient of
 zero, not none: AdamW's moments fade in every step, whatever the step's samples were.
 """
@@ -21,12 +21,12 @@ import torch.distributed as dist
 from torch import nn
 
 from genrecal.errors import TrainingError, UsageError
-from genrecal.train.batches import MicroBatch
+from genrecal.objectives.base import Batch
 from genrecal.train.checkpoint import MOMENTS, TrainedState, fitting, trained_parameters
 from genrecal.train.config import StageConfig, TrainConfig
 from genrecal.train.profiling import Clock
 from genrecal.train.ranks import Ranks, peers_may_end, world_size
-from genrecal.train.stages import Denominators, Distiller, StepOutput
+from genrecal.train.stages import Distiller, StepOutput
 
 
 class Engine(Protocol):
@@ -38,8 +38,8 @@ class Engine(Protocol):
     same_modules: bool
     compute_dtype: torch.dtype
 
-    def micro_step(self, batch: MicroBatch, denominators: Denominators, *, last: bool) -> StepOutput:
-        """Forward and backward; `last` says that the optimizer step follows."""
+    def micro_step(self, batch: Batch, tokens: int, *, last: bool) -> StepOutput:
+        """Forward and backward; `tokens` divides the loss; `last` says that the optimizer step follows."""
 
     def step(self, learning_rate: float) -> float:
         """Clip, update, and forget the gradient; the gradient's norm before clipping.
@@ -168,7 +168,7 @@ class TorchEngine:
                 broadcast_buffers=False,  # rotary tables, the same everywhere
             )
 
-    def micro_step(self, batch: MicroBatch, denominators: Denominators, *, last: bool) -> StepOutput:
+    def micro_step(self, batch: Batch, tokens: int, *, last: bool) -> StepOutput:
         alone = self.module.no_sync() if self._parallel and not last else contextlib.nullcontext()  # type: ignore[operator]
         batch = batch.to(self.device, self.compute_dtype)
         with alone, peers_may_end():
@@ -176,7 +176,7 @@ class TorchEngine:
                 self.clock.part("forward"),
                 torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32),
             ):
-                output: StepOutput = self.module(batch, denominators)
+                output: StepOutput = self.module(batch, tokens)
             with self.clock.part("backward"):
                 (output.loss * self.ranks.size).backward()
         return output
@@ -313,11 +313,11 @@ class ZeroEngine:
                     f"engine {name}: DeepSpeed says {fact} {found}, expected {wanted}; nothing was trained"
                 )
 
-    def micro_step(self, batch: MicroBatch, denominators: Denominators, *, last: bool) -> StepOutput:
+    def micro_step(self, batch: Batch, tokens: int, *, last: bool) -> StepOutput:
         with peers_may_end():
             self.engine.set_gradient_accumulation_boundary(last)
             with self.clock.part("forward"):
-                output: StepOutput = self.engine(batch.to(self.device, self.compute_dtype), denominators)
+                output: StepOutput = self.engine(batch.to(self.device, self.compute_dtype), tokens)
             with self.clock.part("backward"):
                 self.engine.backward(output.loss * self.ranks.size, scale_wrt_gas=False)
         return output

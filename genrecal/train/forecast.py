@@ -14,17 +14,16 @@ from typing import Any
 import torch
 
 from genrecal.errors import UsageError
+from genrecal.objectives import objective_named
+from genrecal.objectives.losses import CHUNK_BYTES
+from genrecal.objectives.pairs import check_pair
 from genrecal.progress import human_bytes
 from genrecal.shards.mixture import Mixture
 from genrecal.train.config import StageConfig, TrainConfig
-from genrecal.train.dual_space import DualSpace
 from genrecal.train.engine import resolve_engine
 from genrecal.train.loop import plan_stage, stages_to_train
-from genrecal.train.losses import CHUNK_BYTES
-from genrecal.train.objectives import check_cache, check_pair
-from genrecal.train.recalibrator import Recalibrator
 from genrecal.train.run import student_prompt
-from genrecal.train.stages import add_lora, needs_recalibrator, needs_teacher_head, select_trainable, wanted_by
+from genrecal.train.stages import add_lora, select_trainable
 from genrecal.vlm.cached_teacher import prompt_options
 from genrecal.vlm.loading import model_folder, processor_files
 from genrecal.vlm.shape import meta_model
@@ -116,8 +115,9 @@ def make_forecast(
     for name, value in (("gpus", gpus), ("gpu-gigabytes", gpu_gigabytes)):
         if not value > 0:
             raise UsageError(f"--{name} {value}: expected more than 0")
-    for each in cache.caches:
-        check_cache(config.objective, each)
+    for stage in stages_to_train(config, stages):
+        for each in cache.caches:
+            objective_named(config.objective)(stage, config).check_cache(config.objective, each)
     prompt = student_prompt(config, prompt_options(*cache.caches))
     if processor_files(model_folder(student)):
         check_pair(config.objective, cache.first, student, prompt=prompt, trust_remote_code=trust_remote_code)
@@ -181,7 +181,7 @@ def count_parameters(stage: int, model: Any, config: TrainConfig, cache: Mixture
         model: the student on the meta device; LoRA is put into it where the stage has it.
         dtype: that frozen weights take where the stage trains none of the student's own.
     """
-    student, head = _Student(path="", model=model), model.get_output_embeddings()
+    student = _Student(path="", model=model)
     uses_lora = stage == 2 and config.lora.rank > 0
     trained: dict[str, int] = {}
     with torch.device("meta"):
@@ -191,13 +191,12 @@ def count_parameters(stage: int, model: Any, config: TrainConfig, cache: Mixture
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         if names:
             trained["LoRA" if uses_lora else "student"] = sum(sizes[name] for name in names)
-        if needs_recalibrator(stage, config):
-            trained["Recalibrator"] = _numel(Recalibrator.of(config, model.config, cache.hidden_size))
-        if config.objective == "dskd":
-            trained["dual space"] = _numel(DualSpace(head.weight.shape[1], cache.hidden_size))
+        objective = objective_named(config.objective)(stage, config)
+        for name, module in objective.modules(model.config, cache.hidden_size).items():
+            trained[name] = sum(parameter.numel() for parameter in module.parameters())
     frozen = {"student": sum(size for name, size in sizes.items() if name not in names)}
     frozen_bytes = (FLOAT32 if names and not uses_lora else dtype.itemsize) * frozen["student"]
-    if needs_teacher_head(stage, config):
+    if objective.needs_head:
         frozen["teacher's head"] = cache.head_rows * cache.hidden_size
         frozen_bytes += frozen["teacher's head"] * getattr(torch, cache.first.description["teacher"]["dtype"]).itemsize
     return Parameters(trained=trained, frozen=frozen, frozen_bytes=frozen_bytes)
@@ -246,18 +245,12 @@ def activation_bytes(
     tokens = settings.batch_size * longest
     block = tokens * (8 * text.hidden_size + 4 * text.intermediate_size) * dtype.itemsize
     layers = text.num_hidden_layers if stage > 1 else 0
-    if needs_recalibrator(stage, config):
-        wanted = wanted_by(stage, config)
-        layers += config.recalibrator.layers * (int(wanted.splice) + int(wanted.questions) + int(wanted.aligned))
+    layers += objective_named(config.objective)(stage, config).extra_blocks
     kept = layers * block
     if config.gradient_checkpointing:
         kept = layers * tokens * text.hidden_size * dtype.itemsize + block
     rows = max(cache.head_rows, text.vocab_size)
     return int(kept + 3 * (config.loss.chunk_rows * rows * FLOAT32 or CHUNK_BYTES))
-
-
-def _numel(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _free(path: Path) -> int:

@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -20,6 +20,10 @@ import torch
 from genrecal.errors import GenrecalError, StoppedError, UsageError
 from genrecal.files import write_whole
 from genrecal.folders import FolderLock
+from genrecal.objectives import objective_named
+from genrecal.objectives.base import Objective, Tier
+from genrecal.objectives.pairs import check_pair
+from genrecal.objectives.recalibrator import checkpoint_activations
 from genrecal.progress import Progress
 from genrecal.run_folder import CACHE_FACTS, LOCK_FILE, RUN_FILE
 from genrecal.shards.mixture import Mixture
@@ -28,11 +32,11 @@ from genrecal.train.advice import explain_failures, explain_loading, not_finite,
 from genrecal.train.batches import (
     BatchBuilder,
     LiveSource,
-    MicroBatch,
+    Loaded,
     RecordSource,
     ShardSource,
-    StandIn,
-    Step,
+    StageData,
+    image_beside,
     micro_batch_stream,
 )
 from genrecal.train.checkpoint import (
@@ -46,25 +50,14 @@ from genrecal.train.checkpoint import (
     trained_parameters,
 )
 from genrecal.train.config import StageConfig, TrainConfig
-from genrecal.train.dual_space import DualSpace
 from genrecal.train.engine import Engine, import_deepspeed, resolve_engine, start_engine
-from genrecal.train.logs import RunLog, Wandb, cache_facts, read_metrics, term_means, term_sums
+from genrecal.train.logs import RunLog, TermSums, Wandb, cache_facts, read_metrics, term_means, term_sums
 from genrecal.train.midway import Midway
-from genrecal.train.objectives import OBJECTIVES, TERMS, check_cache, check_pair, shared_with
 from genrecal.train.profiling import Clock, profile_text, profiled_run, scratch
 from genrecal.train.ranks import Ranks, StopSignals, joined, own_device, world_size
-from genrecal.train.recalibrator import Recalibrator, checkpoint_activations
 from genrecal.train.run import Run
 from genrecal.train.snapshot import take_snapshot
-from genrecal.train.stages import (
-    Denominators,
-    Distiller,
-    add_lora,
-    needs_recalibrator,
-    needs_teacher_head,
-    select_trainable,
-    wanted_by,
-)
+from genrecal.train.stages import Distiller, StepOutput, add_lora, select_trainable
 from genrecal.vlm.loading import VLM, resolve_device
 
 
@@ -85,7 +78,7 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
         OtherRankError: on the ranks that leave it to another to say what is wrong.
     """
     with all_ranks(run.config) as ranks, StopSignals() as signals, ExitStack() as held:
-        if ranks.first and (left_out := sorted(set(stages) - set(OBJECTIVES[run.config.objective].stages))):
+        if ranks.first and (left_out := sorted(set(stages) - set(objective_named(run.config.objective).stages))):
             sys.stderr.write(
                 f"genrecal: objective {run.config.objective} has no stage {left_out[0]}, which trains the Recalibrator alone; "
                 "it has none\n"
@@ -104,6 +97,8 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
         ranks.together(lambda: run.check_files(begun, cache))
         with ranks.together(lambda: _wandb_of(run) if ranks.first else nullcontext()) as wandb:
             for stage in stages_to_train(run.config, stages):
+                if received := next((name for name in ranks.gather(signals.received) if name), None):
+                    ranks.stop(StoppedError(f"stopped by {received} before stage {stage}; the same command goes on"))
                 if not ranks.gather(run.stage_result(stage).exists())[0]:
                     source = LiveSource(cache, live_teacher) if live_teacher else ShardSource(cache)
                     job = StageJob(
@@ -135,7 +130,7 @@ def profile(run: Run, steps: int, *, stages: Sequence[int] = (1, 2, 3), live_tea
 
 def stages_to_train(config: TrainConfig, stages: Sequence[int]) -> list[int]:
     """In order; an objective without a Recalibrator has no stage 1."""
-    return [stage for stage in sorted(set(stages)) if stage in OBJECTIVES[config.objective].stages]
+    return [stage for stage in sorted(set(stages)) if stage in objective_named(config.objective).stages]
 
 
 def _wandb_of(run: Run) -> AbstractContextManager[Wandb | None]:
@@ -167,12 +162,12 @@ def check_stages(run: Run, cache: Mixture, stages: Sequence[int], global_batches
     for stage in numbers:
         if run.stage_result(stage).exists():
             continue
-        if stage > 1 and OBJECTIVES[run.config.objective].recalibrates and stage - 1 not in numbers:
+        if stage > 1 and objective_named(run.config.objective).chained and stage - 1 not in numbers:
             run.need_result(stage - 1)
-        if wanted_by(stage, run.config).questions and not cache.column("has_question").any():
+        if objective_of(run, stage).tier >= Tier.QUESTIONS and not cache.column("has_question").any():
             raise UsageError(
-                f"{cache.path}: stage 1's regularisation needs the teacher's question states, and this cache has none; "
-                "set loss.reg_weight=0 to train without it"
+                f"{cache.path}: stage {stage} of objective {run.config.objective} reads the teacher's question states, and "
+                "this cache has none; set loss.reg_weight=0 to train without the regularisation"
             )
         plan = plan_stage(run.config.stage(stage), cache, global_batch=global_batches[f"stage{stage}"])
         if plan.num_samples < plan.global_batch:
@@ -202,17 +197,18 @@ def open_for(run: Run, stages: Sequence[int]) -> Mixture:
                 f"--cache {path}: {len(cache.shards)} of {cache.num_shards} shards are finished; "
                 "run `genrecal cache` again with the same options to finish it"
             )
-        if not cache.draws and any(wanted_by(stage, run.config).sampled for stage in stages):
-            raise UsageError(
-                f"--cache {path}: loss.target sample needs sampled targets, and this cache has none; "
-                "make one with `genrecal cache --targets sample:50`, or set loss.target to topk or exact"
-            )
-        check_cache(run.config.objective, cache)
+        for stage in stages_to_train(run.config, stages):
+            objective_of(run, stage).check_cache(run.config.objective, cache)
     mixture = Mixture(caches, run.config.data.weights)
     check_pair(
         run.config.objective, mixture.first, run.student, prompt=run.prompt, trust_remote_code=run.trust_remote_code
     )
     return mixture
+
+
+def objective_of(run: Run, stage: int) -> Objective[Any]:
+    """The run's objective in a stage."""
+    return objective_named(run.config.objective)(stage, run.config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,34 +282,30 @@ def plan_stage(config: StageConfig, cache: Mixture, *, global_batch: int | None 
 
 def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> None:
     run, stage, ranks, config, settings = job.run, job.stage, job.ranks, job.run.config, job.settings
-    plan, engine, distiller, stream, first_step = _prepare(job, source)
+    plan, engine, distiller, builder, data, first_step = _prepare(job, source)
     if stage == 1 and first_step == 0:
         _measure(job, distiller, source, plan, "start")
+    # A live teacher stays in this process.
+    workers = config.data.workers if isinstance(source, ShardSource) else 0
+    stream = micro_batch_stream(builder, data, range(first_step, plan.num_steps), workers=workers)
     with (
         few_to_collect(),
-        closing(stream),
+        closing(stream),  # type: ignore[type-var]
         RunLog(run.path, stage, first_step=first_step, writes=ranks.first, wandb=job.wandb) as log,
         Progress(f"stage {stage}", plan.num_steps, "steps", done=first_step, shown=ranks.first) as progress,
     ):
         skipped, damaged = (ranks.gather(log.left_out)[0][name] for name in ("skipped", "damaged"))
         points = job.midway.points(stage, plan.num_steps) - ranks.gather(log.evaluations)[0] if job.midway else set()
-        started = time.perf_counter()
         for step in range(first_step, plan.num_steps):
             if step in points:
                 _evaluate(job, distiller.student, plan, step, log)
-                started = time.perf_counter()
-            loaded = next(stream)
-            shares = ranks.gather(Share.of(loaded, time.perf_counter() - started, signals.received))
-            if received := next((share.signal for share in shares if share.signal), None):
-                if step > first_step:
-                    _save(job, engine, step)
-                ranks.stop(
-                    StoppedError(
-                        f"stopped by {received} after step {step} of stage {stage}, which is saved; the same command goes on"
-                    )
-                )
-            if error := next((share.error for share in shares if share.error), None):
-                ranks.stop(explain_loading(error, stage, config))
+            started = time.perf_counter()
+            tokens, rate = data.answer_tokens(step), learning_rate(settings, step, plan.num_steps)
+            seed_step(config.seed, stage, step, ranks.rank)
+            own = micro_steps(engine, stream, builder, data.micro_steps(step), tokens, job)
+            own.signal = signals.received
+            shares = ranks.gather(own)
+            _check_shares(shares, job, engine)
             left_out = {
                 name: texts
                 for name in ("skipped", "damaged")
@@ -333,30 +325,31 @@ def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> N
                         examples=[text for texts in left_out.values() for text in texts],
                     )
                 )
-            if not any(share.samples for share in shares):
-                log.write(step, {"samples": 0, **left_out})
-                progress.advance(1, "no sample in this step")
-                started = time.perf_counter()
-                continue
-            rate = learning_rate(settings, step, plan.num_steps)
-            seed_step(config.seed, stage, step, ranks.rank)
-            longest = max((b.student_inputs["input_ids"].shape[1] for b in loaded.batches if b is not None), default=0)
-            with explain_failures(stage, config, longest=longest):
-                values = train_step(engine, loaded.batches, Share.denominators(shares), rate, ranks)
+            values = update(engine, rate, shares, ranks)
             seconds = time.perf_counter() - started
-            tokens = sum(share.tokens for share in shares)
+            student_tokens = sum(share.student_tokens for share in shares)
             values |= {
-                "lr": rate, "samples": sum(share.samples for share in shares), "student_tokens": tokens,
-                "seconds": seconds, "data_wait": max(share.waited for share in shares) / seconds,
-                "tokens_per_second": tokens / seconds, "memory_gb": max(share.memory for share in shares) / 1e9,
+                "lr": rate, "samples": sum(len(share.keys) for share in shares), "teacher_tokens": tokens,
+                "student_tokens": student_tokens, "seconds": seconds,
+                "data_wait": max(share.waited for share in shares) / seconds,
+                "tokens_per_second": student_tokens / seconds, "memory_gb": max(share.memory for share in shares) / 1e9,
             }  # fmt: skip
             values |= left_out | job.clock.read()
-            if step % config.log_every == 0 or step == plan.num_steps - 1 or left_out:
+            last = step + 1 == plan.num_steps
+            if step % config.log_every == 0 or last or left_out:
                 log.write(step, values)
-            if settings.checkpoint_every and (step + 1) % settings.checkpoint_every == 0 and step + 1 < plan.num_steps:
+            received = next((share.signal for share in shares if share.signal), None)
+            due = settings.checkpoint_every and (step + 1) % settings.checkpoint_every == 0
+            if (due or received) and not last:
                 _save(job, engine, step + 1)
-            progress.advance(1, _in_words(values))
-            started = time.perf_counter()
+            if received and not last:
+                ranks.stop(
+                    StoppedError(
+                        f"stopped by {received} after step {step + 1} of stage {stage}, which is saved; the same command "
+                        "goes on"
+                    )
+                )
+            progress.advance(1, _in_words(values, distiller.objective))
         if plan.num_steps in points:
             _evaluate(job, distiller.student, plan, plan.num_steps, log)
     if damaged and ranks.first:
@@ -386,9 +379,9 @@ def few_to_collect() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _in_words(values: dict[str, Any]) -> str:
+def _in_words(values: dict[str, Any], objective: Objective[Any]) -> str:
     """A step's values, for the line of progress."""
-    terms = [f"{name} {values[name]:.3f}" for name in ("loss", *TERMS) if name in values]
+    terms = [f"{name} {values[name]:.3f}" for name in ("loss", "sft", *objective.logs) if name in values]
     return (
         f"{', '.join(terms)}, {values['tokens_per_second']:.0f} tokens/s, {values['data_wait']:.0%} waiting for data, "
         f"{values['memory_gb']:.1f} GB"
@@ -407,7 +400,7 @@ def _measure(job: StageJob, distiller: Distiller, source: RecordSource, plan: St
     """A snapshot for the report, which rank 0 takes; the others wait. Not with zero3, where no process has the whole
     student."""
     config = job.run.config
-    if distiller.recalibrator is None or not config.measure.samples or config.engine == "zero3":
+    if not hasattr(distiller, "recalibrator") or not config.measure.samples or config.engine == "zero3":
         return
 
     def measure() -> None:
@@ -426,20 +419,16 @@ def _measure(job: StageJob, distiller: Distiller, source: RecordSource, plan: St
     job.ranks.together(measure)
 
 
-def _prepare(
-    job: StageJob, source: RecordSource
-) -> tuple[StagePlan, Engine, Distiller, Generator[Step, None, None], int]:
-    """The stage's plan; its engine, where the newest checkpoint left it; what it trains; the samples from there on; and
-    the first step."""
+def _prepare(job: StageJob, source: RecordSource) -> tuple[StagePlan, Engine, Distiller, BatchBuilder, StageData, int]:
+    """The stage's plan; its engine, where the newest checkpoint left it; what it trains; its samples; and the first step."""
     run, cache, stage, ranks, config, settings = job.run, job.cache, job.stage, job.ranks, job.run.config, job.settings
     compute_dtype = resolve_precision(config)
 
     def build() -> tuple[StagePlan, Distiller]:
         plan = plan_stage(settings, cache, global_batch=job.global_batch)
         torch.manual_seed(config.seed * 4 + stage)
-        return plan, build_distiller(run, cache, stage, job.device, compute_dtype)
+        return plan, build_distiller(run, cache, stage, job.device, compute_dtype, samples=plan.indices)
 
-    wanted = wanted_by(stage, config)
     plan, distiller = ranks.together(build)
 
     if ranks.first:
@@ -477,33 +466,45 @@ def _prepare(
     if checkpoint is not None:
         engine.load_moments(checkpoint.state, where=str(checkpoint.path))
     first_step = checkpoint.step if checkpoint is not None else 0
-    renderer = distiller.student.renderer
-    builder = BatchBuilder(
-        _Subset(source, plan.indices),
-        renderer,
-        wanted,
-        max_tokens=config.max_tokens,
-        on_damage=config.data.on_damage,
-        stand_in=StandIn.make(
-            renderer, cache.hidden_size, picture=engine.same_modules and bool(cache.column("images").any())
-        )
-        if ranks.size > 1
-        else None,
-        states_dtype=compute_dtype,
-    )
-    stream = micro_batch_stream(
-        builder,
+    builder = ranks.together(lambda: _builder(job, source, plan, distiller, engine))
+    data = StageData(
         order=cache.order(plan.indices, seed=config.seed * 4 + stage, window=config.data.window),
         lengths=(cache.column("question_tokens") + cache.column("answer_tokens"))[plan.indices],
-        steps=range(first_step, plan.num_steps),
+        tokens=cache.column("answer_tokens")[plan.indices],
         global_batch=plan.global_batch,
         last_sample=plan.num_samples,
         batch_size=settings.batch_size,
-        workers=config.data.workers if isinstance(source, ShardSource) else 0,  # a live teacher stays in this process
         rank=ranks.rank,
         world_size=ranks.size,
     )
-    return plan, engine, distiller, stream, first_step
+    return plan, engine, distiller, builder, data, first_step
+
+
+FILLERS = 64  # samples that are tried for `BatchBuilder.fillers`
+
+
+def _builder(
+    job: StageJob, source: RecordSource, plan: StagePlan, distiller: Distiller, engine: Engine
+) -> BatchBuilder:
+    config, renderer = job.run.config, distiller.student.renderer
+    fillers, beside = np.empty(0, np.int64), None
+    if job.ranks.size > 1 or engine.same_modules:
+        images = job.cache.column("images")[plan.indices]
+        fillers = np.arange(min(FILLERS, len(images)))
+        if engine.same_modules and images.any():
+            fillers, beside = np.flatnonzero(images)[:FILLERS], image_beside(renderer)
+    builder = BatchBuilder(
+        _Subset(source, plan.indices),
+        renderer,
+        distiller.objective,
+        max_tokens=config.max_tokens,
+        on_damage=config.data.on_damage,
+        beside=beside,
+        fillers=fillers.tolist(),
+    )
+    if len(fillers):
+        builder.filler()
+    return builder
 
 
 def _save(job: StageJob, engine: Engine, step: int) -> None:
@@ -524,53 +525,83 @@ def _save(job: StageJob, engine: Engine, step: int) -> None:
     job.ranks.together(write)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Share:
-    """What one rank brings to an optimizer step; gathered before anything is computed.
+    """What one rank did of an optimizer step, gathered before anything is updated.
 
     Args:
-        rows: its part of the denominators.
-        waited: seconds for its data. memory: bytes of its device, the most so far.
-        error: what stopped its loading; signal: what told it to stop.
+        loss: its part of the step's. sums: of its terms. bad: losses that are not finite, with their samples.
+        keys: its samples. student_tokens: of them. waited: seconds for data. memory: bytes of its device, the most so far.
+        skipped, damaged: why samples were left out. error: what stopped its loading. signal: what told it to stop.
     """
 
-    rows: Denominators
-    samples: int
-    tokens: int
-    waited: float
-    memory: int
-    skipped: list[str]
-    damaged: list[str]
-    error: GenrecalError | None
-    signal: str | None
+    loss: float = 0.0
+    sums: TermSums = field(default_factory=dict)
+    bad: list[tuple[float, list[str]]] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    student_tokens: int = 0
+    waited: float = 0.0
+    memory: int = 0
+    skipped: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+    error: GenrecalError | None = None
+    signal: str | None = None
 
-    @classmethod
-    def of(cls, loaded: Step, waited: float, signal: str | None) -> "Share":
-        batches = [batch for batch in loaded.batches if batch is not None]
-        return cls(
-            rows=Denominators(
-                teacher_rows=sum(len(batch.target_ids) for batch in batches if batch.target_ids is not None),
-                student_rows=sum(len(batch.sft_ids) for batch in batches),
-                aligned_rows=sum(len(batch.aligned_rows) for batch in batches if batch.aligned_rows is not None),
-            ),
-            samples=sum(len(batch.keys) for batch in batches),
-            tokens=sum(int(b.student_inputs["attention_mask"][: len(b.keys)].sum()) for b in batches),
-            waited=waited,
-            memory=most_memory(),
-            skipped=loaded.skipped,
-            damaged=loaded.damaged,
-            error=loaded.error,
-            signal=signal,
-        )
 
-    @staticmethod
-    def denominators(shares: Sequence["Share"]) -> Denominators:
-        """Those of the global batch."""
-        return Denominators(
-            teacher_rows=sum(share.rows.teacher_rows for share in shares),
-            student_rows=sum(share.rows.student_rows for share in shares),
-            aligned_rows=sum(share.rows.aligned_rows for share in shares),
-        )
+def micro_steps(
+    engine: Engine, stream: Iterator[Loaded], builder: BatchBuilder, count: int, tokens: int, job: StageJob
+) -> Share:
+    """Forward and backward of this rank's micro-batches of a step, as they come. An error is kept for later, and the other
+    ranks' micro-steps are gone through with fillers: they wait for this one's."""
+    share, losses = Share(), []
+    outputs: list[StepOutput] = []
+    for number in range(1, count + 1):
+        waiting = time.perf_counter()
+        loaded = next(stream) if share.error is None else Loaded()
+        share.waited += time.perf_counter() - waiting
+        share.error = share.error or loaded.error
+        share.skipped += loaded.skipped
+        share.damaged += loaded.damaged
+        batch = loaded.batch
+        if batch is None and builder.fillers:
+            batch = builder.filler()
+        if batch is None:
+            continue
+        with explain_failures(job.stage, job.run.config, longest=batch.student_inputs["input_ids"].shape[1]):
+            output = engine.micro_step(batch, tokens, last=number == count)
+        outputs.append(StepOutput(loss=output.loss.detach(), sums=output.sums, counts=output.counts))
+        losses.append((outputs[-1].loss, batch.keys))
+        share.keys += batch.keys
+        share.student_tokens += int(batch.student_inputs["attention_mask"][: len(batch.keys)].sum())
+    values = [(loss.item(), keys) for loss, keys in losses]
+    share.loss, share.sums = sum(loss for loss, _ in values), term_sums(outputs)
+    share.bad = [(loss, keys) for loss, keys in values if not math.isfinite(loss)]
+    share.memory = most_memory()
+    return share
+
+
+def _check_shares(shares: Sequence[Share], job: StageJob, engine: Engine) -> None:
+    """Stop all ranks where loading or a loss went wrong on one; nothing is updated then."""
+    if error := next((share.error for share in shares if share.error), None):
+        job.ranks.stop(explain_loading(error, job.stage, job.run.config))
+    if broken := next((share.bad for share in shares if share.bad), None):
+        job.ranks.stop(not_finite("loss", *broken[0], engine.compute_dtype))
+
+
+def update(engine: Engine, rate: float, shares: Sequence[Share], ranks: Ranks) -> dict[str, Any]:
+    """The optimizer's step; the loss and the means of its terms, over all ranks.
+
+    Stops all ranks with a TrainingError, before anything is changed, if the gradient is not finite.
+    """
+    norm = engine.step(rate)
+    if not math.isfinite(norm):
+        keys = [key for share in shares for key in share.keys]
+        ranks.stop(not_finite("gradient's norm", norm, keys, engine.compute_dtype))
+    return {
+        "loss": sum(share.loss for share in shares),
+        "grad_norm": norm,
+        **term_means([share.sums for share in shares]),
+    }
 
 
 class _Subset:
@@ -579,87 +610,53 @@ class _Subset:
     def __init__(self, source: RecordSource, indices: np.ndarray):
         self.source, self.indices = source, indices
 
-    def fetch(self, indices: Sequence[int], *, teacher: bool, questions: bool) -> Any:
-        return self.source.fetch([int(self.indices[i]) for i in indices], teacher=teacher, questions=questions)
+    def fetch(self, indices: Sequence[int], tier: Tier) -> Any:
+        return self.source.fetch([int(self.indices[i]) for i in indices], tier)
 
 
 def build_distiller(
-    run: Run, cache: Mixture, stage: int, device: torch.device, compute_dtype: torch.dtype
+    run: Run,
+    cache: Mixture,
+    stage: int,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    *,
+    samples: np.ndarray | None = None,
 ) -> Distiller:
-    """The student as the stage before left it, what the stage trains, and the frozen head.
+    """The student as the stage before left it, and what the objective trains beside it.
 
-    Trained parameters are float32; frozen ones take the compute dtype.
+    Trained parameters are float32; frozen ones take the compute dtype. `samples` are those of the stage; None for all.
     """
-    config = run.config
+    config, objective = run.config, objective_of(run, stage)
     trains_base = stage == 3 or (stage == 2 and not config.lora.rank)
     dtype = torch.float32 if trains_base else compute_dtype
-    objective = OBJECTIVES[config.objective]
-    before = 2 if stage == 3 and (objective.recalibrates or run.stage_result(2).exists()) else 0
+    before = 2 if stage == 3 and (objective.chained or run.stage_result(2).exists()) else 0
     student = run.student_after(before, dtype, device)
     if stage == 2 and config.lora.rank:
         add_lora(student, config.lora)
     for name in select_trainable(stage, student, config.lora):
         parameter = student.model.get_parameter(name)
         parameter.data = parameter.data.float()
-    recalibrator, dual_space, shared_ids = None, None, 0
-    head = cache.head(str(device)) if needs_teacher_head(stage, config) else None
-    if needs_recalibrator(stage, config):
-        recalibrator = Recalibrator.of(config, student.model.config, cache.hidden_size).to(device)
-    if config.objective == "dskd":
-        dual_space = DualSpace(student.hidden_size, cache.hidden_size).to(device)
-    if objective.one_tokenizer:
-        shared = shared_with(cache.first, run.student, prompt=run.prompt, trust_remote_code=run.trust_remote_code)
-        shared_ids = min(shared.ids, cache.head_rows, student.head.out_features)
+    modules = {
+        name: module.to(device) for name, module in objective.modules(student.model.config, cache.hidden_size).items()
+    }
     student.model.train(stage > 1)
     if config.gradient_checkpointing:
-        checkpoint_activations(student.model if stage > 1 else None, recalibrator)
-    distiller = Distiller(
-        stage,
-        student,
-        recalibrator,
-        head,
-        config.loss,
-        question_fraction=cache.question_share or 1.0,
-        objective=config.objective,
-        shared_ids=shared_ids,
-        dual_space=dual_space,
-    )
-    if dual_space is not None and before == 2:
-        parameters = {f"dual_space.{name}": value for name, value in dual_space.named_parameters()}
-        learnt = {name: value for name, value in run.load_result(2).items() if name in parameters}
-        copy_weights(learnt, parameters, where=str(run.stage_result(2)))
-    if stage == 2 and recalibrator is not None:
-        parameters = {f"recalibrator.{name}": value for name, value in recalibrator.named_parameters()}
-        copy_weights(run.load_result(1), parameters, where=str(run.stage_result(1)))
-    return distiller
-
-
-def train_step(
-    engine: Engine,
-    batches: Sequence[MicroBatch | None],
-    denominators: Denominators,
-    learning_rate: float,
-    ranks: Ranks,
-) -> dict[str, Any]:
-    """One optimizer step over this rank's micro-batches of a global batch; the means of its terms, over all ranks.
-
-    Stops all ranks with a TrainingError, before anything is changed, if a loss or the gradient is not finite.
-    """
-    given = [batch for batch in batches if batch is not None]
-    outputs = [
-        engine.micro_step(batch, denominators, last=number == len(given)) for number, batch in enumerate(given, 1)
-    ]
-    losses = [output.loss.item() for output in outputs]
-    bad = [(loss, batch.keys) for loss, batch in zip(losses, given, strict=True) if not math.isfinite(loss)]
-    found = ranks.gather((sum(losses), term_sums(outputs), bad, [key for batch in given for key in batch.keys]))
-    if broken := next((first for _, _, (*first,), _ in found if first), None):
-        loss, keys = broken[0]
-        ranks.stop(not_finite("loss", loss, keys, engine.compute_dtype))
-    norm = engine.step(learning_rate)
-    if not math.isfinite(norm):
-        keys = [key for *_, keys in found for key in keys]
-        ranks.stop(not_finite("gradient's norm", norm, keys, engine.compute_dtype))
-    return {"loss": sum(loss for loss, *_ in found), "grad_norm": norm, **term_means([sums for _, sums, *_ in found])}
+        if stage > 1:
+            checkpoint_activations(student.model)
+        for module in modules.values():
+            if hasattr(module, "gradient_checkpointing_enable"):
+                module.gradient_checkpointing_enable()  # type: ignore[operator]
+    objective.prepare(student, cache, np.arange(len(cache)) if samples is None else samples, modules)
+    previous = stage - 1
+    if modules and previous in objective.stages and (objective.chained or run.stage_result(previous).exists()):
+        learnt = run.load_result(previous)
+        for name, module in modules.items():
+            parameters = {f"{name}.{key}": value for key, value in module.named_parameters()}
+            own = {key: value for key, value in learnt.items() if key.startswith(f"{name}.")}
+            if own:
+                copy_weights(own, parameters, where=str(run.stage_result(previous)))
+    return Distiller(student, objective, modules)
 
 
 def most_memory() -> int:

@@ -19,14 +19,15 @@ import torch
 import torch.nn.functional as F
 
 from genrecal.errors import SampleError
+from genrecal.objectives.base import Tier
+from genrecal.objectives.losses import chunked_cross_entropy
+from genrecal.objectives.recalibrator import Recalibrator
 from genrecal.run_folder import PAIRINGS, POOLINGS, Snapshot
 from genrecal.samples import Sample
 from genrecal.shards.mixture import Mixture
 from genrecal.shards.record import Record
 from genrecal.train.batches import RecordSource
-from genrecal.train.losses import chunked_cross_entropy
 from genrecal.train.midway import at_rest
-from genrecal.train.recalibrator import Recalibrator
 from genrecal.train.stages import Distiller
 from genrecal.vlm.loading import VLM
 from genrecal.vlm.rendering import Encoded
@@ -76,8 +77,8 @@ def take_snapshot(
         samples: how many are measured at most, beside the ten that are compared.
         moment: "start" or "end" of the distiller's stage.
     """
-    student, recalibrator = distiller.student, distiller.recalibrator
-    assert recalibrator is not None
+    student = distiller.student
+    recalibrator: Recalibrator = distiller.get_submodule("recalibrator")  # type: ignore[assignment]
     compared: set[int] = set()
     if (
         recalibrator.rec_proj_pre is not None
@@ -87,7 +88,7 @@ def take_snapshot(
     device = student.device.type
     with at_rest(distiller), torch.autocast(device, dtype=compute_dtype, enabled=compute_dtype != torch.float32):
         for index in sorted(compared | set(spread(indices, samples).tolist())):
-            (fetched,) = source.fetch([index], teacher=True, questions=index in compared)
+            (fetched,) = source.fetch([index], Tier.QUESTIONS if index in compared else Tier.STATES)
             if not isinstance(fetched, tuple):
                 continue  # damaged, which the steps say
             sample, record = fetched
@@ -98,7 +99,7 @@ def take_snapshot(
                 continue
             states = student.hidden(student.renderer.collate([encoded]))[0]  # [L, D_s]
             found.samples += 1
-            found.add("student", *_student_losses(student, states, encoded, distiller.loss.chunk_rows))
+            found.add("student", *_student_losses(student, states, encoded, distiller.objective.loss.chunk_rows))
             found.add("teacher", *_teacher_losses(record))
             if record.question is not None:
                 found.compared.append(_compared(recalibrator, states.float(), encoded, record, sample))

@@ -353,7 +353,7 @@ def pair_report(pair: Pair, objectives: Sequence[Finding]) -> Group:
     """The comparison as tables for a terminal.
 
     Args:
-        objectives: whether each applies (`genrecal.train.objectives.findings`).
+        objectives: whether each applies (`genrecal.objectives.findings`).
     """
     answer = "possible" if pair.traditional else "not possible"
     return Group(

@@ -16,14 +16,16 @@ from torch import nn
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher, LiveTeacher
+from genrecal.objectives import OBJECTIVES
+from genrecal.objectives.base import map_tensors
 from genrecal.samples import open_samples
-from genrecal.shards.reader import open_cache
-from genrecal.train.batches import BatchBuilder, ShardSource, Splice, Wanted
-from genrecal.train.config import LossConfig, load_config
+from genrecal.shards.mixture import open_caches
+from genrecal.train.batches import BatchBuilder, ShardSource
+from genrecal.train.config import LossConfig, TrainConfig, load_config
 from genrecal.train.logs import MACHINE, read_metrics
 from genrecal.train.loop import train
 from genrecal.train.run import Run
-from genrecal.train.stages import Denominators, Distiller
+from genrecal.train.stages import Distiller
 from genrecal.vlm.loading import load_vlm
 
 FAMILIES = ["qwen2_vl", "internvl_qwen2", "internvl_llama", "llava_onevision"]
@@ -56,22 +58,26 @@ def same_model(tiny, tmp_path_factory):
                 folder / "cache",
                 CacheOptions(samples_per_shard=5, top_k=16, draws=1000, answer_codec="bf16", question_codec="bf16"),
             )
-            made[family] = (load_vlm(tiny(family), dtype=torch.float32), open_cache(folder / "cache"))
+            made[family] = (load_vlm(tiny(family), dtype=torch.float32), open_caches([folder / "cache"]))
         return made[family]
 
     return get
 
 
+def targets_late(batch):
+    return dataclasses.replace(batch, target=map_tensors(batch.target, lambda t: t.roll(1, 0)))
+
+
 def terms(model, cache, *, change=None, target="topk"):
     """Means of the Recalibrator's terms over the whole cache, as stage 1 computes them; `change` spoils the batch."""
-    wanted = Wanted(teacher=True, questions=True, exact=target == "exact", sampled=target == "sample", aligned=True)
-    batch = BatchBuilder(ShardSource(cache), model.renderer, wanted)[range(len(cache))].batch
+    objective = OBJECTIVES["genrecal-aligned"](1, TrainConfig(loss=LossConfig(target=target)))
+    modules = {"recalibrator": Unchanged()}
+    objective.prepare(model, cache, np.arange(len(cache)), modules)
+    batch = BatchBuilder(ShardSource(cache), model.renderer, objective)[range(len(cache))].batch
     if change is not None:
         batch = change(batch)
-    distiller = Distiller(1, model, Unchanged(), cache.head(), LossConfig(target=target))
-    rows = len(batch.target_ids)
     with torch.no_grad():
-        output = distiller(batch, Denominators(teacher_rows=rows, student_rows=len(batch.sft_ids), aligned_rows=rows))
+        output = Distiller(model, objective, modules)(batch, len(batch.target_ids))
     return {name: (value / output.counts[name]).item() for name, value in output.sums.items()}
 
 
@@ -103,9 +109,7 @@ def test_teacher_equal_student_gives_no_kl_but_chance_from_draws(same_model, fam
         variances += ((p * log_p**2).sum(-1) - (p * log_p).sum(-1) ** 2).tolist()  # of -log p(id), one draw
     error = (sum(variances) / 1000) ** 0.5 / len(variances)
     assert abs(means["kl"]) < 2e-3 + 4 * error, (means, error)
-    shifted_draws = terms(
-        model, cache, target="sample", change=lambda b: dataclasses.replace(b, sample_ids=b.sample_ids.roll(1, 0))
-    )
+    shifted_draws = terms(model, cache, target="sample", change=targets_late)
     assert shifted_draws["kl"] > 0.3
     assert means["aligned_kl"] == pytest.approx(means["kl"], abs=2e-3)  # the same draws
 
@@ -129,21 +133,24 @@ def test_cross_entropy_through_the_shards_is_the_models_own(same_model, family):
     assert means["aligned_ce"] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-4)
 
 
-def shifted(splice, by):
-    return Splice(rows=splice.rows, predicts=(splice.predicts + by).clamp(0, splice.rows.numel() - 1))
+def in_splice(**changes):
+    """Changes tensors of the batch's splice."""
+    return lambda b: dataclasses.replace(
+        b, splice=dataclasses.replace(b.splice, **{name: change(b.splice) for name, change in changes.items()})
+    )
+
+
+def shifted(by):
+    return in_splice(predicts=lambda s: (s.predicts + by).clamp(0, s.rows.numel() - 1))
 
 
 MISALIGNMENTS = {
-    "read one position late": lambda b: dataclasses.replace(b, splice=shifted(b.splice, 1)),
-    "read one position early": lambda b: dataclasses.replace(b, splice=shifted(b.splice, -1)),
-    "answer states one late": lambda b: dataclasses.replace(b, answer_states=b.answer_states.roll(1, 0)),
-    "answer states one early": lambda b: dataclasses.replace(b, answer_states=b.answer_states.roll(-1, 0)),
-    "targets one late": lambda b: dataclasses.replace(
-        b, topk_ids=b.topk_ids.roll(1, 0), topk_log_probs=b.topk_log_probs.roll(1, 0)
-    ),
-    "splice rows one late": lambda b: dataclasses.replace(
-        b, splice=Splice(rows=b.splice.rows.roll(1, 1), predicts=b.splice.predicts)
-    ),
+    "read one position late": shifted(1),
+    "read one position early": shifted(-1),
+    "answer states one late": in_splice(answers=lambda s: s.answers.roll(1, 0)),
+    "answer states one early": in_splice(answers=lambda s: s.answers.roll(-1, 0)),
+    "targets one late": targets_late,
+    "splice rows one late": in_splice(rows=lambda s: s.rows.roll(1, 1)),
 }
 
 
@@ -162,9 +169,7 @@ ALIGNED_MISALIGNMENTS = {
     "read one position late": lambda b: dataclasses.replace(b, aligned_at=moved(b.aligned_at, 1)),
     "read one position early": lambda b: dataclasses.replace(b, aligned_at=moved(b.aligned_at, -1)),
     "rows one late": lambda b: dataclasses.replace(b, aligned_rows=b.aligned_rows.roll(1)),
-    "targets one late": lambda b: dataclasses.replace(
-        b, topk_ids=b.topk_ids.roll(1, 0), topk_log_probs=b.topk_log_probs.roll(1, 0)
-    ),
+    "targets one late": targets_late,
 }
 
 
@@ -179,7 +184,12 @@ def test_any_misalignment_by_one_position_shows_in_the_aligned_pass(same_model, 
 
 def test_question_states_one_late_show_in_the_regularisation(same_model):
     model, cache = same_model("qwen2_vl")
-    means = terms(model, cache, change=lambda b: dataclasses.replace(b, question_states=b.question_states.roll(1, 0)))
+
+    def late(batch):
+        reg = dataclasses.replace(batch.regularisation, questions=batch.regularisation.questions.roll(1, 0))
+        return dataclasses.replace(batch, regularisation=reg)
+
+    means = terms(model, cache, change=late)
     assert means["reg_kl_first"] > 0.3 and means["kl_first"] < 1e-5
 
 

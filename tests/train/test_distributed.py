@@ -30,11 +30,12 @@ from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.errors import TrainingError, UsageError
+from genrecal.objectives import OBJECTIVES
 from genrecal.samples import open_samples
 from genrecal.shards.mixture import open_caches
 from genrecal.shards.order import SampleOrder, micro_batches
 from genrecal.shards.reader import open_cache
-from genrecal.train.batches import BatchBuilder, ShardSource, StandIn
+from genrecal.train.batches import BatchBuilder, ShardSource, image_beside
 from genrecal.train.checkpoint import trained_parameters
 from genrecal.train.config import load_config
 from genrecal.train.engine import TorchEngine, check_processes, import_deepspeed, resolve_engine
@@ -42,7 +43,6 @@ from genrecal.train.logs import MACHINE, read_evaluations, read_metrics
 from genrecal.train.loop import build_distiller, train
 from genrecal.train.ranks import Ranks, joined, own_device, world_size
 from genrecal.train.run import Run
-from genrecal.train.stages import Denominators, needs_recalibrator, wanted_by
 from genrecal.vlm.loading import load_processor
 from genrecal.vlm.rendering import Renderer
 
@@ -211,7 +211,7 @@ def test_a_stand_in_changes_no_number(tiny, tmp_path, teacher, stage, target, se
     student = tiny("qwen2_vl" if config.objective == "kl" else "internvl_qwen2")
     run = Run(path=tmp_path / "run", config=config, student=str(student), caches=(str(cache.path),))
     torch.manual_seed(0)
-    if stage > 1 and needs_recalibrator(1, config):  # what it starts from
+    if stage > 1 and OBJECTIVES[config.objective].chained:  # what it starts from
         before = build_distiller(run, cache, 1, torch.device("cpu"), torch.float32)
         run.save_result(1, {name: p.detach() for name, p in trained_parameters(before).items()})
     if stage > 2:
@@ -220,11 +220,11 @@ def test_a_stand_in_changes_no_number(tiny, tmp_path, teacher, stage, target, se
     distiller = build_distiller(run, cache, stage, torch.device("cpu"), torch.float32)
     renderer = distiller.student.renderer
     found = []
-    for stand_in in (None, StandIn.make(renderer, cache.hidden_size, picture=True)):
-        builder = BatchBuilder(ShardSource(cache), renderer, wanted_by(stage, config), stand_in=stand_in)
+    for beside in (None, image_beside(renderer)):
+        builder = BatchBuilder(ShardSource(cache), renderer, distiller.objective, beside=beside, fillers=[0, 1])
         batch = builder[[0, 1]].batch
         distiller.zero_grad(set_to_none=True)
-        loss = distiller(batch, Denominators(teacher_rows=7, student_rows=7, aligned_rows=7)).loss
+        loss = distiller(batch, 7).loss
         loss.backward()
         found.append((loss, {name: p.grad for name, p in trained_parameters(distiller).items()}))
     (loss, gradients), (loss_beside, gradients_beside) = found
@@ -234,7 +234,7 @@ def test_a_stand_in_changes_no_number(tiny, tmp_path, teacher, stage, target, se
         expected = torch.zeros_like(gradients_beside[name]) if gradient is None else gradient
         torch.testing.assert_close(gradients_beside[name], expected, rtol=1e-4, atol=1e-5)
     distiller.zero_grad(set_to_none=True)
-    output = distiller(builder[[]].batch, Denominators(teacher_rows=7, student_rows=7, aligned_rows=7))
+    output = distiller(builder[[]].batch, 7)
     output.loss.backward()
     assert output.loss.item() == 0 and not any(output.counts.values())
     for name, parameter in trained_parameters(distiller).items():

@@ -68,7 +68,7 @@ def test_parameters_and_what_stands_in_memory(trained, cache, stage, settings):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
-    head = [distiller.head.weight] if distiller.head is not None else []
+    head = [distiller.objective.head.weight] if distiller.objective.head is not None else []
     memory = memory_of("none", counted, 0, 1)
     assert counted.num_trained == sum(parameter.numel() for parameter in own.values())
     frozen = sum(p.numel() for p in [*distiller.parameters(), *head] if not p.requires_grad)

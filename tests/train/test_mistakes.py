@@ -80,7 +80,7 @@ def test_stages_in_a_wrong_order(told, stages, missing):
 
 def test_no_question_tier_for_the_regularisation(told):
     status, line = told(*FEW, "--set", "loss.reg_weight=1.0")
-    assert status == 2 and "regularisation needs the teacher's question states" in line and "loss.reg_weight=0" in line
+    assert status == 2 and "reads the teacher's question states" in line and "loss.reg_weight=0" in line
 
 
 def test_a_student_with_the_processor_of_another_family(told, tiny, tmp_path):

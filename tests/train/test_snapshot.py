@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.errors import UsageError
+from genrecal.objectives.base import Tier
 from genrecal.run_folder import MOMENTS, POOLINGS, read_metrics, read_snapshots
 from genrecal.samples import open_samples
 from genrecal.shards.mixture import open_caches
@@ -188,12 +189,12 @@ def test_without_question_states_and_with_damage(tiny, cache, run, tmp_path):
     distiller = build_distiller(run, opened, 2, torch.device("cpu"), torch.float32)
 
     class Damaged(ShardSource):
-        def fetch(self, indices, *, teacher, questions):
+        def fetch(self, indices, tier):
             from genrecal.errors import DamageError
 
-            if questions or indices == [3]:
+            if tier == Tier.QUESTIONS or indices == [3]:
                 return [DamageError("gone")]
-            return super().fetch(indices, teacher=teacher, questions=questions)
+            return super().fetch(indices, tier)
 
     compared = int(opened.column("has_question").sum())
     snapshot = take_snapshot(

@@ -9,15 +9,15 @@ from conftest import conversation, mixed_samples, write_llava
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
+from genrecal.objectives import OBJECTIVES
+from genrecal.objectives.align import align_turn_naive
+from genrecal.objectives.losses import TopK, head_losses_naive
 from genrecal.samples import open_samples
 from genrecal.shards.mixture import open_caches
-from genrecal.train.align import align_turn_naive
-from genrecal.train.batches import BatchBuilder, ShardSource, Wanted
+from genrecal.train.batches import BatchBuilder, ShardSource
 from genrecal.train.checkpoint import trained_parameters
-from genrecal.train.config import LoraConfig, LossConfig
-from genrecal.train.losses import TopK, head_losses_naive
-from genrecal.train.recalibrator import Recalibrator
-from genrecal.train.stages import Denominators, Distiller, add_lora, is_vision_encoder, merge_lora, select_trainable
+from genrecal.train.config import LoraConfig, LossConfig, TrainConfig
+from genrecal.train.stages import Distiller, add_lora, is_vision_encoder, merge_lora, select_trainable
 from genrecal.vlm.loading import load_processor, load_vlm
 from genrecal.vlm.rendering import Renderer
 
@@ -40,30 +40,25 @@ def student(tiny):
     return load_vlm(tiny("internvl_llama"), dtype=torch.float32)
 
 
-def distiller_of(stage, student, cache, **loss):
+def distiller_of(stage, student, cache, *, objective="genrecal-aligned", **loss):
     torch.manual_seed(3)
-    recalibrator = Recalibrator(student.model.config, cache.hidden_size)
-    fraction = cache.question_share
-    return Distiller(stage, student, recalibrator, cache.head(), LossConfig(**loss), question_fraction=fraction)
+    made = OBJECTIVES[objective](stage, TrainConfig(loss=LossConfig(**loss), objective="sft"))
+    modules = made.modules(student.model.config, cache.hidden_size)
+    made.prepare(student, cache, np.arange(len(cache)), modules)
+    return Distiller(student, made, modules)
 
 
-def builder_of(student, cache, stage, *, aligned=False, splice=True):
-    wanted = Wanted(teacher=stage < 3, questions=stage == 1 and splice, aligned=aligned, splice=splice)
-    return BatchBuilder(ShardSource(cache), student.renderer, wanted)
+def batch_of(distiller, cache, indices=range(12)):
+    return BatchBuilder(ShardSource(cache), distiller.student.renderer, distiller.objective)[list(indices)].batch
 
 
-def gradients(distiller, batches):
+def gradients(distiller, batches, tokens=10):
     """The loss and every gradient of a global batch cut into `batches`."""
     parameters = trained_parameters(distiller)
     distiller.zero_grad()
-    denominators = Denominators(
-        teacher_rows=sum(len(b.target_ids) for b in batches if b.target_ids is not None),
-        student_rows=sum(len(b.sft_ids) for b in batches),
-        aligned_rows=sum(len(b.aligned_rows) for b in batches if b.aligned_rows is not None),
-    )
     total = 0.0
     for batch in batches:
-        loss = distiller(batch, denominators).loss
+        loss = distiller(batch, tokens).loss
         loss.backward()
         total += loss.item()
     return total, {name: parameter.grad.clone() for name, parameter in parameters.items()}
@@ -73,10 +68,9 @@ def gradients(distiller, batches):
 def test_cutting_a_batch_differently_changes_nothing(student, cache, stage):
     select_trainable(stage, student, LoraConfig(rank=0))
     distiller = distiller_of(stage, student, cache, first_token_weight=3.0)
-    builder = builder_of(student, cache, stage, aligned=True)
-    whole = gradients(distiller, [builder[range(12)].batch])
+    whole = gradients(distiller, [batch_of(distiller, cache)])
     for cuts in ([range(0, 5), range(5, 12)], [range(i, i + 1) for i in range(11, -1, -1)]):
-        cut = gradients(distiller, [builder[list(part)].batch for part in cuts])
+        cut = gradients(distiller, [batch_of(distiller, cache, part) for part in cuts])
         assert cut[0] == pytest.approx(whole[0], rel=1e-5)
         for name, gradient in whole[1].items():
             assert torch.allclose(cut[1][name], gradient, rtol=1e-3, atol=1e-5), name
@@ -85,9 +79,9 @@ def test_cutting_a_batch_differently_changes_nothing(student, cache, stage):
 def test_stage_1_loss_is_the_four_terms_written_out(student, cache):
     """Algorithms 1 and 2 over single conversations with plain indexing, against the batched module."""
     select_trainable(1, student, LoraConfig())
-    distiller = distiller_of(1, student, cache)
-    batch = builder_of(student, cache, 1)[range(12)].batch
-    output = distiller(batch, Denominators(teacher_rows=len(batch.target_ids), student_rows=1))
+    distiller = distiller_of(1, student, cache, objective="genrecal")
+    batch = batch_of(distiller, cache)
+    output = distiller(batch, len(batch.target_ids))
     head, rec = cache.head(), distiller.recalibrator
     sums = dict.fromkeys(("ce", "kl", "reg_ce", "reg_kl"), 0.0)
     for record in cache:
@@ -119,7 +113,8 @@ def test_stage_1_loss_is_the_four_terms_written_out(student, cache):
             sums[prefix + "kl"] += losses.kl.sum().item()
     for name, value in sums.items():
         assert output.sums[name].item() == pytest.approx(value, rel=1e-4), name
-    fraction = cache.question_share
+    fraction = cache.column("has_question").mean()
+    assert 0 < fraction < 1
     expected = (sums["ce"] + sums["kl"] + (sums["reg_ce"] + sums["reg_kl"]) / fraction) / len(batch.target_ids)
     assert output.loss.item() == pytest.approx(expected, rel=1e-4)
 
@@ -134,10 +129,10 @@ def test_the_aligned_pass_is_its_formula_in_value_and_gradient(tiny, student, ca
     distiller = distiller_of(
         stage, student, cache, splice_weight=0.0, sft_weight=0.0, aligned_weight=0.7, kl_weight=2.0
     )
-    batch = builder_of(student, cache, stage, aligned=True, splice=False)[range(12)].batch
-    assert batch.splice is None and batch.answer_states is None
-    denominators = Denominators(teacher_rows=1, student_rows=1, aligned_rows=len(batch.aligned_rows))
-    output = distiller(batch, denominators)
+    batch = batch_of(distiller, cache)
+    assert batch.splice is None and batch.regularisation is None
+    tokens = len(batch.target_ids)
+    output = distiller(batch, tokens)
     output.loss.backward()
     trained = trained_parameters(distiller)
     found = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
@@ -165,7 +160,7 @@ def test_the_aligned_pass_is_its_formula_in_value_and_gradient(tiny, student, ca
                 count += 1
     assert count == len(batch.aligned_rows) < len(batch.target_ids)
     assert output.sums["aligned_share"] == count and output.counts["aligned_share"] == len(batch.target_ids)
-    expected = 0.7 * sums / count
+    expected = 0.7 * sums / tokens
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     expected.backward()
     for name, gradient in found.items():
@@ -179,20 +174,18 @@ def test_the_aligned_pass_is_its_formula_in_value_and_gradient(tiny, student, ca
 @pytest.mark.parametrize("stage", [1, 2])
 def test_weights_are_those_of_the_paths_and_of_first_tokens(student, cache, stage):
     select_trainable(stage, student, LoraConfig(rank=0))
-    batch = builder_of(student, cache, stage, aligned=True)[range(12)].batch
-    rows = Denominators(teacher_rows=7, student_rows=5, aligned_rows=3)
+    distiller = distiller_of(stage, student, cache, **WEIGHTS)
     with torch.no_grad():
-        output = distiller_of(stage, student, cache, **WEIGHTS)(batch, rows)
+        output = distiller(batch_of(distiller, cache), 7)
 
-    def mean(name, denominator):
-        return (3.0 * output.sums[f"{name}_first"] + output.sums[f"{name}_later"]).item() / denominator
+    def part(name):
+        return (3.0 * output.sums[f"{name}_first"] + output.sums[f"{name}_later"]).item() / 7
 
-    expected = 0.5 * (mean("ce", 7) + mean("kl", 7)) + 0.7 * (mean("aligned_ce", 3) + mean("aligned_kl", 3))
+    expected = 0.5 * (part("ce") + part("kl")) + 0.7 * (part("aligned_ce") + part("aligned_kl"))
     if stage == 1:
-        fraction = cache.question_share
-        expected += 0.5 * 2.0 / fraction * (mean("reg_ce", 7) + mean("reg_kl", 7))
+        expected += 0.5 * 2.0 / cache.column("has_question").mean() * (part("reg_ce") + part("reg_kl"))
     else:
-        expected += 0.3 * mean("sft", 5)
+        expected += 0.3 * part("sft")
     assert output.loss.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -202,7 +195,7 @@ def test_the_aligned_pass_reaches_the_student_through_every_answer_position(stud
     reached = {}
     for splice, aligned in ((1.0, 0.0), (0.0, 1.0)):
         distiller = distiller_of(2, student, cache, splice_weight=splice, aligned_weight=aligned, sft_weight=0.0)
-        batch = builder_of(student, cache, 2, aligned=True)[range(12)].batch
+        batch = batch_of(distiller, cache)
         kept = []
 
         def states_of(batch, distiller=distiller, kept=kept):
@@ -212,18 +205,20 @@ def test_the_aligned_pass_reaches_the_student_through_every_answer_position(stud
             return states
 
         distiller._student_states = states_of
-        distiller(batch, Denominators(teacher_rows=9, student_rows=9, aligned_rows=9)).loss.backward()
+        distiller(batch, 9).loss.backward()
         reached[aligned] = kept[0].grad.flatten(0, 1).norm(dim=-1) > 0
-    answers = batch.sft_rows[~batch.sft_first]  # positions of answer tokens that predict the next
+    answers = batch.student_rows[~batch.student_first]  # positions of answer tokens that predict the next
     assert not reached[0.0][answers].any() and reached[1.0][answers].all()
-    assert reached[0.0][batch.sft_rows[batch.sft_first]].all() and reached[1.0][batch.sft_rows[batch.sft_first]].all()
+    assert (
+        reached[0.0][batch.student_rows[batch.student_first]].all()
+        and reached[1.0][batch.student_rows[batch.student_first]].all()
+    )
 
 
 def test_first_and_later_tokens_add_up(student, cache):
     select_trainable(1, student, LoraConfig())
-    batch = builder_of(student, cache, 1, aligned=True)[range(12)].batch
-    rows = Denominators(teacher_rows=1, student_rows=1, aligned_rows=1)
-    output = distiller_of(1, student, cache)(batch, rows)
+    distiller = distiller_of(1, student, cache)
+    output = distiller(batch_of(distiller, cache), 1)
     turns = sum(len(record.sample.answers) for record in cache)
     assert output.counts["ce_first"] == output.counts["aligned_ce_first"] == turns
     for name in ("ce", "kl", "reg_ce", "reg_kl", "aligned_ce", "aligned_kl"):
@@ -235,9 +230,9 @@ def test_first_and_later_tokens_add_up(student, cache):
 def test_the_recalibrators_loss_alone_reaches_the_students_body(student, cache):
     """Stage 2 with the student's own loss weighted 0: what gradient its layers get comes through the splice."""
     select_trainable(2, student, LoraConfig(rank=0))
-    distiller = distiller_of(2, student, cache, sft_weight=0.0)
-    batch = builder_of(student, cache, 2)[range(12)].batch
-    distiller(batch, Denominators(teacher_rows=len(batch.target_ids), student_rows=len(batch.sft_ids))).loss.backward()
+    distiller = distiller_of(2, student, cache, objective="genrecal", sft_weight=0.0)
+    batch = batch_of(distiller, cache)
+    distiller(batch, len(batch.target_ids)).loss.backward()
     largest = {
         name: p.grad.abs().max().item() for name, p in trained_parameters(distiller).items() if p.grad is not None
     }
@@ -286,10 +281,12 @@ def test_merged_lora_computes_the_same(tiny, family):
 
 
 def test_samples_without_questions_take_no_part_in_the_regularisation(student, cache):
-    batch = builder_of(student, cache, 1)[range(12)].batch
+    select_trainable(1, student, LoraConfig())
+    distiller = distiller_of(1, student, cache, objective="genrecal")
+    batch = batch_of(distiller, cache)
     with_question = [record.has_question for record in cache]
     assert 0 < sum(with_question) < 12
     rows = np.concatenate([np.full(r.row["answer_tokens"], q) for r, q in zip(cache, with_question, strict=True)])
-    assert batch.reg_rows.tolist() == np.flatnonzero(rows).tolist()
-    none = builder_of(student, cache, 1)[[i for i, q in enumerate(with_question) if not q]].batch
-    assert none.reg_splice is None
+    assert batch.regularisation.which.tolist() == np.flatnonzero(rows).tolist()
+    none = batch_of(distiller, cache, [i for i, q in enumerate(with_question) if not q])
+    assert len(none.regularisation.which) == 0 and distiller(none, 1).counts["reg_kl"] == 0

@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -12,13 +13,14 @@ from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.errors import ModelError
+from genrecal.objectives import OBJECTIVES
+from genrecal.objectives.recalibrator import checkpoint_activations
 from genrecal.samples import open_samples
 from genrecal.shards.mixture import open_caches
-from genrecal.train.batches import BatchBuilder, ShardSource, Wanted
+from genrecal.train.batches import BatchBuilder, ShardSource
 from genrecal.train.checkpoint import trained_parameters
-from genrecal.train.config import LoraConfig, LossConfig
-from genrecal.train.recalibrator import Recalibrator, checkpoint_activations
-from genrecal.train.stages import Denominators, Distiller, add_lora, is_vision_encoder, select_trainable
+from genrecal.train.config import LoraConfig, TrainConfig
+from genrecal.train.stages import Distiller, add_lora, is_vision_encoder, select_trainable
 from genrecal.vlm.loading import load_vlm
 
 FAMILIES = sorted(name for name in tiny_models.FAMILIES if not name.endswith(("_wide", "_padded_head")))
@@ -43,25 +45,27 @@ def distiller_of(tiny, cache):
         if stage == 2:
             add_lora(student, LORA)
         select_trainable(stage, student, LORA)
-        recalibrator = Recalibrator(student.model.config, cache.hidden_size) if stage < 3 else None
+        objective = OBJECTIVES["genrecal"](stage, TrainConfig())
+        modules = objective.modules(student.model.config, cache.hidden_size)
         student.model.train(stage > 1)
         if checkpointing:
-            checkpoint_activations(student.model if stage > 1 else None, recalibrator)
-        head = cache.head() if stage < 3 else None
-        return Distiller(stage, student, recalibrator, head, LossConfig())
+            if stage > 1:
+                checkpoint_activations(student.model)
+            for module in modules.values():
+                module.gradient_checkpointing_enable()
+        objective.prepare(student, cache, np.arange(len(cache)), modules)
+        return Distiller(student, objective, modules)
 
     return make
 
 
 def batch_of(distiller, cache, indices=range(8)):
-    stage = distiller.stage
-    wanted = Wanted(teacher=stage < 3, questions=stage == 1)
-    return BatchBuilder(ShardSource(cache), distiller.student.renderer, wanted)[list(indices)].batch
+    return BatchBuilder(ShardSource(cache), distiller.student.renderer, distiller.objective)[list(indices)].batch
 
 
 def step(distiller, batch):
     distiller.zero_grad()
-    loss = distiller(batch, Denominators(teacher_rows=40, student_rows=40)).loss
+    loss = distiller(batch, 40).loss
     loss.backward()
     return loss.item(), {
         name: p.grad.clone() for name, p in trained_parameters(distiller).items() if p.grad is not None
@@ -81,13 +85,15 @@ def test_without_the_mask_no_state_changes(distiller_of, cache, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_stage_1_does_not_need_the_last_answer(distiller_of, cache, family):
+def test_stage_1_does_not_need_the_last_answer(distiller_of, cache, family, monkeypatch):
     distiller = distiller_of(family, 1)
     results = []
     for last_answer in (True, False):
-        wanted = Wanted(teacher=True, questions=True, last_answer=last_answer)
-        batch = BatchBuilder(ShardSource(cache), distiller.student.renderer, wanted)[range(8)].batch
-        results.append((int(batch.student_inputs["attention_mask"].sum()), len(batch.sft_ids), *step(distiller, batch)))
+        monkeypatch.setattr(type(distiller.objective), "last_answer", last_answer)
+        batch = batch_of(distiller, cache)
+        results.append(
+            (int(batch.student_inputs["attention_mask"].sum()), len(batch.student_ids), *step(distiller, batch))
+        )
     (tokens, own_rows, loss, gradients), (fewer, fewer_rows, same, same_gradients) = results
     last = sum(distiller.student.renderer.encode(record.sample).answer_lengths[-1] for record in cache)
     assert tokens - fewer == own_rows - fewer_rows == last
@@ -129,7 +135,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing(distiller_of, cac
         batch = batch_of(distiller, cache)
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.nbytes) or t, lambda t: t):
-            loss = distiller(batch, Denominators(teacher_rows=40, student_rows=40)).loss
+            loss = distiller(batch, 40).loss
         results.append((sum(kept), *step(distiller, batch)))
         assert loss.item() == results[-1][1]
     (kept, loss, gradients), (kept_checkpointed, loss_checkpointed, gradients_checkpointed) = results

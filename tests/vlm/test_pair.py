@@ -14,7 +14,8 @@ from rich.console import Console
 
 from genrecal.cli import main
 from genrecal.errors import ModelError, SampleError, UsageError
-from genrecal.train.objectives import OBJECTIVES, findings
+from genrecal.objectives import OBJECTIVES
+from genrecal.objectives.pairs import findings
 from genrecal.vlm.loading import image_token_id, load_vlm
 from genrecal.vlm.pair import TEXT, Pair, _ids_between, _pieces, compare_pair, pair_report
 

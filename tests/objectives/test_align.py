@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genrecal.cache.extract import answer_targets
+from genrecal.objectives.align import NOWHERE, align, align_turn, align_turn_naive, prefix_ends
 from genrecal.shards.record import AnswerRows
-from genrecal.train.align import NOWHERE, align, align_turn, align_turn_naive, prefix_ends
 from genrecal.vlm.loading import load_processor
 from genrecal.vlm.rendering import Renderer
 from genrecal.vlm.tokens import ByteTokenizer, TokenizedText

@@ -58,6 +58,13 @@ class Sampled:
 Target = TopK | Exact | Sampled | None
 
 
+def rows_of(target: Target, rows: "slice | torch.Tensor") -> Target:
+    """A target at some of its rows."""
+    if target is None:
+        return None
+    return dataclasses.replace(target, **{name: value[rows] for name, value in vars(target).items()})
+
+
 @dataclass(frozen=True, kw_only=True)
 class RowLosses:
     """Per row, float32 `[N]`. Only `weighted` = ce_weight * ce + kl_weight * kl carries a gradient."""
@@ -158,7 +165,7 @@ class _FrozenHeadLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_weighted: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         gradient = ctx.gradient
-        return (gradient * d_weighted[:, None].to(gradient.dtype), *(None,) * 6)
+        return ((gradient * d_weighted[:, None]).to(gradient.dtype), *(None,) * 6)
 
 
 Weights = tuple[float, float] | None  # of cross-entropy and KL; None where no gradient is wanted
@@ -315,6 +322,35 @@ def chunked_cross_entropy(
 def _cross_entropy(
     hidden: torch.Tensor, head: torch.nn.Linear, transform: LogitTransform, ids: torch.Tensor
 ) -> torch.Tensor:
-    # Not a call of the module: ZeRO-3 wants the same calls on all ranks, and they have different numbers of chunks.
-    logits = transform(F.linear(hidden, head.weight, head.bias))
-    return F.cross_entropy(logits.float(), ids, reduction="none")
+    return F.cross_entropy(trained_logits(hidden, head, transform), ids, reduction="none")
+
+
+def trained_logits(hidden: torch.Tensor, head: torch.nn.Linear, transform: LogitTransform) -> torch.Tensor:
+    """Logits float32 `[r, V]` of a head that may be trained, under autocast too.
+
+    On CUDA under autocast the operands are as narrow as it says, and the sums float32; elsewhere all is float32.
+    """
+    device = hidden.device.type
+    narrow = torch.get_autocast_dtype(device) if hidden.is_cuda and torch.is_autocast_enabled(device) else torch.float32
+    with torch.autocast(device, enabled=False):
+        # Not a call of the module: ZeRO-3 wants the same calls on all ranks, and they have different numbers of chunks.
+        logits: torch.Tensor = _LinearFloat32.apply(hidden, head.weight, narrow)
+        return transform(logits if head.bias is None else logits + head.bias.float())
+
+
+class _LinearFloat32(torch.autograd.Function):
+    """`linear_float32` with gradients of both operands, each product summed in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, narrow: torch.dtype) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.narrow = narrow
+        return linear_float32(x.to(narrow), weight.to(narrow))
+
+    @staticmethod
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        slope = slope.to(ctx.narrow)
+        d_x = linear_float32(slope, weight.to(ctx.narrow).t()).to(x.dtype) if ctx.needs_input_grad[0] else None
+        d_weight = linear_float32(slope.t(), x.to(ctx.narrow).t()).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return d_x, d_weight, None

@@ -6,9 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from genrecal.cache.draws import count_draws, draw
-from genrecal.shards import head as head_module
-from genrecal.shards.head import FrozenHead, LogitTransform, linear_float32
-from genrecal.train.losses import (
+from genrecal.objectives.losses import (
     CHUNK_BYTES,
     Exact,
     Sampled,
@@ -18,6 +16,8 @@ from genrecal.train.losses import (
     head_losses_naive,
     rows_at_once,
 )
+from genrecal.shards import head as head_module
+from genrecal.shards.head import FrozenHead, LogitTransform, linear_float32
 
 D = 16
 TRANSFORMS = {

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genrecal.train.splice import splice_index
+from genrecal.objectives.splice import splice_index
 
 LENGTHS = st.lists(
     st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=4), min_size=1, max_size=5

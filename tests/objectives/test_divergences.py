@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from genrecal.cache.draws import count_draws, draw
+from genrecal.objectives.divergences import Divergence, student_losses, student_losses_naive
+from genrecal.objectives.losses import Exact, Sampled, TopK, head_losses
 from genrecal.shards.head import FrozenHead, LogitTransform
-from genrecal.train.divergences import Divergence, student_losses, student_losses_naive
-from genrecal.train.losses import Exact, Sampled, TopK, head_losses
 
 D_S, D_T, SHARED, SKEW = 12, 16, 90, 0.2
 NAMES = ["kl", "reverse-kl", "skewed-kl", "uld"]

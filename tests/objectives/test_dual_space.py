@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from genrecal.train.dual_space import DualSpace
+from genrecal.objectives.dskd import DualSpace
 
 D_S, D_T = 6, 10
 

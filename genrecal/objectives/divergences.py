@@ -9,14 +9,14 @@ row, K draws a row.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from genrecal.objectives.losses import Exact, RowLosses, Sampled, Target, TopK, rows_at_once, rows_of, trained_logits
 from genrecal.shards.head import FrozenHead, LogitTransform, linear_float32
-from genrecal.train.losses import Exact, RowLosses, Sampled, Target, TopK, rows_at_once
 
 NOTHING = -1e4  # log-probability of a cell that neither side has
 # The tail is 1 less k probabilities that come from a float32 logsumexp, so less than about this is noise. The reverse KL
@@ -76,13 +76,13 @@ def student_losses(
         hidden: `[N, D_s]`, any float dtype. target_ids: int64 `[N]`. target: a teacher's row for each of them.
         teacher_head: reads the states of an Exact target.
         counts: float32 `[N]`, multiplies the rows' divergences; None for ones.
-        chunk_rows: rows whose logits exist at once; 0 for as many as `genrecal.train.losses.CHUNK_BYTES` hold.
+        chunk_rows: rows whose logits exist at once; 0 for as many as `genrecal.objectives.losses.CHUNK_BYTES` hold.
     """
     chunk_rows = chunk_rows or rows_at_once(head.out_features)
 
     def chunk(logits: torch.Tensor, rows: slice) -> Chunk:
         part = None if counts is None else counts[rows]
-        return _chunk(logits, target_ids[rows], _rows_of(target, rows), divergence, teacher_head, part)
+        return _chunk(logits, target_ids[rows], rows_of(target, rows), divergence, teacher_head, part)
 
     if not head.weight.requires_grad:
         with torch.autocast(hidden.device.type, enabled=False):
@@ -92,8 +92,7 @@ def student_losses(
         return RowLosses(weighted=weighted, ce=ce, kl=kl)
 
     def trained(part: torch.Tensor, rows: slice) -> Chunk:
-        # Not a call of the module: ZeRO-3 wants the same calls on all ranks, and they have different numbers of chunks.
-        return chunk(transform(F.linear(part, head.weight, head.bias)).float(), rows)
+        return chunk(trained_logits(part, head, transform), rows)
 
     starts = range(0, max(hidden.shape[0], 1), chunk_rows)
     pieces = [
@@ -145,7 +144,7 @@ class _FrozenHeadChunks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_weighted: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         gradient = ctx.gradient
-        return (gradient * d_weighted[:, None].to(gradient.dtype), *(None,) * 5)
+        return ((gradient * d_weighted[:, None]).to(gradient.dtype), *(None,) * 5)
 
 
 def student_losses_naive(
@@ -168,12 +167,6 @@ def student_losses_naive(
 
 
 # ------------------------------------------------------------------------------------------------------- of one chunk
-
-
-def _rows_of(target: Target, rows: slice) -> Target:
-    if target is None:
-        return None
-    return replace(target, **{name: value[rows] for name, value in vars(target).items()})
 
 
 def _chunk(

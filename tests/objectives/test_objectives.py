@@ -11,23 +11,27 @@ from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.errors import UsageError
+from genrecal.objectives import OBJECTIVES
+from genrecal.objectives.base import map_tensors
+from genrecal.objectives.pairs import shared_with
+from genrecal.objectives.uld import rows_by_place
 from genrecal.samples import open_samples
 from genrecal.shards.head import FrozenHead
 from genrecal.shards.mixture import open_caches
 from genrecal.shards.reader import open_cache
-from genrecal.train.batches import BatchBuilder, ShardSource, rows_by_place
+from genrecal.train.batches import BatchBuilder, ShardSource
 from genrecal.train.checkpoint import trained_parameters
 from genrecal.train.config import load_config
 from genrecal.train.logs import read_metrics
 from genrecal.train.loop import build_distiller, open_for, train
-from genrecal.train.objectives import OBJECTIVES, shared_with
 from genrecal.train.run import Run
-from genrecal.train.stages import Denominators, wanted_by
+from genrecal.vlm.loading import load_processor
+from genrecal.vlm.rendering import Renderer
 
 SMALL = "batch_size=4 accumulation=1 max_steps=2 lr=1e-3 lr_end=1e-3 checkpoint_every=0".split()
 SETTINGS = ["data.workers=0", "lora.dropout=0", *(f"stage{n}.{setting}" for n in (1, 2, 3) for setting in SMALL)]
 SAME, OTHER = "qwen2_vl", "internvl_llama"  # students: the teacher's tokenizer with a head not padded, and another
-DIRECT = [name for name, objective in OBJECTIVES.items() if objective.direct]
+DIRECT = ["kl", "reverse-kl", "skewed-kl", "uld", "dskd"]
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +56,7 @@ def run_of(tiny, cache, tmp_path):
 
 
 def micro_batch(run, stage, distiller, places=range(8)):
-    builder = BatchBuilder(
-        ShardSource(open_caches(run.caches)), distiller.student.renderer, wanted_by(stage, run.config)
-    )
+    builder = BatchBuilder(ShardSource(open_caches(run.caches)), distiller.student.renderer, distiller.objective)
     loaded = builder[list(places)]
     assert not loaded.skipped and loaded.error is None
     return loaded.batch
@@ -71,17 +73,15 @@ def distiller_of(run, stage=2):
 def test_both_stages_train_on_every_term(run_of, objective, capsys):
     run = run_of(objective)
     train(run)
-    terms = {"sft", *OBJECTIVES[objective].terms}
+    terms = {"sft", *OBJECTIVES[objective].logs}
     lines = read_metrics(run.path)
     assert [(line["stage"], line["step"]) for line in lines] == [(2, 0), (2, 1), (3, 0), (3, 1)]
     for line in lines:
         assert {f"{term}{part}" for term in terms for part in ("", "_first", "_later")} <= line.keys()
-        scale = line["s2t_kl"] if objective == "dskd" else None  # of the teacher's rows, the others of the student's
-        parts = [line[term] for term in terms - {"s2t_kl", "uld"}] + ([scale] if scale is not None else [])
-        if objective != "uld":  # whose mean is over the rows that have one of the teacher's beside them
-            assert line["loss"] == pytest.approx(sum(parts), rel=1e-4)
+        if objective in ("kl", "reverse-kl", "skewed-kl"):  # the others' rows are not all the teacher's
+            assert line["loss"] == pytest.approx(sum(line[term] for term in terms), rel=1e-4)
     assert f"objective {objective} has no stage 1" in capsys.readouterr().err
-    losses = [line["loss"] for line in lines]
+    losses = [sum(line[term] for term in terms) for line in lines]  # per row: batches have other numbers of rows
     assert losses[1] < losses[0] and losses[3] < losses[2]
 
 
@@ -91,12 +91,16 @@ def test_kl_is_the_dense_formula_over_the_models_own_logits(run_of, target):
     run = run_of("kl", f"loss.target={target}", "loss.ce_weight=0.5", "loss.kl_weight=2.0")
     distiller, cache = distiller_of(run), open_caches(run.caches)
     batch = micro_batch(run, 2, distiller)
-    rows = len(batch.sft_ids)
-    output = distiller(batch, Denominators(teacher_rows=rows, student_rows=rows))
+    rows = len(batch.student_ids)
+    output = distiller(batch, rows)
     head, student = cache.head(), distiller.student
     shared = len(student.renderer.tokenizer)
-    assert (head.weight.shape[0], student.head.out_features, distiller.shared_ids) == (shared + 24, shared, shared)
-    assert (distiller.head is not None) == (target == "exact")
+    assert (head.weight.shape[0], student.head.out_features, distiller.objective.shared_ids) == (
+        shared + 24,
+        shared,
+        shared,
+    )
+    assert (distiller.objective.head is not None) == (target == "exact")
     kl, ce = 0.0, 0.0
     for record in cache:
         encoded = student.renderer.encode(record.sample)
@@ -127,11 +131,11 @@ def test_a_teacher_that_is_the_student_has_no_divergence(tiny, cache, tmp_path, 
     run = Run(path=tmp_path / "run", config=config, student=str(student), caches=(str(folder),))
     distiller = distiller_of(run)
     batch = micro_batch(run, 2, distiller)
-    output = distiller(batch, Denominators(teacher_rows=1, student_rows=1))
-    (term,) = OBJECTIVES[objective].terms
+    output = distiller(batch, 1)
+    (term,) = OBJECTIVES[objective].logs
     assert output.sums[term].abs().item() / output.counts[term] < 1e-3  # bf16's rounding of the states
-    batch.exact_states = batch.exact_states.roll(1, 0)
-    assert distiller(batch, Denominators(teacher_rows=1, student_rows=1)).sums[term].item() / len(batch.sft_ids) > 0.1
+    batch.target = map_tensors(batch.target, lambda t: t.roll(1, 0))
+    assert distiller(batch, 1).sums[term].item() / len(batch.student_ids) > 0.1
 
 
 def test_uld_pairs_rows_at_the_same_place_of_a_turn(run_of):
@@ -139,8 +143,8 @@ def test_uld_pairs_rows_at_the_same_place_of_a_turn(run_of):
     run = run_of("uld", "loss.target=exact", "loss.ce_weight=0.0")
     distiller, cache = distiller_of(run), open_caches(run.caches)
     batch = micro_batch(run, 2, distiller)
-    rows = len(batch.sft_ids)
-    output = distiller(batch, Denominators(teacher_rows=rows, student_rows=rows))
+    rows = len(batch.student_ids)
+    output = distiller(batch, rows)
     student, head, total, count = distiller.student, cache.head(), 0.0, 0
     for record in cache:
         encoded = student.renderer.encode(record.sample)
@@ -166,8 +170,8 @@ def test_dskd_is_its_three_terms_written_out(run_of):
     run = run_of("dskd", "loss.target=exact", "loss.ce_weight=0.5", "loss.kl_weight=2.0")
     distiller, cache = distiller_of(run), open_caches(run.caches)
     batch = micro_batch(run, 2, distiller)
-    mine, its = len(batch.sft_ids), len(batch.target_ids)
-    output = distiller(batch, Denominators(teacher_rows=its, student_rows=mine))
+    its = len(batch.target_ids)
+    output = distiller(batch, its)
     output.loss.backward()
     sums, student, head = dict.fromkeys(("sft", "t2s_ce", "t2s_kl", "s2t_kl"), 0.0), distiller.student, cache.head()
     embed = student.model.get_input_embeddings()
@@ -196,7 +200,7 @@ def test_dskd_is_its_three_terms_written_out(run_of):
             t2s_kl = (right * (p.exp() * (p - log_q)).sum(-1)).sum()
             log_p = head.logits(its_states).log_softmax(-1)
             s2t_kl = (log_p.exp() * (log_p - head.logits(s2t).log_softmax(-1))).sum()
-            loss = loss + (0.5 * sft + 2 * t2s_ce + 2 * t2s_kl) / mine + 2 * s2t_kl / its
+            loss = loss + (0.5 * sft + 2 * t2s_ce + 2 * t2s_kl + 2 * s2t_kl) / its
             for name, value in zip(sums, (sft, t2s_ce, t2s_kl, s2t_kl), strict=True):
                 sums[name] += value.item()
             turn += 1
@@ -227,12 +231,9 @@ def test_cutting_a_batch_differently_changes_nothing(run_of, objective, stage):
     for cuts in ([range(8)], [range(0, 3), range(3, 8)], [[i] for i in range(7, -1, -1)]):
         distiller.zero_grad()
         batches = [micro_batch(run, stage, distiller, part) for part in cuts]
-        denominators = Denominators(
-            teacher_rows=sum(len(b.target_ids) for b in batches), student_rows=sum(len(b.sft_ids) for b in batches)
-        )
         total = 0.0
         for batch in batches:
-            loss = distiller(batch, denominators).loss
+            loss = distiller(batch, 10).loss
             loss.backward()
             total += loss.item()
         found.append(
@@ -292,7 +293,7 @@ def test_another_tokenizer_is_refused_before_a_model_loads(run_of, monkeypatch):
 
 def test_what_tokenizers_have_in_common(cache, tiny, tmp_path):
     opened = open_cache(cache)
-    same = shared_with(opened, str(tiny(SAME)))
+    same = shared_with(opened, Renderer(load_processor(tiny(SAME))))
     assert same.differences == () and same.ids == opened.description["vocab_size"]
     # A token of its own behind the others, as students have: answers hold none, and its row counts on neither side.
     folder = shutil.copytree(tiny(SAME), tmp_path / "more")
@@ -302,12 +303,12 @@ def test_what_tokenizers_have_in_common(cache, tiny, tmp_path):
          "special": True}
     )  # fmt: skip
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    assert shared_with(opened, str(folder)) == same
+    assert shared_with(opened, Renderer(load_processor(folder))) == same
     # Two entries exchanged: as many ids, another text.
     vocabulary = content["model"]["vocab"]
     vocabulary["e"], vocabulary["t"] = vocabulary["t"], vocabulary["e"]
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    moved = shared_with(opened, str(folder))
+    moved = shared_with(opened, Renderer(load_processor(folder)))
     assert moved.ids == min(vocabulary["e"], vocabulary["t"]) and "tokens, " in moved.differences[-1]
 
 
@@ -317,12 +318,12 @@ def test_a_sample_with_other_tokens_is_left_out_and_named(run_of):
     source = ShardSource(open_caches(run.caches))
 
     class Changed:
-        def fetch(self, indices, **words):
-            found = source.fetch(indices, **words)
+        def fetch(self, indices, tier):
+            found = source.fetch(indices, tier)
             found[1][1].answer.target_id[0] += 1
             return found
 
-    loaded = BatchBuilder(Changed(), distiller.student.renderer, wanted_by(2, run.config))[[0, 1]]
+    loaded = BatchBuilder(Changed(), distiller.student.renderer, distiller.objective)[[0, 1]]
     assert len(loaded.batch.keys) == 1 and "of the student that are not the same" in loaded.skipped[0]
 
 
@@ -344,7 +345,7 @@ def test_a_head_stays_as_it_was_where_it_is_not_trained(run_of):
     for stage in (2, 3):
         distiller = distiller_of(run_of("kl"), stage)
         batch = micro_batch(run_of("kl"), stage, distiller)
-        distiller(batch, Denominators(teacher_rows=1, student_rows=1)).loss.backward()
+        distiller(batch, 1).loss.backward()
         weight = distiller.student.head.weight
         assert (weight.grad is not None) == weight.requires_grad == (stage == 3)
     assert isinstance(open_caches(run_of("kl").caches).first.head(), FrozenHead)

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from genrecal.train.config import TrainConfig
-
 
 class Recalibrator(nn.Module):
     """Maps a splice of student and teacher states, or the student's states alone, to states that the teacher's head reads.
@@ -49,17 +47,6 @@ class Recalibrator(nn.Module):
         self.rec_proj_post = nn.Linear(student_size, teacher_size)
         self.rec_norm = nn.LayerNorm(teacher_size)
 
-    @classmethod
-    def of(cls, config: TrainConfig, student_config: Any, teacher_size: int) -> "Recalibrator":
-        """The one that a run trains."""
-        return cls(
-            student_config,
-            teacher_size,
-            num_blocks=config.recalibrator.layers,
-            attention="sdpa" if config.attention == "auto" else config.attention,
-            takes_teacher=config.loss.splice_weight > 0,
-        )
-
     def forward(self, splice: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Splices `[B, L, D_s]`, padded on the right -> states `[B, L, D_t]`, or `[N, D_t]` at the rows alone.
 
@@ -76,6 +63,11 @@ class Recalibrator(nn.Module):
             hidden = hidden.flatten(0, 1)[rows]
         return self.rec_norm(self.rec_proj_post(hidden))
 
+    def gradient_checkpointing_enable(self) -> None:
+        """Compute the blocks' activations again in the backward pass."""
+        if self.rec_body is not None:
+            checkpoint_activations(self.rec_body)
+
 
 def recalibrator_config(student_config: Any, num_blocks: int) -> Any:
     """The student's text config with `num_blocks` layers of full attention and no vocabulary of its own."""
@@ -89,17 +81,13 @@ def recalibrator_config(student_config: Any, num_blocks: int) -> Any:
     return config
 
 
-def checkpoint_activations(model: Any, recalibrator: Recalibrator | None) -> None:
-    """Compute the blocks' activations again in the backward pass, of a model (None: not of it) and a Recalibrator."""
-
+def checkpoint_activations(model: Any) -> None:
+    """Compute the activations of a transformers model's blocks again in the backward pass."""
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it warns that a body without embeddings has none to make differentiable
-    blocks: Any = None if recalibrator is None else recalibrator.rec_body
     try:
-        for module in (model, blocks):
-            if module is not None:
-                # transformers 5.19, which vLLM's pin allows, knows it by its older name.
-                (getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable)()
+        # transformers 5.19, which vLLM's pin allows, knows it by its older name.
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     finally:
         logger.setLevel(level)

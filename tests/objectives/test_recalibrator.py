@@ -5,7 +5,7 @@ import tiny_models
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from genrecal.train.recalibrator import Recalibrator
+from genrecal.objectives.recalibrator import Recalibrator
 
 FAMILIES = sorted(set(tiny_models.FAMILIES) - {"qwen2_vl_padded_head"})
 
