@@ -106,6 +106,11 @@ class Mixture(Sequence[CachedRecord]):
         """The same as numpy."""
         return np.concatenate([cache.column(name) for cache in self.caches])
 
+    def conversations(self) -> np.ndarray:
+        """int64 `[n]`: which conversation each sample is of, by its place in the data that its cache was made from. Caches of
+        the same data, with other answers, have the same."""
+        return np.concatenate([cache.input_rows for cache in self.caches])
+
     def counts(self, indices: np.ndarray) -> np.ndarray:
         """int64 `[caches]`: how many samples an epoch over `indices`, which ascend, takes from each cache.
 
@@ -126,7 +131,8 @@ class Mixture(Sequence[CachedRecord]):
         bounds = np.searchsorted(indices, self._starts)
         shards = self.column("shard")[indices]
         parts = [shards[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
-        return MixedOrder([SampleOrder(part, seed=seed, window=window) for part in parts], self.counts(indices))
+        orders = [SampleOrder(part, seed=seed, window=window, stream=number) for number, part in enumerate(parts)]
+        return MixedOrder(orders, self.counts(indices))
 
 
 def open_caches(paths: Iterable[str | os.PathLike[str]], weights: Sequence[float] = ()) -> Mixture:

@@ -21,10 +21,12 @@ class SampleOrder:
         shards: int `[n]`, the shard of each sample; in input order, so that a shard's samples stand together.
         seed: 0 or more.
         window: number of shards among which samples are mixed.
+        stream: another order for each number: caches of the same conversations must not run in lock step.
     """
 
-    def __init__(self, shards: np.ndarray, *, seed: int, window: int = 16):
+    def __init__(self, shards: np.ndarray, *, seed: int, window: int = 16, stream: int = 0):
         self.seed, self.window, self.num_samples = seed, window, len(shards)
+        self._stream = [stream, 0, 0] if stream else []
         in_order = bool(np.all(shards[:-1] <= shards[1:]))
         self._by_shard = None if in_order else np.argsort(shards, kind="stable")
         ordered = shards if self._by_shard is None else shards[self._by_shard]
@@ -35,14 +37,14 @@ class SampleOrder:
 
     def _make_plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards in the order of an epoch, and where each of its windows starts."""
-        shards = np.random.default_rng([self.seed, epoch]).permutation(len(self._bounds) - 1)
+        shards = np.random.default_rng([self.seed, epoch, *self._stream]).permutation(len(self._bounds) - 1)
         sizes = np.add.reduceat(np.diff(self._bounds)[shards], np.arange(0, len(shards), self.window))
         return shards, np.append(0, np.cumsum(sizes))
 
     def _make_window(self, epoch: int, number: int) -> np.ndarray:
         shards = self._plan(epoch)[0][number * self.window : (number + 1) * self.window]
         samples = np.concatenate([np.arange(self._bounds[shard], self._bounds[shard + 1]) for shard in shards])
-        samples = np.random.default_rng([self.seed, epoch, number]).permutation(samples)
+        samples = np.random.default_rng([self.seed, epoch, number, *self._stream]).permutation(samples)
         return samples if self._by_shard is None else self._by_shard[samples]
 
     def epoch(self, number: int) -> np.ndarray:
@@ -114,6 +116,41 @@ class MixedOrder:
             if other != number:
                 places += ahead // (2 * count) + 1 if other < number else -(-ahead // (2 * count))
         return places
+
+
+def spread_out(samples: np.ndarray, conversations: np.ndarray, size: int) -> np.ndarray:
+    """The same samples, rearranged so that no stretch of `size` has a conversation twice where that can be avoided.
+
+    Args:
+        samples: int `[n]`, of whole batches of `size` but for the last. conversations: int `[n]`, of each.
+    """
+    count = -(-len(samples) // size)
+    batches: list[dict[int, int]] = [{} for _ in range(count)]  # place among samples -> conversation
+    seen: list[set[int]] = [set() for _ in range(count)]
+    room = [min(size, len(samples) - number * size) for number in range(count)]
+    first = 0
+
+    def put(number: int, place: int, conversation: int) -> None:
+        batches[number][place] = conversation
+        seen[number].add(conversation)
+
+    for place, conversation in enumerate(conversations.tolist()):
+        while len(batches[first]) == room[first]:
+            first += 1
+        free = [number for number in range(first, count) if len(batches[number]) < room[number]]
+        number = next((number for number in free if conversation not in seen[number]), None)
+        if number is None:  # change places with a sample of a batch that is full
+            number = free[0]
+            for other in range(count):
+                swapped = next((p for p, c in batches[other].items() if c not in seen[number]), None)
+                if conversation not in seen[other] and swapped is not None:
+                    moved = batches[other].pop(swapped)
+                    seen[other].discard(moved)
+                    put(other, place, conversation)
+                    place, conversation = swapped, moved
+                    break
+        put(number, place, conversation)
+    return samples[[place for batch in batches for place in batch]] if count else samples
 
 
 def micro_batches(

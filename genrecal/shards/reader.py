@@ -129,6 +129,11 @@ class Cache(Sequence["CachedRecord"]):
         return int(self.description["num_shards"])
 
     @property
+    def input_rows(self) -> np.ndarray:
+        """int64 `[n]`: the place of each sample in the data."""
+        return self._index.rows
+
+    @property
     def is_complete(self) -> bool:
         return len(self.shards) == self.num_shards
 

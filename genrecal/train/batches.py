@@ -5,6 +5,7 @@ import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,13 +17,14 @@ from genrecal.errors import DamageError, GenrecalError, SampleError, TrainingErr
 from genrecal.objectives.base import Batch, Objective, Tier, first_of, map_tensors
 from genrecal.samples import ImageRef, Message, Sample
 from genrecal.shards.mixture import Mixture
-from genrecal.shards.order import MixedOrder, micro_batches
+from genrecal.shards.order import MixedOrder, micro_batches, spread_out
 from genrecal.shards.reader import Cache
 from genrecal.shards.record import Record
 from genrecal.train.advice import LoaderError, loader_died
 from genrecal.vlm.loading import first_line
 from genrecal.vlm.rendering import Encoded, Renderer
 
+SPREAD_STEPS = 8  # steps among which samples of one conversation are moved
 PREFETCH = 2  # micro-batches that each worker process reads ahead
 
 # ----------------------------------------------------------------------------------------------------- sources of records
@@ -199,6 +201,8 @@ class StageData:
     Args:
         order: the endless stream of samples. last_sample: where the stage ends in it; the last step takes what is left.
         lengths: int `[n]`, to put samples of like length together. tokens: int `[n]`, the teacher's answer tokens of each.
+        conversations: int `[n]`, of each sample: none comes twice in a global batch where that can be avoided. None where
+            every sample has its own.
     """
 
     order: MixedOrder
@@ -207,13 +211,29 @@ class StageData:
     global_batch: int
     last_sample: int
     batch_size: int
+    conversations: np.ndarray | None = None
     rank: int = 0
     world_size: int = 1
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_spread", lru_cache(maxsize=2)(self._make_spread))
+
     def step(self, number: int) -> np.ndarray:
         """int64: the samples of a step's global batch."""
-        start = number * self.global_batch
-        return self.order.slice(start, min(start + self.global_batch, self.last_sample))
+        if self.conversations is not None:
+            block, place = divmod(number, SPREAD_STEPS)
+            spread: np.ndarray = self._spread(block)  # type: ignore[attr-defined]
+            return spread[place * self.global_batch :][: self.global_batch]
+        return self._slice(number, 1)
+
+    def _slice(self, step: int, count: int) -> np.ndarray:
+        start = step * self.global_batch
+        return self.order.slice(start, min(start + count * self.global_batch, self.last_sample))
+
+    def _make_spread(self, block: int) -> np.ndarray:
+        assert self.conversations is not None
+        samples = self._slice(block * SPREAD_STEPS, SPREAD_STEPS)
+        return spread_out(samples, self.conversations[samples], self.global_batch)
 
     def answer_tokens(self, number: int) -> int:
         """The teacher's answer tokens in a step's global batch, by the manifests: what its loss is divided by."""

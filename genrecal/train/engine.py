@@ -112,7 +112,7 @@ def start_engine(
             device=device,
             compute_dtype=compute_dtype,
             parallel=name == "ddp",
-            clock=clock or Clock(),
+            clock=clock,
         )
     return ZeroEngine(
         int(name.removeprefix("zero")),
@@ -123,7 +123,7 @@ def start_engine(
         compute_dtype=compute_dtype,
         micro_steps=micro_steps,
         offload=config.offload,
-        clock=clock or Clock(),
+        clock=clock,
     )
 
 
@@ -146,9 +146,9 @@ class TorchEngine:
         device: torch.device,
         compute_dtype: torch.dtype,
         parallel: bool,
-        clock: Clock,
+        clock: Clock | None = None,
     ):
-        self.clock = clock
+        self.clock = clock or Clock()
         self.parameters = trained_parameters(distiller)
         self.settings, self.ranks, self.device, self.compute_dtype = settings, ranks, device, compute_dtype
         # One kernel for all tensors on CUDA, and no third array of a moment's size, which torch's default there takes.
@@ -243,9 +243,9 @@ class ZeroEngine:
         compute_dtype: torch.dtype,
         micro_steps: int,
         offload: bool,
-        clock: Clock,
+        clock: Clock | None = None,
     ):
-        self.clock = clock
+        self.clock = clock or Clock()
         deepspeed = import_deepspeed(device)
         self.stage, self.ranks, self.device, self.compute_dtype = stage, ranks, device, compute_dtype
         # Only where a parameter has no gradient at all do ranks get out of step: with partitioned weights, when a module

@@ -474,6 +474,7 @@ def _prepare(job: StageJob, source: RecordSource) -> tuple[StagePlan, Engine, Di
         global_batch=plan.global_batch,
         last_sample=plan.num_samples,
         batch_size=settings.batch_size,
+        conversations=cache.conversations()[plan.indices] if len(cache.caches) > 1 else None,
         rank=ranks.rank,
         world_size=ranks.size,
     )

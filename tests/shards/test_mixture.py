@@ -4,13 +4,16 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from made_cache import FRACTION, SAMPLES, make_cache
 
 from genrecal.errors import DamageError, UsageError
 from genrecal.shards.layout import tar_name
-from genrecal.shards.mixture import open_caches
-from genrecal.shards.order import SampleOrder
+from genrecal.shards.mixture import Mixture, open_caches
+from genrecal.shards.order import SampleOrder, spread_out
 from genrecal.shards.reader import open_cache
+from genrecal.train.batches import StageData
 
 CACHED = SAMPLES - 1  # one of them is skipped
 
@@ -30,7 +33,10 @@ def test_one_cache_is_itself(two):
     alone, mixture = open_cache(two[0]), open_caches(two[:1])
     assert len(mixture) == len(alone) and [r.sample.key for r in mixture] == [r.key for r in alone]
     assert mixture.column("answer_tokens").tolist() == alone.column("answer_tokens").tolist()
-    assert mixture.question_share == FRACTION and mixture.hidden_size == alone.hidden_size
+    assert (
+        mixture.question_share(np.arange(CACHED)) == alone.column("has_question").mean()
+        and mixture.hidden_size == alone.hidden_size
+    )
     everything = np.arange(len(alone))
     order, shards = mixture.order(everything, seed=3, window=2), alone.column("shard")
     assert order.slice(0, 25).tolist() == SampleOrder(shards, seed=3, window=2).slice(0, 25).tolist()
@@ -76,9 +82,16 @@ def test_weights_say_how_many_samples_an_epoch_takes(two):
         open_caches(two, [1, 0.01]).counts(np.arange(2 * CACHED))
 
 
-def test_questions_of_the_mixture(two):
-    change(two[1], question_fraction=0, question_codec="none")
-    assert open_caches(two, [1, 3]).question_share == pytest.approx(FRACTION / 4)
+def test_questions_of_the_mixture(two, monkeypatch):
+    """A cache without a question tier counts as one: by what its manifests say, whatever share was asked for."""
+    mixture = open_caches(two, [1, 3])
+    has, column = open_cache(two[0]).column("has_question"), Mixture.column
+    assert 0 < has.mean() < 1 and open_cache(two[1]).description["question_fraction"] == FRACTION
+    without = np.arange(2 * CACHED) < CACHED  # as the manifests of a cache without the tier say
+    monkeypatch.setattr(Mixture, "column", lambda self, name: column(self, name) & without)
+    assert mixture.question_share(np.arange(2 * CACHED)) == pytest.approx(has.mean() / 4)
+    assert mixture.question_share(np.arange(CACHED)) == pytest.approx(has.mean())
+    assert mixture.question_share(np.arange(CACHED, 2 * CACHED)) == 0
 
 
 @pytest.mark.parametrize(
@@ -113,3 +126,31 @@ def test_weights_that_do_not_fit(two):
         open_caches(two, [1])
     with pytest.raises(UsageError, match="first: given twice"):
         open_caches([two[1], two[0], two[0].parent / "second/../first"])
+
+
+def test_caches_of_the_same_conversations_do_not_run_in_lock_step(two):
+    """A step of 10 from two caches of the same 10 conversations has each of them once, in any epoch."""
+    mixture = open_caches(two)
+    everything = np.arange(2 * CACHED)
+    conversations = mixture.conversations()
+    assert conversations[:CACHED].tolist() == conversations[CACHED:].tolist() == open_cache(two[0]).input_rows.tolist()
+    order = mixture.order(everything, seed=0, window=16)
+    one, other = (order.slice(0, 2 * CACHED)[number::2] % CACHED for number in (0, 1))
+    assert (one != other).sum() > CACHED / 2  # each its own order
+    data = StageData(
+        order=order, lengths=np.zeros(2 * CACHED), tokens=np.ones(2 * CACHED), global_batch=CACHED,
+        last_sample=50 * CACHED, batch_size=2, conversations=conversations,
+    )  # fmt: skip
+    steps = [data.step(number) for number in range(50)]
+    assert sorted(np.concatenate(steps)) == sorted(order.slice(0, 50 * CACHED))
+    twice = sum(len(set(conversations[step])) < CACHED for step in steps)
+    assert twice == 0 and [data.step(number).tolist() for number in (17, 3)] == [steps[17].tolist(), steps[3].tolist()]
+
+
+@given(st.integers(1, 6), st.integers(1, 5), st.randoms(use_true_random=False))
+def test_no_conversation_comes_twice_where_it_can_be_avoided(size, count, random):
+    ids = np.array([random.randrange(random.randrange(1, 20)) for _ in range(size * count)])
+    found = spread_out(np.arange(len(ids)), ids, size)
+    assert sorted(found) == list(range(len(ids)))
+    if np.bincount(ids).max() <= count:
+        assert all(len(set(ids[found[i : i + size]])) == size for i in range(0, len(ids), size))
