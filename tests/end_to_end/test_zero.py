@@ -211,7 +211,7 @@ def test_shards_and_live_teacher_give_the_same_losses(tiny, tmp_path):
     lines = {}
     for source in ("cache", "live"):
         run = Run(
-            path=tmp_path / source,
+            path=tmp_path / f"run-{source}",
             config=config,
             student=str(tiny("internvl_llama")),
             caches=(str(tmp_path / "cache"),),

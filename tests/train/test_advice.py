@@ -216,7 +216,8 @@ def strings(tree):
 # Raised before a run is begun, so that there is nothing to resume.
 BEFORE_A_RUN = (
     "loss.splice_weight 0 leaves", "engine ddp trains in several", "engine none trains in",
-    ": stage  of objective  reads the teacher's question", ": stage 1's regularisation needs", "--cache : loss.target sample needs", "evaluate.data with engine zero3",
+    ": stage  of objective  reads the teacher's question",
+    ": stage 1's regularisation needs", "--cache : loss.target sample needs", "evaluate.data with engine zero3",
 )  # fmt: skip
 
 
