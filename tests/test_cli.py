@@ -273,9 +273,6 @@ def test_too_many_skipped_samples_are_an_error_that_says_why(
     run: Run, tiny: Callable[[str], Path], data: Path, tmp_path: Path
 ) -> None:
     ended = run(*cache_args(tiny("qwen2_vl"), data, tmp_path / "out", "--max-skip", "0.01"))
-    warning, error = ended.err.splitlines(keepends=True)  # of a teacher of random weights, and then the error
-    assert warning.startswith("warning: the teacher does not know these answers")
-    ended = Ended(ended.status, ended.out, error)
     assert_one_line(ended, 1, "1 of 8 samples cannot be used", "--max-skip", "turn 4: empty answer")
 
 

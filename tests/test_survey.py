@@ -57,7 +57,7 @@ def test_what_is_counted(made: Path) -> None:
     assert lines[5].startswith(f"  6 like {made}:10: ") and lines[6].startswith(f"  {made}:16: ") and len(lines) == 7
     assert "the job will stop" not in "".join(found.lines(0.6))
     with pytest.raises(
-        DataError, match=r"16 of 31 records cannot be used, over the limit of 1\.00% \(--max-skip\): 9 like"
+        DataError, match=r"16 of 31 samples cannot be used, over the limit of 1\.00% \(--max-skip\): 9 like"
     ):
         found.check(0.01)
     found.check(16 / 31)
@@ -172,7 +172,7 @@ def test_the_job_stops_before_the_teacher_is_loaded(
     assert out.startswith("6 of 15 samples have images (7 images)\n4 records have a field 'notes', which is not read\n")
     assert "16 of 31 records cannot be used, the job will stop at --max-skip 1.00%" in out
     assert err.startswith(
-        "genrecal: error: 16 of 31 records cannot be used, over the limit of 1.00% (--max-skip): 9 like "
+        "genrecal: error: 16 of 31 samples cannot be used, over the limit of 1.00% (--max-skip): 9 like "
     )
     assert err.count("\n") == 1 and not (tmp_path / "c").exists()
     assert run("cache", "--teacher", gone, "--data", made, "--out", tmp_path / "c", "--max-skip", 0.6) != 0

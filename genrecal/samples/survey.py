@@ -119,7 +119,7 @@ def too_many_bad(bad: int, records: int, max_skip: float, reasons: Reasons) -> D
     """The error, with the most frequent reasons."""
     most = "; ".join(reasons.lines(3)) or "`genrecal inspect` on the cache lists the reasons"
     return DataError(
-        f"{bad} of {records} records cannot be used, over the limit of {max_skip:.2%} (--max-skip): {most}"
+        f"{bad} of {records} samples cannot be used, over the limit of {max_skip:.2%} (--max-skip): {most}"
     )
 
 
