@@ -19,6 +19,7 @@ from typing import Any
 from genrecal.errors import UsageError
 from genrecal.objectives.aligned import GenrecalAligned
 from genrecal.objectives.base import Objective
+from genrecal.objectives.byte_kl import ByteKl
 from genrecal.objectives.dskd import Dskd
 from genrecal.objectives.genrecal import Genrecal
 from genrecal.objectives.same_vocabulary import Kl, ReverseKl, SkewedKl
@@ -30,6 +31,7 @@ OBJECTIVES: dict[str, type[Objective[Any]]] = {
     "genrecal-aligned": GenrecalAligned,
     "sft": Sft,
     "seqkd": SeqKD,
+    "byte-kl": ByteKl,
     "kl": Kl,
     "reverse-kl": ReverseKl,
     "skewed-kl": SkewedKl,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from genrecal.objectives.cells import Cells, cell_kl
 from genrecal.objectives.losses import Exact, RowLosses, Sampled, Target, TopK, rows_at_once, rows_of, trained_logits
 from genrecal.shards.head import FrozenHead, LogitTransform, linear_float32
 
@@ -31,7 +32,8 @@ class Divergence:
     """What student and teacher are compared by.
 
     Args:
-        name: "kl", "reverse-kl", "skewed-kl": over the ids that both tokenizers share; "uld": over sorted probabilities.
+        name: "kl", "reverse-kl", "skewed-kl": over the ids that both tokenizers share; "uld": over sorted probabilities;
+            "byte-kl": over the cells of a `Cells` target.
         shared_ids: C; both distributions are taken over the ids below it alone. "uld" needs none.
         skew: of "skewed-kl".
         only_where_right: rows count only where the teacher's likeliest id is the target.
@@ -48,7 +50,7 @@ def student_losses(
     head: torch.nn.Linear,
     transform: LogitTransform,
     target_ids: torch.Tensor,
-    target: Target,
+    target: Target | Cells,
     divergence: Divergence,
     *,
     teacher_head: FrozenHead | None = None,
@@ -82,7 +84,8 @@ def student_losses(
 
     def chunk(logits: torch.Tensor, rows: slice) -> Chunk:
         part = None if counts is None else counts[rows]
-        return _chunk(logits, target_ids[rows], rows_of(target, rows), divergence, teacher_head, part)
+        some = target.rows(rows.start, rows.stop) if isinstance(target, Cells) else rows_of(target, rows)
+        return _chunk(logits, target_ids[rows], some, divergence, teacher_head, part)
 
     if not head.weight.requires_grad:
         with torch.autocast(hidden.device.type, enabled=False):
@@ -172,7 +175,7 @@ def student_losses_naive(
 def _chunk(
     logits: torch.Tensor,
     target_ids: torch.Tensor,
-    target: Target,
+    target: Target | Cells,
     divergence: Divergence,
     teacher_head: FrozenHead | None,
     counts: torch.Tensor | None,
@@ -184,7 +187,9 @@ def _chunk(
         assert teacher_head is not None
         with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
             teacher = teacher_head.logits(target.hidden).to(logits.dtype)  # [r, V_t]
-    if divergence.name == "uld":
+    if isinstance(target, Cells):
+        kl = cell_kl(logits, target)
+    elif divergence.name == "uld":
         kl = _sorted_distance(logits, teacher, target)
     elif isinstance(target, Sampled):
         kl = _estimate(logits[:, : divergence.shared_ids], target)
