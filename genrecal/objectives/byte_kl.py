@@ -35,7 +35,9 @@ class ByteKl(Objective[ByteKlBatch]):
         super().prepare(student, cache, samples, modules)
         teacher = teacher_renderer(cache.first)
         same = not shared_tokens(teacher, student.renderer).differences
-        self.map = TokenMap(teacher, student.renderer, student_rows=student.head.out_features, same=same)
+        # Beyond the tokenizer's entries a head has rows of padding, which count on neither side.
+        self.student_ids = min(len(student.renderer.tokenizer), student.head.out_features)
+        self.map = TokenMap(teacher, student.renderer, student_rows=self.student_ids, same=same)
 
     def batch(self, student: Batch, samples: Sequence[Encoded], records: Sequence[Record]) -> ByteKlBatch:
         cells = [
@@ -51,7 +53,7 @@ class ByteKl(Objective[ByteKlBatch]):
             self.student.transform,
             batch.student_ids,
             batch.cells,
-            Divergence(name="byte-kl"),
+            Divergence(name="byte-kl", shared_ids=self.student_ids),
             ce_weight=self.loss.ce_weight,
             kl_weight=self.loss.kl_weight,
             chunk_rows=self.loss.chunk_rows,

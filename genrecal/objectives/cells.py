@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from genrecal.errors import SampleError
-from genrecal.shards.record import AnswerRows
 from genrecal.objectives.align import NOWHERE, prefix_ends
+from genrecal.shards.record import AnswerRows
 from genrecal.vlm.rendering import Renderer
 from genrecal.vlm.tokens import ByteTokenizer, TokenizedText
 
@@ -143,14 +143,14 @@ class TokenMap:
     Args:
         teacher, student: the two models' renderers.
         student_rows: rows of the student's head; ids beyond have no logit.
-        same: the two tokenizers are one: each id is its own cell.
+        same: the two tokenizers are one: each id is its own cell, special tokens included.
     """
 
     def __init__(self, teacher: Renderer, student: Renderer, *, student_rows: int, same: bool = False):
         self._teacher, self._student = teacher.byte_tokenizer, student.byte_tokenizer
         self.teacher_end, self.student_end = teacher.marks.end_of_turn_id, student.marks.end_of_turn_id
         vocabulary = teacher.tokenizer.get_vocab().values()
-        self._special = _special_ids(teacher)
+        self._same, self._special = same, set() if same else _special_ids(teacher)
         self.first = np.full(max(vocabulary) + 1, NONE, np.int64)  # teacher id -> student id
         self._entries: list[tuple[bytes, int]] = []  # what the student writes: bytes and id, sorted
         if same:
@@ -291,14 +291,19 @@ class TokenMap:
 
     def _candidates(self, teacher: AnswerRows, keep: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids and probabilities of the stored tokens, int64 and float64 `[A, k + 1]`: the target last, with 0 if it is one
-        of the k."""
+        of the k, or with one tokenizer, where this is the plain KL of the top k.
+
+        What the teacher's head is padded with has no part in its distribution.
+        """
         at = np.flatnonzero(keep)[rows]
         ids = teacher.topk_ids[at].astype(np.int64)
         p = np.exp((teacher.topk_logits[at] - teacher.logsumexp[at][:, None]).astype(np.float64))
         target = teacher.target_id[at].astype(np.int64)
-        stored = (ids == target[:, None]).any(1)
+        stored = (ids == target[:, None]).any(1) | self._same
         own = np.where(stored, 0.0, np.exp(teacher.target_log_prob[at].astype(np.float64)))
-        return np.concatenate([ids, target[:, None]], 1), np.concatenate([p, own[:, None]], 1)
+        ids, p = np.concatenate([ids, target[:, None]], 1), np.concatenate([p, own[:, None]], 1)
+        padding = np.where(ids < len(self.first), 0.0, p)
+        return ids, (p - padding) / (1 - padding.sum(1, keepdims=True))
 
     def _aligned(self, teacher: AnswerRows, keep: np.ndarray, pairs: np.ndarray) -> "_Part":
         ids, p = self._candidates(teacher, keep, pairs[:, 1])

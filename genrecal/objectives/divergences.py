@@ -34,7 +34,7 @@ class Divergence:
     Args:
         name: "kl", "reverse-kl", "skewed-kl": over the ids that both tokenizers share; "uld": over sorted probabilities;
             "byte-kl": over the cells of a `Cells` target.
-        shared_ids: C; both distributions are taken over the ids below it alone. "uld" needs none.
+        shared_ids: C; both distributions are taken over the ids below it alone ("byte-kl": the student's). "uld" needs none.
         skew: of "skewed-kl".
         only_where_right: rows count only where the teacher's likeliest id is the target.
     """
@@ -188,7 +188,7 @@ def _chunk(
         with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
             teacher = teacher_head.logits(target.hidden).to(logits.dtype)  # [r, V_t]
     if isinstance(target, Cells):
-        kl = cell_kl(logits, target)
+        kl = cell_kl(logits[:, : divergence.shared_ids], target)
     elif divergence.name == "uld":
         kl = _sorted_distance(logits, teacher, target)
     elif isinstance(target, Sampled):
