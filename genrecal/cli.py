@@ -162,7 +162,7 @@ def plan(
     ],
     data: Data,
     out: Annotated[str | None, typer.Option(help="Where the cache would be: is there room?")] = None,
-    image_root: Annotated[Path | None, typer.Option(help="Where relative image paths start.")] = None,
+    image_root: Annotated[str | None, typer.Option(help="Folder or URL where relative image paths start.")] = None,
     field: FieldNames = None,
     role: RoleNames = None,
     include_category: IncludeCategory = None,
@@ -256,7 +256,7 @@ def plan(
         raise typer.Exit(1)
 
 
-def _print_survey(found: Any, max_skip: float = 1.0) -> None:
+def _print_survey(found: Any, max_skip: float) -> None:
     for line in found.lines(max_skip):
         console.print(_printable(line), markup=False, highlight=False)
 
@@ -271,7 +271,7 @@ def cache(
     data: Data,
     out: Annotated[str, typer.Option(help="Cache directory, or a URL such as s3://...; an unfinished one is resumed.")],
     image_root: Annotated[
-        Path | None, typer.Option(help="Where relative image paths start; else the data's folder.")
+        str | None, typer.Option(help="Folder or URL where relative image paths start; else the data's folder.")
     ] = None,
     field: FieldNames = None,
     role: RoleNames = None,
@@ -897,7 +897,7 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="Write the predictions here, as jsonl; with --harness, a folder for its files.")
     ] = None,
-    image_root: Annotated[Path | None, typer.Option(help="Where relative image paths start.")] = None,
+    image_root: Annotated[str | None, typer.Option(help="Folder or URL where relative image paths start.")] = None,
     field: FieldNames = None,
     role: RoleNames = None,
     include_category: IncludeCategory = None,
@@ -948,6 +948,7 @@ def evaluate(
 
     from genrecal.report.summary import plus_minus
     from genrecal.samples import FieldMap, open_samples
+    from genrecal.samples.survey import Reasons, survey
     from genrecal.train.evaluate import evaluate, save_evaluation
     from genrecal.train.scores import check_metric
     from genrecal.vlm.loading import load_vlm
@@ -962,13 +963,15 @@ def evaluate(
     selection = _selection(include_category, exclude_category, split, split_seed)
     fields = FieldMap.parse(field or (), role or ())
     samples = open_samples(data or [], image_root=image_root, limit=limit, selection=selection, fields=fields)
+    for line in survey(samples).lines():
+        typer.echo(_printable(line), err=True)
     prompt = _prompt(template_arg, allow_token)
     vlm = load_vlm(
         model, dtype=_dtype(dtype), device=_device(device), trust_remote_code=trust_remote_code, prompt=prompt
     )
     result = evaluate(vlm, samples, metric=metric, batch_size=batch_size or 8, max_new_tokens=max_new_tokens)
-    for where, why in result.skipped:
-        sys.stderr.write(f"skipped {where}: {why}\n")
+    for line in Reasons.of(f"{where}: {why}" for where, why in result.skipped).lines():
+        typer.echo(f"skipped {_printable(line)}", err=True)
     scores = {"overall": result.overall, **result.by_category}
     rules = {name: result.rules(None if score is result.overall else name) for name, score in scores.items()}
     table = Table("category", "questions", "accuracy", "answer log-loss, nats", "scored by", box=None, pad_edge=False)
@@ -1072,7 +1075,7 @@ def compare(
     config: Annotated[Path | None, typer.Option(help="TOML file of settings of all variants.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="One setting of all variants.")] = None,
     jobs: Annotated[int, typer.Option(help="Runs side by side; GPUs are dealt out to them in turn.", min=1)] = 1,
-    image_root: Annotated[Path | None, typer.Option(help="Where relative image paths start.")] = None,
+    image_root: Annotated[str | None, typer.Option(help="Folder or URL where relative image paths start.")] = None,
     field: FieldNames = None,
     role: RoleNames = None,
     limit: Annotated[int | None, typer.Option(help="Ask the first N records only.", min=1)] = None,

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from genrecal.errors import UsageError
+from genrecal.errors import StorageError, UsageError
 
 UNTOUCHED_SECONDS = 24 * 3600.0  # after which a temporary file of another machine is taken for left behind
 PACKAGES = {  # that fsspec needs for a protocol
@@ -127,3 +127,17 @@ def file_system(url: str) -> tuple[Any, str]:
     except ValueError as error:
         raise UsageError(f"{url}: not a URL that fsspec knows: {error}") from None
     return fs, path
+
+
+def read_url(url: str) -> bytes:
+    """The bytes behind a URL. Raises FileNotFoundError, and StorageError for any other failure."""
+    fs, path = file_system(url)
+    try:
+        return bytes(fs.cat_file(path))
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        words = " ".join(str(error).split())[:300]
+        raise StorageError(
+            f"{url}: cannot be read: {type(error).__name__}: {words}; run the same command again"
+        ) from None

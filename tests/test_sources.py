@@ -13,12 +13,14 @@ import datasets
 import fsspec
 import pyarrow.parquet as pq
 import pytest
-from conftest import mixed_samples
+from conftest import mixed_samples, png
 from hub_server import commit_of, hub_server
 from s3_server import BUCKET, environment, proxy_to, s3_server
 from test_containers import content, make_dataset, records, write_tar
 
-from genrecal.errors import DataError, GenrecalError, StorageError, UsageError
+from genrecal.cache.job import run_cache_job
+from genrecal.cache.options import CacheOptions
+from genrecal.errors import DataError, GenrecalError, SampleError, StorageError, UsageError
 from genrecal.samples import open_samples
 from genrecal.samples.data_files import find_sources
 
@@ -191,6 +193,40 @@ def test_s3(made: Path, train: list[Any]) -> None:
         with pytest.raises(StorageError, match=f"s3://{BUCKET}/repo/data/train-.*: cannot be") as raised:
             open_samples([f"s3://{BUCKET}/repo/data/train-00000-of-00002.parquet"])
         assert "\n" not in str(raised.value)
+    fsspec.filesystem("s3").clear_instance_cache()
+
+
+def test_images_beside_remote_data_are_read_where_they_lie(
+    made: Path, memory: Any, tmp_path: Path, teacher: Any
+) -> None:
+    """Not before they are rendered; one that is not there costs its record, a store that fails ends the job."""
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    lines = [{"id": f"r{i}", "image": f"../images/{i}.png", "messages": turns} for i in range(4)]
+    for i in range(3):
+        memory.pipe(f"/made/images/{i}.png", png(i))
+    text = "\n".join(map(json.dumps, lines))
+    memory.pipe("/made/json/d.jsonl", text.encode())
+    (tmp_path / "local.jsonl").write_text(text)
+    for data, root in (("memory://made/json/d.jsonl", None), (tmp_path / "local.jsonl", "memory://made/json")):
+        samples = open_samples([data], image_root=root)
+        assert [image.read() for sample in samples[:3] for image in sample.images] == [png(i) for i in range(3)]
+        with pytest.raises(SampleError, match=r"image memory://+made/images/3\.png does not exist"):
+            samples[3].images[0].read()
+    report = run_cache_job(teacher, samples, tmp_path / "c", CacheOptions(max_skip=0.3))
+    assert (report.cached, report.skipped) == (3, 1)
+
+
+def test_a_store_of_images_that_fails_ends_the_job(tmp_path: Path, teacher: Any) -> None:
+    record = {"image": "a.png", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    (tmp_path / "d.jsonl").write_text(json.dumps(record))
+    with s3_server() as port, proxy_to(port) as proxy, environment(proxy.environment()):
+        proxy.judge = lambda request: "deny"
+        samples = open_samples([tmp_path / "d.jsonl"], image_root=f"s3://{BUCKET}/images")
+        with pytest.raises(StorageError, match=f"s3://{BUCKET}/images/a.png: cannot be read: PermissionError"):
+            run_cache_job(teacher, samples, tmp_path / "c", CacheOptions(max_skip=1.0))
+        proxy.judge = lambda request: "pass"
+        fsspec.filesystem("s3").pipe(f"{BUCKET}/images/a.png", png())
+        assert run_cache_job(teacher, samples, tmp_path / "c", CacheOptions()).cached == 1
     fsspec.filesystem("s3").clear_instance_cache()
 
 

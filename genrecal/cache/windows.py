@@ -11,7 +11,7 @@ from types import TracebackType
 from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import Teacher
 from genrecal.cache.watch import Watch
-from genrecal.errors import SampleError
+from genrecal.errors import SampleError, StorageError
 from genrecal.samples import BadRecord, ImageSource, Sample
 from genrecal.vlm.rendering import Encoded
 
@@ -99,7 +99,7 @@ def render_record(teacher: Teacher, sample: Sample | BadRecord, options: CacheOp
         return Item(sample, teacher.encode(sample, max_tokens=options.max_tokens or None), None, notes)
     except SampleError as error:
         return Item(sample, None, error)
-    except (Stopped, KeyboardInterrupt):
+    except (Stopped, StorageError, KeyboardInterrupt):
         raise
     except Exception as error:  # a processor's or tokenizer's own; one sample must not end the job
         return Item(sample, None, SampleError(f"cannot be rendered: {type(error).__name__}: {plain_reason(error)}"))

@@ -85,7 +85,9 @@ def _unwrapped(record: dict[str, Any]) -> dict[str, Any]:
     return {**{name: record[name] for name in record if name != "json"}, **inner} if isinstance(inner, dict) else record
 
 
-def parse_record(record: Any, *, index: int, location: str, image_root: Path, fields: FieldMap = NO_FIELDS) -> Sample:
+def parse_record(
+    record: Any, *, index: int, location: str, image_root: Path | str, fields: FieldMap = NO_FIELDS
+) -> Sample:
     """One record -> Sample. Raises SampleError with the reason.
 
     Args:
@@ -93,7 +95,7 @@ def parse_record(record: Any, *, index: int, location: str, image_root: Path, fi
             record has its other members under MEMBERS.
         index: its place in the input.
         location: the same, for people.
-        image_root: where relative paths start.
+        image_root: where relative paths start: a folder, or a URL.
         fields: what its fields and roles are, where they have none of the known names.
     """
     if not isinstance(record, dict):
@@ -137,7 +139,7 @@ class _Draft:
 class _Reader:
     """Reads one record. `opened` are all objects met on the way, whose left fields are judged at the end."""
 
-    image_root: Path
+    image_root: Path | str
     members: Members | None
     given: FieldMap
     opened: list[Fields] = field(default_factory=list)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from genrecal.errors import SampleError
+from genrecal.files import read_url
 
 ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSource:
-    """One image of a sample: a file, a part of a file (of a tar), or bytes already in memory.
+    """One image of a sample: a file, a part of a file (of a tar), a file behind a URL, or bytes already in memory.
 
     The bytes are passed on as they are, never re-encoded.
 
@@ -22,15 +23,21 @@ class ImageSource:
     """
 
     path: Path | None = None
+    url: str | None = None
     data: bytes | None = field(default=None, repr=False)
     suffix: str = "jpg"
     start: int = 0
     size: int | None = None
 
     def read(self) -> bytes:
-        """The encoded image bytes. Raises SampleError when the file cannot be read."""
+        """The encoded image bytes. Raises SampleError when the file cannot be read, StorageError when its store fails."""
         if self.data is not None:
             return self.data
+        if self.url is not None:
+            try:
+                return read_url(self.url)
+            except FileNotFoundError:
+                raise SampleError(f"image {self.url} does not exist") from None
         assert self.path is not None
         try:
             return self.path.read_bytes() if self.size is None else read_part(self.path, self.start, self.size)

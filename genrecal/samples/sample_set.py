@@ -114,7 +114,7 @@ class SampleSet(Sequence[Sample | BadRecord]):
 
     files: Sequence[RecordFile]
     names: Sequence[str]  # where the files come from; a remote one is read from a copy
-    image_root: Path | None = None
+    image_root: Path | str | None = None
     limit: int | None = None
     selection: Selection = field(default_factory=Selection)
     fields: FieldMap = field(default_factory=FieldMap)
@@ -137,11 +137,13 @@ class SampleSet(Sequence[Sample | BadRecord]):
         place = int(index % len(self)) if self._taken is None else int(self._taken[index % len(self)])
         number = int(np.searchsorted(self._starts, place, side="right")) - 1
         file, row = self.files[number], place - int(self._starts[number])
-        location = file.location(row).replace(str(file.path), self.names[number], 1)
+        name = self.names[number]
+        location = file.location(row).replace(str(file.path), name, 1)
         record: Any = None
         try:
             record = file.record(row)
-            root = self.image_root or file.path.parent
+            remote = name.rpartition("/")[0] if "://" in name else None
+            root = self.image_root or remote or file.path.parent
             return parse_record(record, index=place, location=location, image_root=root, fields=self.fields)
         except SampleError as error:
             names = record_names(record, index=place, fields=self.fields)
@@ -196,7 +198,7 @@ def open_samples(
     Args:
         paths: files; folders of tars, of Parquet files or of a Hugging Face dataset; URLs; `REPO:SPLIT` of the hub. See
             `genrecal.samples.data_files`. `{000..015}` and `*` are expanded.
-        image_root: where relative image paths start, or else at the folder of their file.
+        image_root: a folder or a URL where relative image paths start, or else at the folder of their file.
         limit: of what is selected, the first so many.
         selection: needs every record to be looked at once.
         fields: what the records' fields and roles are, where they have none of the known names.
@@ -227,7 +229,7 @@ def open_samples(
     named = ", ".join(map(str, paths))
     if not sum(map(len, opened)):
         raise DataError(f"no records in {named}")
-    root = Path(image_root) if image_root else None
+    root = image_root if image_root is None or "://" in str(image_root) else Path(image_root)
     samples = SampleSet(
         files=opened,
         names=[source.name for source in sources[: len(opened)]],

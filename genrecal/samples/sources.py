@@ -2,6 +2,8 @@
 
 import base64
 import binascii
+import os
+import posixpath
 import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
@@ -88,23 +90,27 @@ def _suffix(kind: str) -> str:
     return {"jpeg": "jpg", "": "img"}.get(kind, kind)
 
 
-def open_entries(entries: Sequence[Entry], root: Path, members: "Members | None") -> list[ImageSource]:
+def open_entries(entries: Sequence[Entry], root: Path | str, members: "Members | None") -> list[ImageSource]:
     """The images of all entries of a record. Raises SampleError with the reason for one that is not there."""
     if members is not None:
         return members.find(entries)
     return [entry if isinstance(entry, ImageSource) else _file(entry, root) for entry in entries]
 
 
-def _file(name: str, root: Path) -> ImageSource:
+def _file(name: str, root: Path | str) -> ImageSource:
     if (kind := media_name(name)) and kind != "an image":
         raise SampleError(f"image {name[:200]} is {kind}, which is not read")
     if name.lower().startswith("file:"):
         plain = re.sub("^file:(//(localhost(?=/))?)?", "", name, flags=re.IGNORECASE)
         decoded = urllib.parse.unquote(plain)
-        name = decoded if _exists(root / decoded) or not _exists(root / plain) else plain
+        name = decoded if _exists(Path(root, decoded)) or not _exists(Path(root, plain)) else plain
     elif re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", name):
         raise SampleError(f"image {name} is a web address; download it first, genrecal reads local images")
-    path = root / name
+    if isinstance(root, str) and not os.path.isabs(name):
+        protocol, _, folder = root.partition("://")
+        url = f"{protocol}://{posixpath.normpath(f'{folder}/{name}')}"
+        return ImageSource(url=url, suffix=_suffix(Path(name).suffix))
+    path = Path(root, name)
     if not _exists(path):
         raise SampleError(f"image {path} does not exist")
     return ImageSource(path=path, suffix=_suffix(path.suffix))

@@ -88,8 +88,8 @@ class Survey:
         error = 0.0 if self.surveyed == self.records else math.sqrt(share * (1 - share) / max(self.parts, 1))
         return self.bad > max_skip * self.records or share - 6 * error > max_skip
 
-    def lines(self, max_skip: float = 1.0) -> Iterator[str]:
-        """The survey in words; images first."""
+    def lines(self, max_skip: float | None = None) -> Iterator[str]:
+        """The survey in words, images first; bad records only of a job that may skip so many."""
         drawn = "" if self.surveyed == self.records else f" (of {self.surveyed} of {self.records} records, drawn)"
         yield f"{self.with_images} of {self.surveyed - self.bad} samples have images ({self.images} images){drawn}"
         for what, count in self.unread.most_common(SHOWN_KINDS):
@@ -99,7 +99,7 @@ class Survey:
             yield f"{len(rest)} other fields are not read: {', '.join(what for what, _ in rest)[:400]}"
         for name, fields in self.beside.items():
             yield f"{name}: {', '.join(map(repr, fields))} beside the list of records is not read"
-        if self.bad:
+        if self.bad and max_skip is not None:
             stops = f", the job will stop at --max-skip {max_skip:.2%}" * self.over(max_skip)
             yield f"{self.bad} of {self.surveyed} records cannot be used{stops}:"
             yield from (f"  {line}" for line in self.reasons.lines())
