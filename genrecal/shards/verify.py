@@ -870,22 +870,21 @@ class Spelling:
         self._key, self._answers = key, answers
 
     def check(self, add: Callable[..., None], key: str, rows: AnswerRows) -> None:
-        """A text may differ from its tokens by what a template puts before it and by how characters are composed."""
+        """Tokens before the answer's first byte are the template's; it may trim an answer, and a tokenizer compose letters."""
         if key != self._key or not rows.predicts.any():
             return  # the conversation could not be read, and that was said
         for turn, answer in enumerate(self._answers):
-            ids = rows.target_id[rows.predicts & (rows.turn == turn)][:-1].tolist()  # the last one closes the turn
+            places = np.flatnonzero(rows.predicts & (rows.turn == turn))[:-1]  # the last one closes the turn
+            ids = rows.target_id[places][rows.target_end[places] > 0].tolist()
             pieces = [self.vocabulary.bytes(token_id) for token_id in ids]
             if None in pieces:
-                add(
-                    f"answer of turn {turn + 1}: a token that the teacher's tokenizer.json lacks",
-                    got=ids[pieces.index(None)],
-                )
+                what = f"answer of turn {turn + 1}: a token that the teacher's tokenizer.json lacks"
+                add(what, got=ids[pieces.index(None)])
                 continue
             text = b"".join(piece for piece in pieces if piece is not None).decode(errors="backslashreplace")
-            spelled, wanted = (unicodedata.normalize("NFC", words) for words in (text, answer))
-            if not spelled.endswith(wanted) or spelled[: len(spelled) - len(wanted)].strip():
-                place = next((i for i, (a, b) in enumerate(zip(spelled, wanted, strict=False)) if a != b), 0)
+            spelled, wanted = (unicodedata.normalize("NFC", words).strip() for words in (text, answer))
+            if spelled != wanted:
+                place = len(os.path.commonprefix([spelled, wanted]))
                 near = slice(max(0, place - 20), place + 20)
                 what = f"answer of turn {turn + 1}: not what its tokens stand for, near character {place}"
                 add(what, repr(spelled[near]), repr(wanted[near]))

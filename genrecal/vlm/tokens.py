@@ -9,6 +9,7 @@ vocabulary spells its entries, except for tokens that hold a part of a character
 """
 
 import functools
+import os
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class ByteTokenizer:
                 return TokenizedText(np.array(ids, np.int64), ends - lengths, ends)
             if unicodedata.normalize("NFC", found) == unicodedata.normalize("NFC", text):
                 return self._normalised(anchor, text, len(before))
-            place = next((i for i, (a, b) in enumerate(zip(text, found, strict=False)) if a != b), len(found))
+            place = len(os.path.commonprefix([text, found]))
             problem = f"{_around(text, place)} comes out as {_around(found, place)}"
         raise SampleError(f"the tokenizer does not give the answer back: {problem or _around(text, 0)}")
 
