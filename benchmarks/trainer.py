@@ -7,15 +7,14 @@ Models are randomly initialised, with the tokenizers, processors and pictures of
 demo's). Every measurement is a process of its own that trains with `genrecal.train.loop.train` as the command does; the
 sources take turns, and a figure is the median of `--repeat` processes, each the median of its steps but the first two.
 
-- step s: from one step to the next, loading, logging and all. processor s: of the training process, in a step.
+- step s: from one step to the next, with loading and computing.
 - waits: share of a step spent waiting for the next micro-batches; with a live teacher that is its forward pass.
 - peak MB: of the training process, less what it held after its imports; on CUDA the allocator's.
 - TFLOPs: of a step's matrix products, counted while it runs without checkpointing; MFU is their rate against
   `--peak-tflops`.
 
 "memory" holds finished micro-batches: what is slower than that is reading, decoding and rendering. The last columns are
-against shards, the median of the rounds' ratios: the step's time, the processor's (which other work on the machine changes
-less), and "bound", the FLOPs: what leaving out the teacher can save. `--grow` repeats stage 1 with twice and four times
+against shards, the median of the rounds' ratios: the step's time, and "bound", the FLOPs: what leaving out the teacher can save. `--grow` repeats stage 1 with twice and four times
 the samples, the tokens and the vocabulary.
 """
 
@@ -27,7 +26,6 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -48,6 +46,7 @@ from genrecal.samples import open_samples
 from genrecal.shards.reader import open_cache
 from genrecal.train import loop
 from genrecal.train.config import load_config
+from genrecal.train.logs import read_metrics
 from genrecal.train.run import Run
 from genrecal.vlm.loading import load_vlm
 
@@ -141,14 +140,12 @@ HEADER = [
     "stage",
     "source",
     "step s",
-    "processor s",
     "waits",
     "peak MB",
     "TFLOPs",
     "TFLOP/s",
     "MFU",
     "step",
-    "processor",
     "bound",
 ]
 
@@ -181,7 +178,7 @@ def compare(options: argparse.Namespace, *, sources: tuple[str, ...] = SOURCES) 
         beside = found[stage, "shards"]  # of the same rounds: a machine's speed changes within the hour
         ratio = {
             name: statistics.median(one[name] / other[name] for one, other in zip(measured, beside, strict=True))
-            for name in ("step", "cpu")
+            for name in ("step",)
         }
         tflops = flops[stage, source == "live"] / 1e12
         rate = tflops / middle["step"]
@@ -190,14 +187,12 @@ def compare(options: argparse.Namespace, *, sources: tuple[str, ...] = SOURCES) 
                 str(stage),
                 source,
                 f"{middle['step']:.3f}",
-                f"{middle['cpu']:.3f}",
                 f"{middle['wait']:.1%}",
                 f"{middle['peak'] / 1e6:,.0f}",
                 f"{tflops:.4g}",
                 f"{rate:.3g}",
                 f"{rate / options.peak_tflops:.1%}" if options.peak_tflops else "",
                 f"{ratio['step']:.2f}x",
-                f"{ratio['cpu']:.2f}x",
                 f"{flops[stage, source == 'live'] / flops[stage, False]:.2f}x",
             ]
         )
@@ -339,53 +334,34 @@ def measure(what: str, stage: int, options: argparse.Namespace) -> dict[str, flo
                 loop.train(run, stages=[stage], live_teacher=live)
             return {"flops": counter.get_total_flops()}
         loop.train(run, stages=[stage], live_teacher=live)
-    return watch.figures() | {
-        "peak": torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM") - before
-    }
+        found = figures(run.path, stage)
+    return found | {"peak": torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM") - before}
 
 
 class Watch:
-    """Stands for `micro_batch_stream` and notes when each step's micro-batches are asked for and when they are there."""
+    """Stands for `micro_batch_stream`: of source "memory" all micro-batches are read before the first step."""
 
     def __init__(self, source: str, device: torch.device, stream: Any):
         self.source, self.device, self.stream = source, device, stream
-        self.asked: list[tuple[float, float]] = []
-        self.given: list[float] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        steps = self.stream(*args, **kwargs)
+        loaded = self.stream(*args, **kwargs)
         if self.source == "memory":
-            steps = iter(list(steps))
+            loaded = iter(list(loaded))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
             Path("/proc/self/clear_refs").write_text("5")  # what loading took is not what training takes
-        self.asked, self.given = [], []
-        return self._watched(steps)
+        yield from loaded
 
-    def _watched(self, steps: Iterator[Any]) -> Iterator[Any]:
-        self._ask()
-        for step in steps:
-            self.given.append(time.perf_counter())
-            yield step
-            self._ask()
 
-    def _ask(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.asked.append((time.perf_counter(), time.process_time()))
-
-    def figures(self) -> dict[str, float]:
-        """The last step's end is not seen by the stream, so it is left out with the first ones."""
-        every = list(
-            zip(self.asked[SKIPPED_STEPS:], self.asked[SKIPPED_STEPS + 1 :], self.given[SKIPPED_STEPS:], strict=False)
-        )
-        waits = sum(given - start[0] for start, _, given in every)
-        return {
-            "step": statistics.median(end[0] - start[0] for start, end, _ in every),
-            "cpu": statistics.median(end[1] - start[1] for start, end, _ in every),
-            "wait": waits / (every[-1][1][0] - every[0][0][0]),
-        }
+def figures(run: Path, stage: int) -> dict[str, float]:
+    """Medians over a stage's steps but the first ones, as the run logged them."""
+    lines = [line for line in read_metrics(run) if line["stage"] == stage][SKIPPED_STEPS:]
+    return {
+        "step": statistics.median(line["seconds"] for line in lines),
+        "wait": statistics.fmean(line["data_wait"] for line in lines),
+    }
 
 
 def resident(name: str) -> int:

@@ -350,7 +350,10 @@ class _LinearFloat32(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        slope = slope.to(ctx.narrow)
-        d_x = linear_float32(slope, weight.to(ctx.narrow).t()).to(x.dtype) if ctx.needs_input_grad[0] else None
-        d_weight = linear_float32(slope.t(), x.to(ctx.narrow).t()).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        slope, d_x, d_weight = slope.to(ctx.narrow), None, None
+        with torch.autocast(slope.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                d_x = linear_float32(slope, weight.to(ctx.narrow).t()).to(x.dtype)
+            if ctx.needs_input_grad[1]:
+                d_weight = linear_float32(slope.t(), x.to(ctx.narrow).t()).to(weight.dtype)
         return d_x, d_weight, None
