@@ -130,6 +130,7 @@ def command(made, tiny, capsys):
     return call
 
 
+@pytest.mark.slow
 def test_a_comparison(made, tiny, command, tmp_path):
     """Its students are those of `genrecal train`, and a second call only adds what is new."""
     out = tmp_path / "out"

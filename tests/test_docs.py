@@ -128,6 +128,7 @@ def test_plain_webdataset_reads_a_cache(cache, tmp_path):
 
 
 @one_cache
+@pytest.mark.slow
 def test_plain_energon_reads_a_cache(cache, tmp_path):
     copy = shutil.copytree(cache, tmp_path / "cache")
     (line,) = [line for line in shell_lines(FORMAT) if line.startswith("energon ")]
@@ -139,6 +140,7 @@ def test_plain_energon_reads_a_cache(cache, tmp_path):
 
 
 @one_cache
+@pytest.mark.slow
 def test_plain_datasets_reads_a_cache(cache, tmp_path):
     assert run_alone("read_datasets.py", cache, tmp_path, blocked=("genrecal",)) == [*expected_lines(cache), "8 cached"]
 

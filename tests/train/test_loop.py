@@ -97,6 +97,7 @@ def test_learning_rate_falls_linearly_in_each_stage(run_of):
     assert rates == pytest.approx([1e-3 + (1e-4 - 1e-3) * i / 6 for i in range(6)])
 
 
+@pytest.mark.slow
 def test_a_run_in_pieces_is_the_run_in_one(run_of):
     whole, pieces = run_of("whole"), run_of("pieces")
     train(whole)
@@ -105,7 +106,7 @@ def test_a_run_in_pieces_is_the_run_in_one(run_of):
     assert untimed(whole) == untimed(pieces)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_resuming_from_a_checkpoint_gives_the_same_losses_and_weights(run_of, stage):
     """The run's folder as a kill after step 5 of the stage leaves it: checkpoints of steps 2 and 4, metrics up to 4."""
     whole = run_of("whole", "keep_checkpoints=2")
@@ -199,7 +200,7 @@ def test_sft_needs_no_recalibrator_and_takes_the_same_samples(run_of):
     assert tokens == [line["student_tokens"] for line in untimed(full) if line["stage"] == 2]
 
 
-@pytest.mark.parametrize("splice_weight", [1.0, 0.0])
+@pytest.mark.parametrize("splice_weight", [1.0, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_the_aligned_objective_logs_its_terms_apart(run_of, splice_weight):
     """Beside the paper's or alone, where neither question tier nor Rec-proj-pre is used."""
     run = run_of("run", "objective=genrecal-aligned", f"loss.splice_weight={splice_weight}", "loss.aligned_weight=0.5")
@@ -251,6 +252,7 @@ def test_other_settings_train_too(run_of, setting):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing_but_memory(run_of):
     with_it, without = (
         run_of("with", "lora.dropout=0"),
@@ -332,7 +334,7 @@ def test_an_unfinished_cache_is_refused(run_of, cache, tmp_path):
         train(Run(path=run.path, config=run.config, student=run.student, caches=(str(copy),)), stages=(1,))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_samples_the_student_cannot_take_are_skipped_counted_and_named(run_of, tiny, cache, workers):
     renderer = Renderer(load_processor(tiny("internvl_qwen2")))
     lengths = {record.key: len(renderer.encode(record.sample)) for record in open_cache(cache)}
@@ -350,7 +352,7 @@ def test_samples_the_student_cannot_take_are_skipped_counted_and_named(run_of, t
         train(run_of("strict", *settings), stages=(1,))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_damaged_shard_is_named_in_one_line_wherever_it_is_read(run_of, cache, tmp_path, workers):
     copy = tmp_path / "copy"
     shutil.copytree(cache, copy)
@@ -362,7 +364,7 @@ def test_a_damaged_shard_is_named_in_one_line_wherever_it_is_read(run_of, cache,
     assert "\n" not in str(error.value) and "Traceback" not in str(error.value)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_damaged_samples_are_skipped_and_counted_if_asked_for(run_of, cache, tmp_path, workers, capfd):
     copy = tmp_path / "copy"
     shutil.copytree(cache, copy)
@@ -423,6 +425,7 @@ def test_no_steps_are_refused(cache):
         plan_stage(load_config(None, ["stage1.epochs=0"]).stage1, open_caches([cache]))
 
 
+@pytest.mark.slow
 def test_damaged_results_and_leftovers_of_a_killed_process(run_of):
     run = run_of("run")
     train(run, stages=(1,))
@@ -468,6 +471,7 @@ def test_caches_together_are_the_cache_of_all_their_samples(run_of, parts):
         assert b == {name: pytest.approx(value, rel=2e-5) for name, value in a.items()}
 
 
+@pytest.mark.slow
 def test_a_mixed_run_in_pieces_is_the_run_in_one(run_of, parts):
     settings = "data.weights=[0.5, 2]", "stage1.max_steps=0", "stage1.epochs=1.5", "stage1.checkpoint_every=3"
     whole = mixed_run(run_of("whole", *settings), parts)

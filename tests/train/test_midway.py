@@ -117,6 +117,7 @@ def test_a_run_that_goes_on_asks_nothing_twice_and_nothing_less(run_of, asked, m
     assert steps_of(run) == [line for line in steps_of(asked) if line["stage"] < 3]
 
 
+@pytest.mark.slow
 def test_out_of_memory_while_it_asks_is_one_line_and_its_advice_resumes(run_of, asked, monkeypatch):
     """Memory for two prompts at a time: an allocation that really fails for more."""
     plain = genrecal.train.evaluate.generate_ids
