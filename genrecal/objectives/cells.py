@@ -285,9 +285,9 @@ class TokenMap:
                 else:
                     inside.append((place + row, int(own[j]), text[cuts[j] : b]))
             place += len(answer.ids)
-        found = [self._aligned(teacher, keep, np.array(aligned, np.int64).reshape(-1, 2))]
-        found += [self._inside_row(teacher, keep, *row) for row in inside]
-        return _rows(place, [part for part in found if part is not None])
+        found = [self._inside_row(teacher, keep, *row) for row in inside]
+        parts = [part for part in found if part is not None]
+        return _rows(place, [self._aligned(teacher, keep, np.array(aligned, np.int64).reshape(-1, 2)), *parts])
 
     def _candidates(self, teacher: AnswerRows, keep: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ids and probabilities of the stored tokens, int64 and float64 `[A, k + 1]`: the target last, with 0 if it is one

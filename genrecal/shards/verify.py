@@ -863,7 +863,8 @@ class Spelling:
 
     def __init__(self, vocabulary: Vocabulary):
         self.vocabulary = vocabulary
-        self._key, self._answers = "", ()
+        self._key = ""
+        self._answers: tuple[str, ...] = ()
 
     def expect(self, key: str, answers: tuple[str, ...]) -> None:
         """The answers of the conversation whose tokens come next."""
