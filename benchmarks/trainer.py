@@ -14,8 +14,8 @@ sources take turns, and a figure is the median of `--repeat` processes, each the
   `--peak-tflops`.
 
 "memory" holds finished micro-batches: what is slower than that is reading, decoding and rendering. The last columns are
-against shards, the median of the rounds' ratios: the step's time, and "bound", the FLOPs: what leaving out the teacher can save. `--grow` repeats stage 1 with twice and four times
-the samples, the tokens and the vocabulary.
+against shards, the median of the rounds' ratios: the step's time, and "bound", the FLOPs: what leaving out the teacher can
+save. `--grow` repeats stage 1 with twice and four times the samples, the tokens and the vocabulary.
 """
 
 import argparse
