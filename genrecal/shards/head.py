@@ -87,7 +87,7 @@ class FrozenHead:
         for tensor in (self.weight, self.bias):
             if tensor is not None:
                 digest.update(str(list(tensor.shape)).encode())
-                digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def to_bytes(self) -> bytes:
