@@ -54,7 +54,9 @@ def check_answers(model: Path, cache: Path) -> None:
         messages = []
         for question, answer in zip(sample.messages[::2], record.sample.answers, strict=True):
             messages.append({"role": "user", "content": question.parts[0]})
-            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+            prompt = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
             with torch.inference_mode():
                 ids = own.generate(**prompt, max_new_tokens=24, do_sample=False)[0, prompt["input_ids"].shape[1] :]
             assert ids[-1] in own.generation_config.eos_token_id
@@ -65,7 +67,7 @@ def check_answers(model: Path, cache: Path) -> None:
 
 def first_steps(cache: Path, model: Path, out: Path, *, precision: str, live_teacher=None) -> list[dict]:
     """Metrics of two steps in which a model distils from the cache that it made."""
-    stage = "batch_size=2 accumulation=1 max_steps=2 lr=1e-3 checkpoint_every=0".split()
+    stage = "batch_size=2 accumulation=1 max_steps=2 lr=1e-4 checkpoint_every=0".split()
     settings = ["objective=kl", f"precision={precision}", "data.workers=0", "lora.rank=4", "lora.dropout=0"]
     config = load_config(None, [*settings, *(f"stage2.{setting}" for setting in stage)])
     source = "cache" if live_teacher is None else "live"

@@ -5,7 +5,8 @@ The vllm backend's are in tests/cache/test_vllm.py.
 
 import pytest
 import torch
-from real_runs import answering, check_answers, first_steps, generate_words
+from conftest import write_llava
+from real_runs import SAMPLES, answering, check_answers, first_steps, generate_words
 
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
@@ -24,11 +25,11 @@ def test_own_answers_and_teacher_equal_student_in_float32(real, tmp_path):
     assert ended.value.code == 0
     check_answers(model, tmp_path / "cache")
     lines = {"cache": first_steps(tmp_path / "cache", model, tmp_path / "run", precision="float32")}
-    assert 0 <= lines["cache"][0]["kl"] < 1e-6 < lines["cache"][1]["kl"]  # the second step's student has moved
+    first, second = (line["kl"] for line in lines["cache"])
+    print("float32, KL of the steps", first, second)
+    assert abs(first) < 1e-6 and second > 1e-3  # by then the student has moved
     live = LiveTeacher(HFTeacher.load(model, dtype=torch.float32), top_k=64)
-    lines["live"] = first_steps(
-        tmp_path / "cache", model, tmp_path / "live", precision="float32", live_teacher=live
-    )
+    lines["live"] = first_steps(tmp_path / "cache", model, tmp_path / "live", precision="float32", live_teacher=live)
     for cached, other in zip(lines["cache"], lines["live"], strict=True):
         assert cached.keys() == other.keys()
         for name in cached.keys() - MACHINE:
@@ -36,11 +37,11 @@ def test_own_answers_and_teacher_equal_student_in_float32(real, tmp_path):
 
 
 def test_teacher_equal_student_in_bfloat16(real, tmp_path):
-    from conftest import write_llava
-    from real_runs import SAMPLES
-
     model = real / "gemma3-270m"
     data = write_llava(tmp_path / "data", SAMPLES)
     run_cache_job(HFTeacher.load(model), open_samples([data]), tmp_path / "cache", CacheOptions(answer_codec="bf16"))
-    first, second = first_steps(tmp_path / "cache", model, tmp_path / "run", precision="bfloat16")
-    assert 0 <= first["kl"] < 2e-3 < second["kl"]  # the rounding of batches that are padded otherwise
+    first, second = (
+        line["kl"] for line in first_steps(tmp_path / "cache", model, tmp_path / "run", precision="bfloat16")
+    )
+    print("bfloat16, KL of the steps", first, second)
+    assert abs(first) < 1e-3 and second > 2e-3  # batches that are padded otherwise round otherwise
