@@ -127,7 +127,7 @@ def _make_shards(
         done |= new
         records = sum(len(job.options.records(shard, num_samples)) for shard in done)
         if lost := before + records - watch.counts["records"]:  # answers of shards that are there
-            watch.count(records=lost)
+            watch.count(records=lost, through=before + records - watch.counts["through"])
         if len(done) == len(shards):
             return done
         idle = 0 if new else idle + 1

@@ -23,6 +23,7 @@ os.environ |= {
 
 pytest.importorskip("vllm", reason="needs vLLM: `make test-vllm` runs these in an environment of their own")
 
+import real_runs
 import tiny_models
 import torch
 from conftest import conversation, mixed_samples, write_llava
@@ -35,6 +36,7 @@ from genrecal.cache.job import CacheOptions, run_cache_job
 from genrecal.cache.proof import blank_check, compare_backends, prove
 from genrecal.cache.teacher import HFTeacher, States
 from genrecal.cache.vllm_teacher import VLLMTeacher
+from genrecal.cli import main
 from genrecal.errors import ModelError, SampleError, UsageError
 from genrecal.samples import open_samples
 from genrecal.shards.answer_source import AnswerSource
@@ -451,6 +453,50 @@ def test_answers_are_written_and_cached(tmp_path, monkeypatch):
     for want, got in zip(hf, vllm, strict=True):
         assert got.sample.answers == want.sample.answers and got.sample.given_answers == want.sample.given_answers
         assert np.abs(want.answer_rows().topk_logits - got.answer_rows().topk_logits).max() < LOGIT
+
+
+# ------------------------------------------------------------------------------------------------------- real weights
+
+
+@pytest.mark.real
+def test_real_states_are_proved(real):
+    """In bfloat16, with the outliers that real states have; and broken ones are still refused."""
+    made = Pair(real / "gemma3-270m", real / "gemma3-270m", torch.bfloat16, engine_args=SMALL)
+    try:
+        for sample in real_runs.SAMPLES:
+            assert prove(made.vllm, sample, made.vllm.encode(sample))
+        assert 0 < compare_backends(made.vllm, made.hf, real_runs.SAMPLES, 3).hidden < 0.05
+        sample = real_runs.SAMPLES[0]
+        model = made.vllm.llm.apply_model(lambda model: model.model)[0]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model.norm, "forward", lambda x, residual=None: (x + residual, residual))
+            with pytest.raises(ModelError, match="not what its final norm leaves"):
+                prove(made.vllm, sample, made.vllm.encode(sample))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model.layers[-1], "forward", lambda positions, hidden, residual, **_: (hidden, residual))
+            with pytest.raises(ModelError, match="does not give the states of hf"):
+                compare_backends(made.vllm, made.hf, real_runs.SAMPLES, 3)
+    finally:
+        made.vllm.close()
+
+
+@pytest.mark.real
+def test_real_answers_and_the_zero_test(real, tmp_path, monkeypatch, capsys):
+    """The whole command in float32; then a student that is the teacher learns nothing in its first step."""
+    model = real_runs.answering(real, tmp_path / "model")
+    words = real_runs.generate_words(model, tmp_path, "--backend", "vllm", "--compare-hf", "3")
+    for name, value in SMALL.items():
+        words += ["--engine-arg", f"{name}={str(value).lower()}"]
+    monkeypatch.setattr(VLLMTeacher, "_start", without_numba()(VLLMTeacher._start))
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 0
+    assert "hf against vllm: 3 samples" in capsys.readouterr().out
+    real_runs.check_answers(model, tmp_path / "cache")
+    lines = real_runs.first_steps(tmp_path / "cache", model, tmp_path / "run", precision="float32")
+    first, second = (line["kl"] for line in lines)
+    print("float32, KL of the steps", first, second)
+    assert abs(first) < 1e-6 and second > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------- refused at the start
