@@ -650,9 +650,13 @@ def template_variables(processor: Any) -> set[str]:
 
 def _literal_text(processor: Any) -> str:
     """All that the chat template can write by itself, in no order."""
-    from transformers.utils.chat_template_utils import _get_template_literal_text
+    from jinja2 import nodes
+    from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    return str(_get_template_literal_text(_template(processor)))
+    template = _template(processor)
+    tree = _compile_jinja_template(template).environment.parse(template)
+    texts = [node.data for node in tree.find_all(nodes.TemplateData)]
+    return "\0".join([*texts, *(str(node.value) for node in tree.find_all(nodes.Const))])
 
 
 def _template(processor: Any) -> str:
