@@ -39,11 +39,11 @@ import torch
 from PIL import Image
 
 import genrecal
+from genrecal.objectives.base import Tier
 from genrecal.report.summary import markdown_table
 from genrecal.samples import ImageRef, ImageSource, Message, Sample
 from genrecal.shards.codecs import CODECS, round_to_bf16
 from genrecal.shards.layout import write_cache_json
-from genrecal.shards.memory import BatchMemory
 from genrecal.shards.record import NO_TARGET, AnswerRows, Record
 from genrecal.shards.storage import open_store
 from genrecal.shards.writer import ShardWriter
@@ -131,13 +131,10 @@ class Stored(ABC):
         """All records, in order."""
         return (self.read(number) for number in range(self.count))
 
-    def batches(self, room: BatchMemory) -> Iterator[dict[str, Any]]:
-        """All records, in order, their states as float32: a batch's in memory that the next batch uses again."""
-        for number, parts in enumerate(self.stream()):
-            if number % BATCH == 0:
-                room.clear()
-            states = torch.from_numpy(room.states(*parts["hidden"].shape))
-            yield parts | {"hidden": states.copy_(parts["hidden"])}
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """All records, in order, their states as float32."""
+        for parts in self.stream():
+            yield parts | {"hidden": parts["hidden"].float()}
 
     @abstractmethod
     def read(self, number: int) -> Any:
@@ -172,10 +169,10 @@ class Genrecal(Stored):
     def read(self, number: int) -> dict[str, Any]:
         return self._parts(self.cache[number].record(question=False))
 
-    def batches(self, room: BatchMemory) -> Iterator[dict[str, Any]]:
+    def batches(self) -> Iterator[dict[str, Any]]:
         for start in range(0, self.count, BATCH):
             batch = range(start, min(start + BATCH, self.count))
-            for found in self.source.fetch(batch, teacher=True, questions=False):
+            for found in self.source.fetch(batch, Tier.STATES):
                 assert isinstance(found, tuple) and found[1] is not None
                 yield self._parts(found[1])
 
@@ -340,10 +337,10 @@ def timed(action: Any, clock: Any = time.process_time) -> float:
     return float(clock() - start)
 
 
-def read_all(stored: Stored, kind: str, room: BatchMemory) -> list[float]:
+def read_all(stored: Stored, kind: str) -> list[float]:
     """Seconds of each record in a pass; `kind` is stored, float or batch. Those of a batch may all stand with its first."""
     seconds, start = [], time.process_time()
-    for parts in stored.batches(room) if kind == "batch" else stored.stream():
+    for parts in stored.batches() if kind == "batch" else stored.stream():
         hidden = parts["hidden"].float() if kind == "float" else parts["hidden"]
         assert len(hidden) > 0
         seconds.append(-start + (start := time.process_time()))
@@ -408,13 +405,13 @@ def main() -> None:
 
 
 def measure(stores: list[Stored], written: dict[str, float], records: list[Made], passes: int) -> None:
-    sizes, cold, room = {}, {}, BatchMemory()
+    sizes, cold = {}, {}
     for stored in stores:
         sizes[stored.name] = sum(file.stat().st_size for file in stored.folder.rglob("*") if file.is_file())
         stored.open()
         check(stored, records)
         drop_from_page_cache(stored.folder)
-        cold[stored.name] = timed(lambda stored=stored: read_all(stored, "float", room), time.perf_counter)
+        cold[stored.name] = timed(lambda stored=stored: read_all(stored, "float"), time.perf_counter)
     states = np.ones((len(records), *records[0].states.shape), np.float32)
     target = np.zeros_like(states)
     numbers = np.random.default_rng(1).permutation(len(records))[: len(records) // 2]
@@ -424,7 +421,7 @@ def measure(stores: list[Stored], written: dict[str, float], records: list[Made]
             times.setdefault(("copy", kind), []).append(copy_each(states, targets))
         for stored in stores:
             for kind in ("stored", "float", "batch"):
-                times.setdefault((stored.name, kind), []).append(read_all(stored, kind, room))
+                times.setdefault((stored.name, kind), []).append(read_all(stored, kind))
             if stored.read(0) is not None:
                 times.setdefault((stored.name, "random"), []).append(read_some(stored, numbers))
     middle = {key: float(np.median(values, axis=0).sum()) for key, values in times.items()}

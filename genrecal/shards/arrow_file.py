@@ -13,7 +13,6 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 MAGIC, END = b"ARROW1", b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of a file, and of its messages
@@ -22,7 +21,6 @@ MOST_SCHEMA_BYTES = 2**16
 MOST_COLUMNS = 64
 MOST_BATCHES = 1024
 MOST_WIDTH = 2**20  # channels of a state
-BEGINNINGS, MOST_BEGINNING_BYTES = 4096, 2**13  # that are remembered
 FREE_BYTES = 2**28  # that any file may take in memory, however small it is
 EXPANSION = 32  # bytes in memory that each byte of a file may take besides; states as float32 take 3 (bf16) to 8 (int4)
 INT32, UINT32, UINT16, INT64 = (struct.Struct(code) for code in ("<i", "<I", "<H", "<q"))
@@ -57,59 +55,6 @@ def read_batches(data: bytes | memoryview) -> tuple[bytes, list[pa.RecordBatch]]
 
 # Of the columns, as `RecordBatch.to_struct_array().buffers()` orders them; None for one that is absent.
 Buffers = list[Any]
-
-
-def read_buffers(data: memoryview) -> tuple[bytes, int, Buffers] | None:
-    """The schema's message, the rows and their buffers of an Arrow IPC file whose like was read before.
-
-    None where `read_batches` must be asked. What pyarrow finds in a file that is not compressed is settled by the bytes
-    before its body and by its size. So it is asked once for each such beginning, and a sample of as many rows and turns as
-    an earlier one needs it no more: its messages and batches take as long as decoding a short sample.
-    """
-    if len(data) < 16 or data[:6] != MAGIC or data[-6:] != MAGIC:
-        return None
-    start = body = 8
-    for _ in ("schema", "record batch"):  # each a mark, the size of what is said, and that; a schema has no body
-        if data[body : body + 4] != END[:4] or len(data) < body + 8:
-            return None
-        (size,) = INT32.unpack_from(data, body + 4)
-        start, body = body + 8, body + 8 + size
-        if size < 0 or body > MOST_BEGINNING_BYTES:
-            return None
-    try:
-        if _is_compressed(data[start:body]):
-            return None
-    except READ_ERRORS:
-        return None  # `read_batches` will say what is wrong
-    found = _places(bytes(data[:body]), len(data))
-    if found is None or data[found[1] : found[1] + len(END)] != END:
-        return None
-    said, _, rows, places = found
-    return said, rows, [place if place is None else data[place] for place in places]
-
-
-@functools.lru_cache(maxsize=BEGINNINGS)
-def _places(beginning: bytes, size: int) -> tuple[bytes, int, int, list[slice | None]] | None:
-    """Of files that begin so: the schema's message, the body's end, the rows, and where in the file their buffers are.
-
-    None if they have more than one batch, or pyarrow refuses them.
-    """
-    file = np.zeros(size, np.uint8)  # its body and what follows, which says nothing of where things are, are left out
-    file[: len(beginning)] = np.frombuffer(beginning, np.uint8)
-    file[-len(MAGIC) :] = np.frombuffer(MAGIC, np.uint8)
-    try:
-        said, messages = _messages(file.data)
-        (message,) = messages
-        (batch,) = read_batches(file.data)[1]
-    except READ_ERRORS:
-        return None
-    places: list[slice | None] = []
-    for buffer in batch.to_struct_array().buffers():
-        start = 0 if buffer is None else buffer.address - file.ctypes.data
-        if buffer is not None and not len(beginning) <= start <= size - buffer.size:
-            return None
-        places.append(None if buffer is None else slice(start, start + buffer.size))
-    return said, len(beginning) + message.body.size, batch.num_rows, places
 
 
 def allowed_bytes(file_bytes: int) -> int:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from genrecal.errors import FormatError, SampleError, UsageError
-from genrecal.shards.memory import Empty, empty_states
 from genrecal.shards.rotation import block_size, rotate, rotate_back, signs
 
 GROUP = 128  # channels that share a scale
@@ -32,8 +31,7 @@ class Codec:
         lossless: whether bfloat16 states come back bit for bit.
         facts: D -> what the decoder needs.
         encode: float32 `[R, D]`, facts -> columns. Raises SampleError for states that it cannot hold.
-        decode: columns, facts -> float32 `[R, D]`, in memory of its own or that `Empty` gives. Raises FormatError for
-            columns of another shape.
+        decode: columns, facts -> float32 `[R, D]`. Raises FormatError for columns of another shape.
     """
 
     name: str
@@ -71,13 +69,13 @@ def _encode_bf16(hidden: np.ndarray, facts: Facts) -> dict[str, np.ndarray]:
     return {"hidden_hi": (bits >> 24).astype(np.uint8), "hidden_lo": (bits >> 16).astype(np.uint8)}
 
 
-def _decode_bf16(columns: Mapping[str, np.ndarray], facts: Facts, empty: Empty = empty_states) -> np.ndarray:
+def _decode_bf16(columns: Mapping[str, np.ndarray], facts: Facts) -> np.ndarray:
     high, low = columns["hidden_hi"], columns["hidden_lo"]
     _expect(high, facts["hidden_size"], "hidden_hi")
     _expect(low, facts["hidden_size"], "hidden_lo")
     from genrecal.shards import kernels
 
-    states = empty(*high.shape)
+    states = np.empty(high.shape, np.float32)
     kernels.join_planes(_flat(high), _flat(low), states.reshape(-1).view(np.uint32))
     return states
 
@@ -137,14 +135,14 @@ def _encode_int8(hidden: np.ndarray, facts: Facts) -> dict[str, np.ndarray]:
     return {"hidden_q": _quantised(rotated, scales, facts["group"], -127, 127), "hidden_scale": scales}
 
 
-def _decode_int8(columns: Mapping[str, np.ndarray], facts: Facts, empty: Empty = empty_states) -> np.ndarray:
+def _decode_int8(columns: Mapping[str, np.ndarray], facts: Facts) -> np.ndarray:
     codes, scales = columns["hidden_q"], columns["hidden_scale"]
     _expect(codes, facts["hidden_size"], "hidden_q")
     if facts["block"] < facts["group"]:
-        return _rescaled(codes, scales, facts, empty)
+        return _rescaled(codes, scales, facts)
     from genrecal.shards import kernels
 
-    return _compiled(kernels.decode8, codes, scales, facts, empty)
+    return _compiled(kernels.decode8, codes, scales, facts)
 
 
 def _encode_int4(hidden: np.ndarray, facts: Facts) -> dict[str, np.ndarray]:
@@ -161,27 +159,25 @@ def _encode_int4(hidden: np.ndarray, facts: Facts) -> dict[str, np.ndarray]:
     return {"hidden_q": codes[:, 0::2] | (codes[:, 1::2] << 4), "hidden_scale": scales}
 
 
-def _decode_int4(columns: Mapping[str, np.ndarray], facts: Facts, empty: Empty = empty_states) -> np.ndarray:
+def _decode_int4(columns: Mapping[str, np.ndarray], facts: Facts) -> np.ndarray:
     packed, scales = columns["hidden_q"], columns["hidden_scale"]
     width = facts["hidden_size"]
     _expect(packed, -(-width // 2), "hidden_q")
     if facts["block"] >= facts["group"]:
         from genrecal.shards import kernels
 
-        return _compiled(kernels.decode4, packed, scales, facts, empty)
+        return _compiled(kernels.decode4, packed, scales, facts)
     codes = np.empty((len(packed), 2 * packed.shape[1]), np.int8)
     codes[:, 0::2] = packed & 15
     codes[:, 1::2] = packed >> 4
-    return _rescaled(codes[:, :width] - np.int8(8), scales, facts, empty)
+    return _rescaled(codes[:, :width] - np.int8(8), scales, facts)
 
 
-def _compiled(
-    kernel: Callable[..., None], codes: np.ndarray, scales: np.ndarray, facts: Facts, empty: Empty
-) -> np.ndarray:
+def _compiled(kernel: Callable[..., None], codes: np.ndarray, scales: np.ndarray, facts: Facts) -> np.ndarray:
     """What `_rescaled` gives, by a compiled loop for blocks of whole groups."""
     width, group, block = facts["hidden_size"], facts["group"], facts["block"]
     _expect(scales, width // group, "hidden_scale")
-    states = empty(len(codes), width)
+    states = np.empty((len(codes), width), np.float32)
     kernel(
         _flat(codes).reshape(codes.shape),
         scales.astype(np.float32),
@@ -199,12 +195,12 @@ def _sign_strips(width: int, seed: int, block: int) -> np.ndarray:
     return kernels.strips(signs(width, seed).astype(np.int8), block)
 
 
-def _rescaled(codes: np.ndarray, scales: np.ndarray, facts: Facts, empty: Empty) -> np.ndarray:
+def _rescaled(codes: np.ndarray, scales: np.ndarray, facts: Facts) -> np.ndarray:
     width, group = facts["hidden_size"], facts["group"]
     _expect(scales, -(-width // group), "hidden_scale")
     values = codes.astype(np.float32)
     values *= np.repeat(scales.astype(np.float32), group, axis=1)[:, :width]
-    states = empty(len(codes), width)
+    states = np.empty((len(codes), width), np.float32)
     states[:] = rotate_back(values, block=facts["block"], seed=facts["seed"])
     return states
 

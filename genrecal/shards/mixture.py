@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from genrecal.errors import DamageError, UsageError
+from genrecal.errors import UsageError
 from genrecal.shards.head import FrozenHead
-from genrecal.shards.memory import NEW, Memory
 from genrecal.shards.order import MixedOrder, SampleOrder
-from genrecal.shards.reader import Cache, CachedRecord, read_in_step
-from genrecal.shards.record import Record
+from genrecal.shards.reader import Cache, CachedRecord
 
 SAME = ("hidden_size", "head_rows", "vocab_size", "top_k", "sampled_targets", "template_args")  # in cache.json of all
 
@@ -90,12 +88,6 @@ class Mixture(Sequence[CachedRecord]):
         """The number of a sample's cache, and its index there."""
         number = int(np.searchsorted(self._starts, index, "right")) - 1
         return number, int(index - self._starts[number])
-
-    def records(
-        self, indices: Iterable[int], *, question: bool = True, memory: Memory = NEW
-    ) -> list[Record | DamageError]:
-        """`self[i].record()` of each; in the place of a damaged one stands the error that says so."""
-        return read_in_step(self, indices, question=question, memory=memory)
 
     def arrow_column(self, name: str) -> pa.ChunkedArray:
         """A manifest column over all samples."""

@@ -3,7 +3,7 @@
 import bisect
 import hashlib
 import os
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -31,14 +31,11 @@ from genrecal.shards.index import (
 from genrecal.shards.index import SCHEMA as INDEX_SCHEMA
 from genrecal.shards.layout import TIERS, manifest_name, read_cache_json, tar_name, wrong_settings
 from genrecal.shards.manifest import CACHED, DIGEST, MEMBER, SCHEMA, SKIPPED
-from genrecal.shards.memory import NEW, Memory
 from genrecal.shards.record import (
     AnswerRows,
     QuestionRows,
     Record,
     answer_rows,
-    coded_answer,
-    coded_question,
     question_rows,
     read_stored,
     read_table,
@@ -234,13 +231,6 @@ class Cache(Sequence["CachedRecord"]):
     def __iter__(self) -> Iterator["CachedRecord"]:
         return (self[i] for i in range(len(self)))
 
-    def records(
-        self, indices: Iterable[int], *, question: bool = True, memory: Memory = NEW
-    ) -> list[Record | DamageError]:
-        """`self[i].record()` of each; in the place of a damaged one stands the error that says so."""
-
-        return read_in_step(self, indices, question=question, memory=memory)
-
     def row_of(self, key: str) -> "Row | None":
         """The manifest row of an input record, cached or skipped; None if no finished shard has the key."""
         for shard in self._shards_of_key(key):
@@ -405,13 +395,13 @@ class CachedRecord:
         where = self._where(member)
         return answer_rows(read_stored(self._read([member])[0], where=where), where=where)
 
-    def question_rows(self, *, memory: Memory = NEW) -> QuestionRows | None:
-        """The question rows, decoded, in that memory; None if this sample's were not cached."""
+    def question_rows(self) -> QuestionRows | None:
+        """The question rows, decoded; None if this sample's were not cached."""
         if not self.has_question:
             return None
         member = self._member(".question.arrow")
-        where, data = self._where(member), self._read([member], memory)[0]
-        return question_rows(read_stored(data, where=where), where=where, empty=memory.states)
+        where, data = self._where(member), self._read([member])[0]
+        return question_rows(read_stored(data, where=where), where=where)
 
     def hidden(self) -> np.ndarray:
         """float32 `[R, D]`: the teacher's states over the answer rows."""
@@ -422,44 +412,24 @@ class CachedRecord:
         rows = self.question_rows()
         return None if rows is None else rows.hidden
 
-    def record(self, *, question: bool = True, memory: Memory = NEW) -> Record:
-        """Everything, decoded, the samples tier in one read; the question tier is not touched if `question` is False.
-
-        Rows are in that memory, such as a `BatchMemory`, and last as long as it lets them; the sample is the caller's.
-        """
-        (found,) = _in_step([self.reading(question=question, memory=memory)])
-        if isinstance(found, DamageError):
-            raise found
-        return found
-
-    def reading(self, *, question: bool, memory: Memory) -> "Reading":
-        """`record`, a step at a time."""
+    def record(self, *, question: bool = True) -> Record:
+        """Everything, decoded, the samples tier in one read; the question tier is not touched if `question` is False."""
         members = [self._member(".json"), *self._image_members]
         answer = self._member(".answer.arrow")
-        asked = self._member(".question.arrow") if question and self.has_question else None
-        yield
-        *parts, data = self._read([*members, answer], memory)
-        question_data = self._read([asked], memory)[0] if asked else None
-        yield
-        sample = self._sample(members, parts)
-        yield
+        *parts, data = self._read([*members, answer])
+        asked = self.question_rows() if question else None
         where = self._where(answer)
-        coded = coded_answer(read_stored(data, where=where), where=where)
-        coded_asked = None
-        if asked and question_data is not None:
-            where = self._where(asked)
-            coded_asked = coded_question(read_stored(question_data, where=where), where=where)
-        yield
-        answer_rows = coded.decoded(memory.states)
         return Record(
-            sample=sample, answer=answer_rows, question=coded_asked.decoded(memory.states) if coded_asked else None
+            sample=self._sample(members, parts),
+            answer=answer_rows(read_stored(data, where=where), where=where),
+            question=asked,
         )
 
     def read(self, member: dict[str, Any]) -> bytes:
         """A member's bytes. Raises DamageError if they are not what the manifest says."""
         return bytes(self._read([member])[0])
 
-    def _read(self, members: list[dict[str, Any]], memory: Memory = NEW) -> list[memoryview]:
+    def _read(self, members: list[dict[str, Any]]) -> list[memoryview]:
         """Members' bytes, neighbours in one read. Raises DamageError if they are not what the manifest says."""
         parts: list[memoryview] = []
         self._check_places(members)
@@ -467,7 +437,7 @@ class CachedRecord:
             start, end = run[0]["offset"], run[-1]["offset"] + run[-1]["size"]
             name = tar_name(self._tier(run[0]), self._shard)
             try:
-                data = self.cache.store.view(name, start, end - start, memory)
+                data = memoryview(self.cache.store.read(name, start, end - start))
             except OSError as error:
                 raise DamageError(
                     f"{self.cache.store.where(name)}: {error.strerror or error}; the manifest lists it with sample {self.key}"
@@ -532,39 +502,6 @@ class CachedRecord:
     @property
     def _manifest(self) -> str:
         return self.cache.store.where(manifest_name(self._shard))
-
-
-Reading = Generator[None, None, Record]
-
-
-def read_in_step(
-    records: Sequence[CachedRecord], indices: Iterable[int], *, question: bool, memory: Memory
-) -> list[Record | DamageError]:
-    """`records[i].record()` of each; in the place of a damaged one stands the error that says so."""
-
-    def reading(index: int) -> Reading:
-        return (yield from records[index].reading(question=question, memory=memory))
-
-    return _in_step([reading(index) for index in indices])
-
-
-def _in_step(readings: Sequence[Reading]) -> list[Record | DamageError]:
-    """Read records step by step, each step for all of them before the next.
-
-    Decoding a record leaves nothing else in the processor's cache, so that Python takes three times as long for what
-    comes after it; like this it does so once a step and not once a step and record.
-    """
-    found: dict[int, Record | DamageError] = {}
-    while len(found) < len(readings):
-        for number, reading in enumerate(readings):
-            if number not in found:
-                try:
-                    next(reading)
-                except StopIteration as end:
-                    found[number] = end.value
-                except DamageError as error:
-                    found[number] = error
-    return [found[number] for number in range(len(readings))]
 
 
 def _runs(members: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

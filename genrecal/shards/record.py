@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +22,9 @@ from genrecal.shards.arrow_file import (
     allowed_bytes,
     expanded_bytes,
     read_batches,
-    read_buffers,
     schema_of,
 )
 from genrecal.shards.codecs import Codec, checked_facts, codec_named
-from genrecal.shards.memory import Empty, empty_states
 from genrecal.shards.strict_json import strict_json
 
 __all__ = ["METADATA_KEY", "AnswerRows", "QuestionRows", "Record", "answer_rows", "question_rows", "to_arrow"]
@@ -242,10 +240,6 @@ class Stored:
 
 def read_stored(data: bytes | memoryview, *, where: str) -> Stored:
     """The rows of an `.arrow` member. Raises DamageError if it is not one."""
-    found = read_buffers(memoryview(data))
-    if found is not None:
-        message, rows, buffers = found
-        return Stored(_layout(message), rows, buffers)
     message, batches = _read_batches(data, where)
     return Stored.of_batches(_layout(message), batches)
 
@@ -321,43 +315,15 @@ def _unset(bits: bytes, count: int) -> np.ndarray:
     return np.flatnonzero(np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[:count] == 0)
 
 
-Rows = TypeVar("Rows", bound=QuestionRows)
-
-
-@dataclass(frozen=True)
-class Coded(Generic[Rows]):
-    """Rows that are whole but for their states: these stand in `columns`, as the codec that the file names made them."""
-
-    kind: type[Rows]
-    plain: dict[str, Any]
-    columns: _Columns
-
-    def decoded(self, empty: Empty = empty_states) -> Rows:
-        """With their states, where `empty` says."""
-        codec, facts = self.columns.layout.codec(self.columns.where)
-        codes = {name: self.columns.values(name) for name in codec.columns}
-        return self.kind(**self.plain, hidden=codec.decode(codes, facts, empty))
-
-
-def question_rows(rows: Stored | pa.Table, *, where: str, empty: Empty = empty_states) -> QuestionRows:
-    """Decode what a `.question.arrow` member holds, the states to where `empty` says."""
-    return coded_question(rows, where=where).decoded(empty)
-
-
-def answer_rows(rows: Stored | pa.Table, *, where: str, empty: Empty = empty_states) -> AnswerRows:
-    """Decode what an `.answer.arrow` member holds, the states to where `empty` says."""
-    return coded_answer(rows, where=where).decoded(empty)
-
-
-def coded_question(rows: Stored | pa.Table, *, where: str) -> Coded[QuestionRows]:
-    """What a `.question.arrow` member holds."""
+def question_rows(rows: Stored | pa.Table, *, where: str) -> QuestionRows:
+    """Decode what a `.question.arrow` member holds."""
     columns = _Columns(rows, where)
     plain = {name: columns.values(name) for name in ("turn", "position", "token_id")}
-    return Coded(QuestionRows, plain, columns)
+    return QuestionRows(**plain, hidden=_states(columns))
 
 
-def coded_answer(rows: Stored | pa.Table, *, where: str) -> Coded[AnswerRows]:
-    """What an `.answer.arrow` member holds."""
+def answer_rows(rows: Stored | pa.Table, *, where: str) -> AnswerRows:
+    """Decode what an `.answer.arrow` member holds."""
     columns = _Columns(rows, where)
     top_ids, top_logits = _pair(columns, "topk_ids", "topk_logits")
     sampled = None
@@ -367,7 +333,12 @@ def coded_answer(rows: Stored | pa.Table, *, where: str) -> Coded[AnswerRows]:
     plain = {name: columns.values(name) for name in ("turn", "position", "token_id", "logsumexp")}
     targets = {name: columns.targets(name) for name in ("target_id", "target_start", "target_end", "target_logit")}
     top = {"topk_ids": top_ids, "topk_logits": top_logits}
-    return Coded(AnswerRows, {**plain, **targets, **top, "sampled": sampled}, columns)
+    return AnswerRows(**plain, **targets, **top, sampled=sampled, hidden=_states(columns))
+
+
+def _states(columns: _Columns) -> np.ndarray:
+    codec, facts = columns.layout.codec(columns.where)
+    return codec.decode({name: columns.values(name) for name in codec.columns}, facts)
 
 
 def _pair(columns: _Columns, first: str, second: str) -> tuple[np.ndarray, np.ndarray]:

@@ -31,7 +31,6 @@ from genrecal.files import (
     temporary_path,
     write_whole,
 )
-from genrecal.shards.memory import Memory
 
 ATTEMPTS = 4  # of one remote operation, on top of what the file system itself retries
 LONGEST_PAUSE = 8.0  # seconds between two of them
@@ -62,10 +61,6 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
         """Bytes [offset, offset + size) of a file, fewer where it ends before; all that follow if `size` is None."""
-
-    def view(self, name: str, offset: int, size: int, memory: Memory) -> memoryview:
-        """The same bytes, in that memory if the store can read there."""
-        return memoryview(self.read(name, offset, size))
 
     @abc.abstractmethod
     def open(self, name: str, *, ahead: int = 0) -> BinaryIO:
@@ -172,14 +167,6 @@ class LocalStore(Store):
                 break
             data += more
         return data
-
-    def view(self, name: str, offset: int, size: int, memory: Memory) -> memoryview:
-        file, size = self._range(name, offset, size)
-        data = memoryview(memory.room(size))  # type: ignore[arg-type]
-        done = 0
-        while done < size and (count := os.preadv(file.fileno(), [data[done:]], offset + done)):
-            done += count
-        return data[:done]
 
     def _range(self, name: str, offset: int, size: int) -> tuple[BinaryIO, int]:
         """An open file, and how many of `size` bytes it has from `offset` on.

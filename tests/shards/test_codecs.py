@@ -15,7 +15,6 @@ from genrecal.shards import codecs
 from genrecal.shards.codecs import CODECS, GROUP, round_to_bf16
 from genrecal.shards.fidelity import FidelityMeter, compare
 from genrecal.shards.head import FrozenHead
-from genrecal.shards.memory import BatchMemory
 from genrecal.shards.record import answer_rows, question_rows, read_table, to_arrow
 from genrecal.shards.rotation import block_size, hadamard, hadamard_reference, rotate, rotate_back, signs
 
@@ -175,16 +174,12 @@ def test_fast_decoding_is_the_slow_one(name, width):
 
 @pytest.mark.parametrize("name", LOSSY)
 def test_many_states_are_decoded_as_a_few_are(name):
-    """Many are written past the cache, if they begin where they can be."""
     rng, facts = np.random.default_rng(0), CODECS[name].facts(8192)
     stored = rng.integers(-127, 128, (70, 8192)).astype(np.int8)
     stored = stored if name == "int8" else stored[:, :4096].view(np.uint8)
     columns = {"hidden_q": stored, "hidden_scale": rng.random((70, 64)).astype(np.float16)}
     few = [CODECS[name].decode({c: v[i : i + 1] for c, v in columns.items()}, facts) for i in range(70)]
     assert np.array_equal(CODECS[name].decode(columns, facts), np.concatenate(few))
-    odd = np.empty(70 * 8192 + 1, np.float32)[1:]
-    got = CODECS[name].decode(columns, facts, lambda rows, width: odd.reshape(rows, width))
-    assert np.shares_memory(got, odd) and np.array_equal(got, np.concatenate(few))
 
 
 @pytest.mark.parametrize("width", [1, 7, 130, 256, 1536])
@@ -225,23 +220,6 @@ def test_rows_go_through_arrow(name):
         got = read(read_table(to_arrow(rows, codec), where="x"), where="x")
         assert np.array_equal(got.hidden, round_trip(name, rows.hidden))
         assert np.array_equal(got.token_id, rows.token_id)
-
-
-def test_a_batch_gives_its_memory_again_after_it_is_cleared():
-    memory, states = BatchMemory(), {}
-    for name, codec in CODECS.items():
-        states[name] = round_to_bf16(gaussian(3, 100))
-        assert np.array_equal(
-            codec.decode(codec.encode(states[name], codec.facts(100)), codec.facts(100), memory.states),
-            round_trip(name, states[name]),
-        )
-    for _ in range(2):
-        memory.clear()
-        first, second = memory.states(3, 100), memory.states(2, 7)
-        assert not np.shares_memory(first, second) and first.ctypes.data % 64 == second.ctypes.data % 64 == 0
-    memory.clear()
-    assert np.shares_memory(memory.room(1200), first)
-    assert not np.shares_memory(memory.states(10**6, 1), first)  # more than it has: memory of its own
 
 
 @pytest.mark.parametrize("change", [{"block": 64}, {"group": 0}, {"seed": -1}, {"hidden_size": 0}, {"codec": None}])

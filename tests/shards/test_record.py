@@ -1,7 +1,6 @@
 """Records as Arrow files: round trips for any shape, stable bytes, and readers that refuse what they do not know."""
 
 import json
-import struct
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +11,7 @@ from hypothesis.extra import numpy as hnp
 from shard_records import make_answer, make_question
 
 from genrecal.errors import DamageError, FormatError
-from genrecal.shards import arrow_file
-from genrecal.shards.arrow_file import read_batches, read_buffers
+from genrecal.shards.arrow_file import read_batches
 from genrecal.shards.codecs import CODECS, round_to_bf16
 from genrecal.shards.record import answer_rows, question_rows, read_stored, read_table, to_arrow
 
@@ -135,52 +133,16 @@ def written(batches, **options):
     return sink.getvalue().to_pybytes()
 
 
-def buffers_of(batch):
-    return [None if buffer is None else buffer.to_pybytes() for buffer in batch.to_struct_array().buffers()]
-
-
-def test_a_beginning_seen_before_gives_what_pyarrow_does():
-    """The same number of rows and turns with other content, and each other one that begins in another way."""
-    arrow_file._places.cache_clear()
-    for seed, width in ((0, 128), (1, 128), (2, 128), (3, 256)):
-        data = to_arrow(make_answer(seed=seed, width=width), CODECS["int8"])
-        (batch,) = read_batches(data)[1]
-        said, rows, buffers = read_buffers(memoryview(data))
-        assert (rows, pa.ipc.read_schema(pa.py_buffer(said))) == (batch.num_rows, batch.schema)
-        assert [None if buffer is None else bytes(buffer) for buffer in buffers] == buffers_of(batch)
-    assert arrow_file._places.cache_info().hits == 2
-
-
-def test_only_plain_files_of_one_batch_are_read_without_pyarrow():
+def test_files_of_several_batches_or_none_are_read():
     data = to_arrow(make_answer(width=128), CODECS["int8"])
     batch = read_batches(data)[1][0]
-    assert read_buffers(memoryview(to_arrow(make_answer(width=128), CODECS["bf16"]))) is None
-    for changed in (written([batch, batch]), written([batch], compression="zstd"), written([batch.slice(0, 0)])):
-        assert read_buffers(memoryview(changed)) is None
     two = read_stored(written([batch, batch]), where="x")
     assert two.rows == 2 * batch.num_rows and len(answer_rows(two, where="x")) == two.rows
     assert len(answer_rows(read_stored(written([batch.slice(0, 0)]), where="x"), where="x")) == 0
 
 
-def test_a_damaged_beginning_is_judged_by_pyarrow():
-    """Whatever byte of it changes: the rows are those that pyarrow reads, or its refusal stands."""
+def test_a_file_that_is_cut_short_is_damage():
     data = to_arrow(make_answer(width=128), CODECS["int8"])
-    source = pa.BufferReader(data[8:])
-    pa.ipc.read_message(source)  # the schema
-    body = 8 + source.tell() + 8 + struct.unpack_from("<i", data, 8 + source.tell() + 4)[0]
-    rng, taken = np.random.default_rng(0), 0
-    for at in rng.choice(body, 400, replace=False):
-        changed = bytearray(data)
-        changed[at] ^= 1 << rng.integers(8)
-        found = read_buffers(memoryview(bytes(changed)))
-        if found is None:
-            continue
-        (batch,) = read_batches(bytes(changed))[1]
-        assert found[1] == batch.num_rows
-        assert [None if buffer is None else bytes(buffer) for buffer in found[2]] == buffers_of(batch)
-        taken += 1
-    assert taken > 20
-    for cut in (0, 7, 15, 16, 300, body, len(data) - 7):
-        assert read_buffers(memoryview(data[:cut])) is None
+    for cut in (0, 7, 15, 16, 300, len(data) // 2, len(data) - 7):
         with pytest.raises(DamageError, match="not a readable Arrow file"):
             read_stored(data[:cut], where="x")

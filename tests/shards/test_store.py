@@ -24,7 +24,6 @@ from genrecal.samples import BadRecord, ImageSource
 from genrecal.shards import index, storage
 from genrecal.shards.codecs import CODECS
 from genrecal.shards.layout import manifest_name, tar_name, write_cache_json
-from genrecal.shards.memory import BatchMemory
 from genrecal.shards.record import Record
 from genrecal.shards.storage import open_store
 from genrecal.shards.writer import ShardWriter
@@ -79,36 +78,6 @@ def test_records_come_back(cache):
         opened.by_key("00000003-bad")
     with pytest.raises(FormatError, match="no sample"):
         opened.by_key("nothing")
-
-
-def test_many_records_are_read_as_one_is(cache):
-    """In memory that is used again; a damaged one is told apart from the others."""
-    opened, memory = genrecal.open_cache(cache), BatchMemory()
-    for question, numbers in ((True, [3, 0, 1]), (False, [2, 2]), (True, []), (True, [4])):
-        memory.clear()
-        found = opened.records(numbers, question=question, memory=memory)
-        assert [comparable(record) for record in found] == [
-            comparable(opened[number].record(question=question)) for number in numbers
-        ]
-    first = found[0].answer.hidden
-    memory.clear()
-    (again,) = opened.records([4], memory=memory)
-    assert np.shares_memory(first, again.answer.hidden)
-    (member,) = (member for member in opened[1].row["members"] if member["name"].endswith("answer.arrow"))
-    path = cache / tar_name("samples", 0)
-    data = bytearray(path.read_bytes())
-    data[member["offset"]] ^= 1
-    path.write_bytes(data)
-    before, damaged, after = opened.records([0, 1, 2])
-    assert isinstance(damaged, DamageError) and member["name"] in str(damaged)
-    assert comparable(before) == comparable(opened[0].record()) and comparable(after) == comparable(opened[2].record())
-    with pytest.raises(DamageError, match=member["name"]):
-        opened[1].record()
-
-
-def comparable(record):
-    rows = [vars(rows) for rows in (record.answer, record.question) if rows is not None]
-    return [record.sample, [(name, np.array(value).tolist()) for row in rows for name, value in row.items()]]
 
 
 def test_a_row_gives_its_members_as_arrow_does(cache):
