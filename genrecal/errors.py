@@ -56,6 +56,9 @@ class StoppedError(GenrecalError):
 class OtherRankError(GenrecalError):
     """Another process of the same run says what went wrong; this one only ends, with the same status."""
 
-    def __init__(self, cause: GenrecalError):
-        super().__init__(str(cause))
-        self.exit_status = cause.exit_status  # type: ignore[misc]
+    def __init__(self, message: str, exit_status: int = 1):
+        super().__init__(message)
+        self.exit_status = exit_status  # type: ignore[misc]
+
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        return type(self), (str(self), self.exit_status)

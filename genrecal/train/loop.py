@@ -54,7 +54,7 @@ from genrecal.train.engine import Engine, import_deepspeed, resolve_engine, star
 from genrecal.train.logs import RunLog, TermSums, Wandb, cache_facts, read_metrics, term_means, term_sums
 from genrecal.train.midway import Midway
 from genrecal.train.profiling import Clock, profile_text, profiled_run, scratch
-from genrecal.train.ranks import Ranks, StopSignals, joined, own_device, world_size
+from genrecal.train.ranks import Ranks, StopSignals, check_devices, joined, own_device, world_size
 from genrecal.train.run import Run
 from genrecal.train.snapshot import take_snapshot
 from genrecal.train.stages import Distiller, StepOutput, add_lora, select_trainable
@@ -84,6 +84,7 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
                 "it has none\n"
             )
         device = ranks.together(lambda: own_device(run.config.device))
+        check_devices(ranks, device)
         if device.index is not None:
             torch.cuda.set_device(device)
         cache = ranks.together(lambda: open_for(run, stages))

@@ -86,7 +86,21 @@ class Ranks:
 
     def stop(self, error: GenrecalError) -> NoReturn:
         """End this rank over an error that all ranks know of; rank 0 is the one that prints it."""
-        raise error if self.first else OtherRankError(error)
+        raise error if self.first else OtherRankError(str(error), error.exit_status)
+
+
+def check_devices(ranks: Ranks, device: torch.device) -> None:
+    """Raises UsageError, on all ranks, where two were given the same GPU: NCCL would only say that a peer is lost."""
+    uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else f"CPU {ranks.rank}"
+    owners: dict[str, int] = {}
+    for rank, (host, found) in enumerate(ranks.gather((socket.gethostname(), uuid))):
+        if (other := owners.setdefault(found, rank)) != rank:
+            ranks.stop(
+                UsageError(
+                    f"ranks {other} and {rank} have the same GPU ({found} of {host}): each needs one of its own; start as "
+                    "many processes on a machine as it has GPUs, or give each process another CUDA_VISIBLE_DEVICES"
+                )
+            )
 
 
 @contextlib.contextmanager

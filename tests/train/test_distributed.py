@@ -6,6 +6,7 @@ The slow tests fork their ranks (tests/train/rank_runner.py); the launchers them
 import gc
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -16,6 +17,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,19 +31,20 @@ import genrecal.train.loop
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
-from genrecal.errors import TrainingError, UsageError
+from genrecal.errors import GenrecalError, OtherRankError, TrainingError, UsageError
 from genrecal.objectives import OBJECTIVES
 from genrecal.samples import open_samples
 from genrecal.shards.mixture import open_caches
 from genrecal.shards.order import SampleOrder, micro_batches
 from genrecal.shards.reader import open_cache
+from genrecal.train.advice import LoaderError
 from genrecal.train.batches import BatchBuilder, ShardSource, image_beside
 from genrecal.train.checkpoint import trained_parameters
 from genrecal.train.config import load_config
 from genrecal.train.engine import TorchEngine, check_processes, import_deepspeed, resolve_engine
 from genrecal.train.logs import MACHINE, read_evaluations, read_metrics
 from genrecal.train.loop import build_distiller, train
-from genrecal.train.ranks import Ranks, joined, own_device, world_size
+from genrecal.train.ranks import Ranks, check_devices, joined, own_device, world_size
 from genrecal.train.run import Run
 from genrecal.vlm.loading import load_processor
 from genrecal.vlm.rendering import Renderer
@@ -309,6 +312,30 @@ def test_each_process_takes_its_own_device(launched, monkeypatch):
         own_device("auto")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # each is shown one
     assert own_device("auto") == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("uuids", [["a", "b", "c"], ["a", "b", "a"]])
+def test_two_ranks_with_the_same_gpu_are_refused(monkeypatch, uuids):
+    """Before NCCL's first collective, which would only say that a peer is lost."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=uuids[1]))
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [("host", uuid) for uuid in uuids])
+    ranks, device = Ranks(rank=1, size=3), torch.device("cuda", 0)
+    if len(set(uuids)) == 3:
+        check_devices(ranks, device)
+        return
+    with pytest.raises(OtherRankError, match=r"ranks 0 and 2 have the same GPU \(a of host\).*CUDA_VISIBLE_DEVICES"):
+        check_devices(ranks, device)
+    with pytest.raises(UsageError, match="ranks 0 and 2 have the same GPU"):
+        check_devices(Ranks(rank=0, size=3), device)
+
+
+def test_every_error_comes_back_from_another_process():
+    kinds = [GenrecalError, *GenrecalError.__subclasses__(), LoaderError]
+    assert OtherRankError in kinds and len(kinds) > 10
+    for kind in kinds:
+        error = OtherRankError("m", 143) if kind is OtherRankError else kind("m")
+        back = pickle.loads(pickle.dumps(error))
+        assert type(back) is kind and str(back) == "m" and back.exit_status == error.exit_status
 
 
 def test_the_global_batch_of_a_run_stays(tiny, cache, tmp_path):

@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
-from genrecal.errors import DamageError, TrainingError, UsageError
+from genrecal.errors import DamageError, StoppedError, TrainingError, UsageError
 from genrecal.samples import open_samples
 from genrecal.shards.mixture import open_caches
 from genrecal.shards.reader import open_cache
@@ -167,6 +167,37 @@ def test_killed_process_goes_on(tiny, cache, tmp_path):
         return [{k: v for k, v in line.items() if k not in UNTIMED} for line in read_metrics(path)]
 
     assert lines(cut) == lines(tmp_path / "whole")
+
+
+def test_a_signal_saves_a_checkpoint_though_the_caches_store_is_away(run_of, cache, tmp_path, monkeypatch):
+    whole = run_of("whole")
+    train(whole, stages=(1,))
+    copy, plain = shutil.copytree(cache, tmp_path / "copy"), loop.learning_rate
+    cut = replace(run_of("cut", "stage1.checkpoint_every=0"), caches=(str(copy),))
+
+    def signalled(settings, step, num_steps):
+        if step == 3:
+            (copy / "cache.json").rename(copy / "gone")
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(settings, step, num_steps)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(StoppedError, match="SIGTERM after step 4 of stage 1, which is saved"),
+    ):
+        patch.setattr(loop, "learning_rate", signalled)
+        train(cut, stages=(1,))
+    (copy / "gone").rename(copy / "cache.json")
+    train(cut, stages=(1,))
+    assert untimed(cut) == untimed(whole)
+
+
+def test_a_step_without_a_sample_is_a_step(run_of, capfd):
+    """It is counted by the progress line, and the wait of the step after it is its own."""
+    run = run_of("run", "max_tokens=3", "data.max_skip=1", "log_every=1")
+    train(run, stages=(1,))
+    assert [line["samples"] for line in read_metrics(run.path)] == [0] * 6
+    assert "stage 1: 6/6 steps" in capfd.readouterr().err
 
 
 def test_worker_processes_change_nothing(run_of):
