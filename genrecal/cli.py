@@ -108,6 +108,9 @@ def main(args: Sequence[str] | None = None) -> None:
         status = error.exit_status
         if not (isinstance(error, UsageError) and other_rank):
             _print_error(str(error), debug=debug)
+    except OSError as error:  # of a file or disk, which no check can rule out beforehand
+        status = 1
+        _print_error(_of_file(error), debug=debug)
     except typer.Abort:
         status = INTERRUPTED
     except Exception as error:
@@ -119,6 +122,13 @@ def main(args: Sequence[str] | None = None) -> None:
     if status == INTERRUPTED and not other_rank:
         sys.stderr.write("genrecal: interrupted; run the same command again to go on from what is finished\n")
     sys.exit(status or 0)
+
+
+def _of_file(error: OSError) -> str:
+    """An error of the operating system's, with the file and what to do."""
+    files = " and ".join(str(file) for file in (error.filename, error.filename2) if file is not None)
+    what = f"{files}: {error.strerror}" if files and error.strerror else str(error) or type(error).__name__
+    return f"{what}; look at this path, its permissions and the room on its disk, and run the same command again"
 
 
 def _print_error(message: str, *, debug: bool) -> None:
@@ -195,12 +205,15 @@ def plan(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Forecast a cache's bytes and the teacher's cost, from a sample of the data and the teacher's config alone."""
+    from genrecal.cache.job import check_place
     from genrecal.cache.options import CacheOptions
     from genrecal.cache.plan import PlanOptions, make_plan, plan_text
     from genrecal.cache.teacher_shape import KNOWN, teacher_shape
     from genrecal.samples import FieldMap, open_samples
     from genrecal.samples.survey import survey
 
+    if out is not None:
+        check_place(out)
     top_k, draws = _targets(targets, top_k, top_k_given=False)
     settings = CacheOptions(
         top_k=top_k,

@@ -56,6 +56,7 @@ def flush(path: Path) -> None:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file so that it is either the old one or the new one, never a part. A failure leaves no trace."""
+    check_regular(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     try:
@@ -69,12 +70,17 @@ def write_whole(path: Path, data: bytes) -> None:
         raise
 
 
+def check_regular(path: Path) -> None:
+    """Raises OSError for a folder or a device, in whose place a file must not be put: /dev/null would be gone."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.parent == Path("/dev") or (path.exists() and not path.is_file()):
+        raise OSError(errno.EINVAL, "expected a regular file", str(path))
+
+
 def check_writable(path: Path) -> None:
     """Raises OSError if `write_whole` cannot write `path` now: a folder or a device, no permission, or a full disk."""
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "a folder")
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "not a regular file")
+    check_regular(path)
     probe = path.with_name(f"{path.name}.probe-{os.getpid()}")
     write_whole(probe, bytes(4096))
     probe.unlink()

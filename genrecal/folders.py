@@ -17,13 +17,17 @@ KINDS = {"cache.json": "a cache", "run.json": "a run", "compare.json": "a compar
 
 
 def refuse_other_content(folder: Path, kind: str, *, ours: Sequence[str] = ()) -> None:
-    """Raises UsageError for a file, and for a folder that holds something else than `kind`. Hidden files do not count.
+    """Raises UsageError for what cannot be a folder that is written to, and for one that holds something else than `kind`.
+    Hidden files do not count.
 
     Args:
         kind: what the folder is for, such as "a run". ours: names that may be there before it is begun.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--out {folder}: expected a folder, got a file; choose another --out")
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UsageError(f"--out {folder}: expected a folder, but {there} is a file; choose another --out")
+    if not os.access(there, os.W_OK):
+        raise UsageError(f"--out {folder}: {there} cannot be written; choose another --out")
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     if names := [name for name in names if not name.startswith(".") and name not in (*ours, "lost+found")]:
         found = next((KINDS[name] for name in names if name in KINDS), "other files")

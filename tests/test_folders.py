@@ -145,6 +145,6 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
         (folder / name).touch()
         with pytest.raises(UsageError, match=rf"expected a run or an empty folder, found {found} \({name}\)"):
             refuse_other_content(folder, "a run", ours=("output.txt",))
-    with pytest.raises(UsageError, match="expected a folder, got a file"):
+    with pytest.raises(UsageError, match="expected a folder, but .*cache.json is a file"):
         refuse_other_content(tmp_path / "cache-json" / "cache.json", "a run")
     refuse_other_content(tmp_path / "new", "a run")

@@ -21,6 +21,7 @@ from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.compare import Asking, Comparison, Mean, Variant, compare
 from genrecal.errors import UsageError
+from genrecal.folders import refuse_other_content
 from genrecal.report.cache_page import write_cache_page
 from genrecal.report.run_page import write_run_report
 from genrecal.report.summary import markdown_table, plus_minus, terms_by_stage, write_report
@@ -61,6 +62,8 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], Any]) -> None:
     matplotlib or scikit-learn are missing.
     """
     _check_imports()
+    if not (out / "data").is_dir():
+        refuse_other_content(out, "a demo")
     torch.set_num_threads(1)
     began = time.monotonic()
     train_data, test_data = _write_data(out, seed)

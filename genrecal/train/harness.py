@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from genrecal.errors import GenrecalError, UsageError
+from genrecal.vlm.config_file import read_json
 from genrecal.vlm.loading import SPLIT, load_processor, model_folder, processor_files
 
 # lmms-eval's name for the class of a family, by `model_type` of config.json. Its general class, `huggingface`, hands processors
@@ -74,7 +75,7 @@ def lmms_eval_command(
     """
     folder = model_folder(model)
     if harness_model is None:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        kind = read_json(folder / "config.json").get("model_type")
         if kind not in CLASSES:
             raise UsageError(
                 f"--model {model}: no class of lmms-eval is known here for model_type {kind}, only for {', '.join(CLASSES)}; "

@@ -1,7 +1,6 @@
 """Single tensors of a checkpoint, read without building its model: the head and the final norm of a teacher run elsewhere."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from genrecal.errors import ModelError
 from genrecal.shards.head import FrozenHead, LogitTransform
+from genrecal.vlm.config_file import read_json
 from genrecal.vlm.loading import file_digest, is_weight_file, model_folder, processor_files
 
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -69,7 +69,7 @@ class Checkpoint:
         self.path = str(path)
         index = self._file(WEIGHTS_INDEX)
         if index is not None:
-            self._file_of: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            self._file_of: dict[str, str] = read_json(index)["weight_map"]
         elif self._file(WEIGHTS) is not None:
             self._file_of = dict.fromkeys(self._names_in(WEIGHTS), WEIGHTS)
         else:
@@ -77,7 +77,7 @@ class Checkpoint:
                 f"{path}: expected {WEIGHTS} or {WEIGHTS_INDEX}, found neither; its head cannot be read. "
                 "Save the model as safetensors first"
             )
-        self.config: dict[str, Any] = json.loads(self._needed("config.json").read_text())
+        self.config: dict[str, Any] = read_json(self._needed("config.json"))
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, in the dtype of the file, on the CPU."""

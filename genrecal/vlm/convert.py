@@ -16,6 +16,7 @@ import torch
 from genrecal.errors import ModelError, UsageError
 from genrecal.files import temporary_path
 from genrecal.vlm.checkpoint import WEIGHTS, WEIGHTS_INDEX, Checkpoint
+from genrecal.vlm.config_file import read_json
 from genrecal.vlm.internvl_chat import InternVLChatProcessor, original_layout
 from genrecal.vlm.loading import load_processor, model_folder, processor_files
 from genrecal.vlm.rendering import Renderer
@@ -211,11 +212,11 @@ def _check_vocabulary(folder: Path, tokenizer: Any, name: str) -> None:
         model = import_protobuf().ModelProto.FromString(file.read_bytes())
         wanted |= {piece.piece: number for number, piece in enumerate(model.pieces)}
     if (file := folder / "tokenizer.json").is_file():
-        content = json.loads(file.read_text())
+        content = read_json(file)
         wanted |= content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
     for vocabulary in ("vocab.json", "added_tokens.json"):
         if (file := folder / vocabulary).is_file():
-            wanted |= json.loads(file.read_text())
+            wanted |= read_json(file)
     if not wanted:
         raise ModelError(f"{folder}: no tokenizer files were found to compare with those of --processor")
     found = tokenizer.get_vocab()

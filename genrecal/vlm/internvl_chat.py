@@ -5,13 +5,14 @@ They do to a prompt what the checkpoint's own `chat` method does: a picture's pl
 its tiles have, and what the layout puts around them. They prepare no pixels: vLLM prepares them itself.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from PIL import Image
+
+from genrecal.vlm.config_file import read_json
 
 PLACEHOLDER = "<image>"
 
@@ -163,4 +164,4 @@ def _config(path: str | Path) -> dict[str, Any]:
         file = cached_file(str(path), "config.json")
     except OSError:  # no model at all, say; whoever loads it says so better
         return {}
-    return dict(json.loads(Path(file).read_text()))
+    return read_json(Path(file))

@@ -5,7 +5,6 @@ vocabulary size, token splits, index order and number of image tokens. Config, t
 weights are read.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.text import Text
 
 from genrecal.errors import ModelError, SampleError, UsageError
 from genrecal.samples import ImageRef, Message
+from genrecal.vlm.config_file import read_json
 from genrecal.vlm.loading import first_line, image_token_id, load_processor, model_folder
 from genrecal.vlm.rendering import Renderer
 
@@ -317,7 +317,7 @@ def _config(folder: Path, trust_remote_code: bool) -> Any:
     """The config as transformers reads it; config.json as it is where the class is not transformers' own."""
     from transformers import AutoConfig
 
-    content = json.loads((folder / "config.json").read_text())
+    content = read_json(folder / "config.json")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
