@@ -44,7 +44,7 @@ COMPARE_FILE, TABLE_FILE = "compare.json", "table.md"
 PROBED = 64  # records among which one must be a question that the student can be asked
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Variant:
     """One way to train: a name for the table, the caches it learns from, and its settings (their seed is not used)."""
 

@@ -164,4 +164,4 @@ def _config(path: str | Path) -> dict[str, Any]:
         file = cached_file(str(path), "config.json")
     except OSError:  # no model at all, say; whoever loads it says so better
         return {}
-    return read_json(Path(file))
+    return read_json(Path(file)) if file is not None else {}

@@ -28,6 +28,8 @@ from genrecal.train.config import TrainConfig, load_config
 from genrecal.train.engine import TorchEngine
 from genrecal.train.logs import read_metrics
 from genrecal.train.run import IDENTITY, Run, flat
+from genrecal.vlm.loading import load_processor
+from genrecal.vlm.rendering import Renderer
 
 STEPS = 6  # of two micro-batches of 4 samples
 SETTINGS = [
@@ -164,13 +166,12 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_following_the_advice_resumes(trainer, monkeypatch, name):
     spoil, options, message = CASES[name]
+    renderer = Renderer(load_processor(trainer.student))
+    lengths = sorted(len(renderer.encode(record.sample)) for record in open_cache(trainer.cache))
     if spoil is not None:
         spoil(monkeypatch, trainer)
-    lengths = sorted(
-        record.row["question_tokens"] + record.row["answer_tokens"] for record in open_cache(trainer.cache)
-    )
     for name, value in (
-        ("LIMIT", lengths[-3]),
+        ("LIMIT", lengths[9]),
         ("DATA", write_llava(trainer.out.with_name("asked"), mixed_samples(2))),
     ):
         options = [option.replace(name, str(value)) for option in options]
