@@ -117,7 +117,12 @@ def _check_keys(base: Path, folder: Path) -> None:
 
 @torch.inference_mode()
 def _check_outputs(
-    student: VLM, folder: Path, samples: Sequence[Sample], *, prompt: PromptOptions, trust_remote_code: bool
+    student: VLM,
+    folder: Path,
+    samples: Sequence[Sample],
+    *,
+    prompt: PromptOptions | None = None,
+    trust_remote_code: bool,
 ) -> None:
     """The reloaded checkpoint gives the same logits and the same greedy answers."""
     exported = load_vlm(folder, prompt=prompt, trust_remote_code=trust_remote_code)
