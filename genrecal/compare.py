@@ -331,6 +331,8 @@ def _begin(out: Path, student: str, samples: SampleSet, asking: Asking) -> None:
         "data": [f"{file.path.name} {file.sha256()}" for file in samples.files],
         "records": len(samples),
         "selection": samples.selection.to_json(),
+        "fields": [f"{name}={field}" for field, name in samples.fields.fields.items()],
+        "roles": [f"{role}={name}" for role, name in samples.fields.roles.items()],
         "asking": {name: value for name, value in asdict(asking).items() if name != "batch_size"},
     }
     if not path.exists():

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import random
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,17 @@ def test_records_over_the_bounds_of_what_is_read_at_once(folder: Path, size: int
         assert [sample.messages[0].text for sample in opened(folder, "d.json", content)] == texts
 
 
+def test_an_array_is_indexed_in_bounded_memory(folder: Path) -> None:
+    """However many records it has: LLaVA's is a gigabyte in one file."""
+    text = pretty([record | {"more": "x" * 15_000} for record in RECORDS * 400])
+    (folder / "d.json").write_text(text)
+    tracemalloc.start()
+    samples = open_samples([folder / "d.json"])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(samples) == 2800 and peak < 16 * CHUNK < len(text) / 2
+
+
 def test_lines_that_are_lists_are_lines(folder: Path) -> None:
     """A record of another shape is refused as that record, in its line."""
     content = "\n".join(json.dumps(record["conversations"]) for record in RECORDS)
@@ -220,6 +232,11 @@ def test_rows_of_csv_are_records_of_their_cells(folder: Path, name: str, content
 def test_a_csv_row_is_located_by_its_first_line(folder: Path) -> None:
     samples = opened(folder, "d.csv", csv_text())
     assert [sample.location.rpartition(":")[2] for sample in samples] == ["2", "3", "5"]
+
+
+def test_a_csv_of_another_encoding_is_refused_row_by_row(folder: Path) -> None:
+    samples = opened(folder, "d.csv", "question,answer,größe\nq,a,1\n".encode("cp1252"))
+    assert [sample.reason for sample in samples] == ["not UTF-8 text"]
 
 
 def test_a_bad_row_costs_no_other(folder: Path) -> None:

@@ -353,7 +353,7 @@ def _csv_record(names: list[str], cells: list[str]) -> dict[str, str] | str:
     if len(cells) != len(names):
         return f"a CSV row of {len(cells)} cells under a header of {len(names)}"
     try:
-        "".join(cells).encode()
+        "".join([*names, *cells]).encode()
     except UnicodeEncodeError:
         return NO_UTF8
     return {name: cell for name, cell in zip(names, cells, strict=True) if cell}
