@@ -84,7 +84,7 @@ class PromptConfig:
         allowed_tokens: added tokens of its tokenizer that texts may hold, besides those that the cache allows.
     """
 
-    template_args: dict[str, Any] = field(default_factory=dict)
+    template_args: dict[str, Any] = field(default_factory=dict, hash=False)
     allowed_tokens: tuple[str, ...] = ()
 
 
