@@ -1,6 +1,7 @@
 """Several caches of one teacher as one sequence: what a run trains on."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -99,9 +100,11 @@ class Mixture(Sequence[CachedRecord]):
         return np.concatenate([cache.column(name) for cache in self.caches])
 
     def conversations(self) -> np.ndarray:
-        """int64 `[n]`: which conversation each sample is of, by its place in the data that its cache was made from. Caches of
-        the same data, with other answers, have the same."""
-        return np.concatenate([cache.input_rows for cache in self.caches])
+        """int64 `[n]`: which conversation each sample is of, by its place in the data that its cache was made from. Caches
+        that name the same data, with other answers, have the same."""
+        data = [json.dumps(cache.description.get("data"), sort_keys=True) for cache in self.caches]
+        first = [data.index(one) << 40 for one in data]
+        return np.concatenate([cache.input_rows + start for cache, start in zip(self.caches, first, strict=True)])
 
     def counts(self, indices: np.ndarray) -> np.ndarray:
         """int64 `[caches]`: how many samples an epoch over `indices`, which ascend, takes from each cache.
