@@ -514,6 +514,67 @@ REFUSALS: dict[str, tuple[Any, str]] = {
     "data of no image": (chat("q", "a", image="data:text/plain,hello"), "expected a path or data:image"),
     "a bucket": (chat("q", "a", image="s3://x/y.png"), "is a web address"),
     "parts as text": (chat('[{"type": "text", "text": "q"}]', "a"), "the JSON text of a list of parts"),
+    "half a character in JSON text": (
+        {"messages": json.dumps(chat("q", "\ud83d")["messages"])},
+        "'messages': broken JSON",
+    ),
+    "a name twice in JSON text": (
+        {"messages": '[{"role": "user", "content": "q", "content": "r"}, {"role": "model", "content": "a"}]'},
+        "the field 'content' stands twice",
+    ),
+    "JSON beside its own fields": (
+        {"image": A, "json": llava("q", "a", image=B)},
+        "'image' stands beside the field 'json'",
+    ),
+    "OCR-VQA's questions": ({"question": ["q", "r"], "answer": ["yes", "yes"]}, "2 questions under 'question'"),
+    "answers as text": ({"question": "q", "answers": '["a", "b"]'}, "2 different answers under 'answers'"),
+    "answers as Python's text": ({"question": "q", "answers": "['a', 'b']"}, "the field 'answers': broken JSON"),
+    "a loss of the record": (chat("q", "a", loss=False), "the field 'loss' says what is learned"),
+    **{
+        f"options as {name}": (
+            {"question": "q", "answer": "x", name: "x"},
+            f"the field '{name}' may be part of the question",
+        )
+        for name in (
+            "option1",
+            "options 1",
+            "choice_a",
+            "answer_choices",
+            "multiple_choices",
+            "opa",
+            "distractor1",
+            "article",
+        )
+    },
+    **{
+        f"base64 under {name}": (chat("q", "a", image=A, **{name: [B64[1]]}), f"the field '{name}' holds an image")
+        for name in ("image_data", "attachments")
+    },
+    **{
+        f"{name} of none": (
+            {"question": "q", "answer": "a", name: "7"},
+            f"'{name}' names an image or a video, and the rec",
+        )
+        for name in ("image_id", "video_id", "video_name", "clip_key", "coco_image_id")
+    },
+    **{
+        f"the tag {tag}": (chat(f"q {tag} r", "a", images=[A, B]), "^the tag .* is not read; write <image>")
+        for tag in (
+            "<image:2>",
+            "<image id=2>",
+            "< image >",
+            "<images>",
+            "<|begin_of_image|>",
+            "<|media_pad|>",
+            "<im_patch>",
+            "<frame>",
+            "{image}",
+            "{{image_1}}",
+            "[Image 2]",
+            "<img src='b.png'/>",
+            "![](b.png)",
+        )
+    },
     "documents": (chat("q", "a", documents=[{"text": "x"}]), "'documents' changes the prompt"),
     "a history of turns": ({"query": "q", "response": "a", "history": [["one"]]}, "expected pairs"),
     "a system that is a list": (chat("q", "a", system=["x"]), "expected text under 'system'"),
@@ -545,6 +606,8 @@ def test_a_record_that_cannot_be_read_is_refused_in_one_line(folder: Path, name:
         (chat("q", "a", image=png(), image_path="x/a.png"), ("a field 'image_path'",)),
         (chat("q", "a", image=A, file_name="a.png"), ("a field 'file_name'",)),
         (chat("q", "a", "and?"), ("turns after the last answer",)),
+        (chat("<image_caption>q", "a", image=A, image_id=7), ()),
+        (chat("<image>See [Image 1].", "a", image=A), ()),
         (chat("q", "a", height=3, width=[4], url="x", question_id=1, split="train", language="en"), ()),
         (chat("q", "a", a=None, b="", c=[], d={}, e=[None, {}], g=float("nan"), f={"x": None}), ()),
     ],

@@ -4,6 +4,7 @@ A field that carries content is read, or its record is refused with the field's 
 object of a record is read through `Fields`, which gives out what is asked for and judges what is left at the end.
 """
 
+import base64
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ MEDIA = {"an image": IMAGE_SUFFIXES, "a video": VIDEO_SUFFIXES, "audio": AUDIO_S
 RECORD_FIELDS = {
     "messages": ("conversations", "messages", "conversation", "dialog", "dialogue"),
     "texts": ("texts",),
-    "system": ("system", "system_prompt", "system_message"),
+    "system": ("system", "system_prompt", "system_message", "system_instruction", "systeminstruction"),
     "history": ("history",),
     "question": ("question", "query", "prompt", "instruction", "problem"),
     "input": ("input",),
@@ -53,6 +54,11 @@ ENTRY_FIELDS = {
     "name": ("url", "path", "image", "src"),
     "media_type": ("media_type", "mime_type"),
 }
+# How encoded images begin, to tell base64 without its data: prefix from a path, and HEIC and the like from nothing.
+SIGNATURES = re.compile(
+    rb"\x89PNG\r\n|\xff\xd8\xff|GIF8|RIFF....WEBP|BM....\0\0|II\*\0|MM\0\*|....ftypavi[fs]|\0\0\0\x0cjP|\xff\x4f\xff\x51",
+    re.DOTALL,
+)
 EMPTY_JSON = ("[]", "{}", "null")
 IGNORE = "ignore"
 IGNORED = f"--field {IGNORE}={{name}} passes over it"
@@ -90,17 +96,20 @@ REFUSED = {
     r"(audio|sound|speech)s?(_?(path|file|url|byte)s?)?|" + "|".join(sorted(AUDIO_SUFFIXES)): (
         "is audio, which is not read"
     ),
-    r"tools|functions|(tool|function)_(calls?|choice|call_id|responses?|results?)": "is about tools, which are not read",
+    r"(\w+_)?tools(_\w+)?|functions|(\w+_)?(tool|function)_(calls?|choice|call_id|responses?|results?)": (
+        "is about tools, which are not read"
+    ),
     r"(chosen|rejected)(_.*)?|kto_tag": "is preference data, which is not read; give the answer to learn alone",
     r"chat_template.*|documents": "changes the prompt, and is not read",
     r"objects": "may be what tags in the text stand for, and is not read",
-    r"(loss|sample)_?(weight|mask|scale)s?|weight|mask|train_details?|train_on_.*": (
+    r"(loss|sample)_?(weight|mask|scale)s?|loss|weight|mask|train|training|trainable|train_details?|train_on_.*": (
         "says what is learned in a way that is not read; give a turn that is context only 'loss': false"
     ),
 }
 # Beside a question and an answer, which are nothing without them. Conversations have them in their texts.
 REFUSED_BESIDE_QUESTION = {
-    r"choices?(_list)?|options?|candidates|contexts?|passages?|hints?|document|[a-f]|option_?[a-f]": (
+    r"(\w+_)?(choice|option|candidate|distractor)s?([ _]?(list|[a-j]|\d+))?|op_?[a-f]|[a-f]"
+    r"|contexts?|passages?|paragraphs?|articles?|story|premise|tables?|hints?|document": (
         "may be part of the question, and is not read; put it into the question's text, or name it with --field input="
     ),
 }
@@ -108,6 +117,10 @@ REFUSED_BESIDE_QUESTION = {
 METADATA = re.compile(
     r"(.*_)?(id|uid|uuid|idx|index|hash|sha256|md5|url|lang|language|license|split|date|timestamp|version|type)s?"
     r"|(.*_)?(width|height|size)(s|_list)?|dataset|data_source|origin|source|subset|meta|metadata|__\w+__"
+)
+# What says that a record without an image is about one.
+MEDIA_ID = re.compile(
+    r"(.*_)?(image|img|picture|photo|frame|video|clip|audio)s?_?(id|name|key|idx|index|hash|sha256|md5)s?"
 )
 
 
@@ -215,6 +228,10 @@ class Fields:
             for pattern, reason in self.refused.items():
                 if re.fullmatch(pattern, kind):
                     raise SampleError(f"the field {label} {reason} ({IGNORED.format(name=name)})")
+            if not (self.where or has_images) and MEDIA_ID.fullmatch(name.lower()):
+                raise SampleError(
+                    f"the field {label} names an image or a video, and the record has none ({IGNORED.format(name=name)})"
+                )
             kind, is_data = media_in(value)
             if kind and (is_data or not has_images):
                 verb = "holds" if is_data else "names"
@@ -253,10 +270,26 @@ def media_in(value: Any) -> tuple[str, bool]:
         return "", False
     if match := re.match(r"\s*data:(image|video|audio)/", value):
         return {"image": "an image", "video": "a video", "audio": "audio"}[match[1]], True
-    return media_name(value), False
+    return ("an image", True) if bare_image(value) else (media_name(value), False)
 
 
 def media_name(text: str) -> str:
     """What of MEDIA a path or an address names, by its suffix; "" for any other text."""
     match = re.fullmatch(r"\S[^\n]{0,1000}?\.(\w{2,5})(?:[?#]\S*)?\s*", text)
     return next((kind for kind, suffixes in MEDIA.items() if match and match[1].lower() in suffixes), "")
+
+
+def decode_base64(text: str) -> bytes:
+    """Base64 with either alphabet, with or without its padding, and white space anywhere."""
+    text = re.sub(r"\s+", "", text).rstrip("=").translate({ord("-"): "+", ord("_"): "/"})
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+
+
+def bare_image(text: str) -> bytes | None:
+    """The bytes of base64 that no prefix announces: they must be an image's."""
+    try:
+        if len(text) > 64 and SIGNATURES.match(decode_base64(text[:64])):
+            return decode_base64(text)
+    except ValueError:
+        pass
+    return None

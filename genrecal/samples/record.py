@@ -4,7 +4,6 @@ Its turns are brought into one form (`shapes`) and become messages in which each
 their images. What was not read on the way is refused, counted, or known to say nothing (`fields`).
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,36 +26,12 @@ from genrecal.samples.fields import (
 from genrecal.samples.sample import ImageRef, ImageSource, Message, Sample
 from genrecal.samples.shapes import from_json, turns_of
 from genrecal.samples.sources import MEMBERS, Entry, Members, open_entries, read_entry
-from genrecal.samples.tags import VIDEO_TAG, Tag, first_image_tag, split_tags
+from genrecal.samples.tags import LIKE_A_TAG, VIDEO_TAG, Tag, first_image_tag, split_tags
 
 NO_FIELDS = FieldMap()
 TEXT_PARTS = ("text", "input_text", "output_text")
 IMAGE_PARTS = ("image", "image_url", "input_image")
 REASONING_PARTS = ("thinking", "reasoning")
-
-
-def parse_json(data: bytes) -> Any:
-    """A record's UTF-8 JSON. Raises SampleError if it is none.
-
-    Half a surrogate pair is refused: such text has no UTF-8, so nothing could tokenise or store it.
-    """
-    try:
-        text = data.decode("utf-8")
-        record = json.loads(text, object_pairs_hook=_object)
-        if re.search(r"\\u[dD][89a-fA-F]", text):
-            json.dumps(record, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:  # JSON or UTF-8 errors, numbers of thousands of digits
-        raise SampleError(f"broken JSON: {error}") from None
-    return record
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose names are all different: of two values under one name, one would be lost."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)[:80]!r} stands twice")
-    return values
 
 
 def make_key(index: int, sample_id: str) -> str:
@@ -146,9 +121,15 @@ class _Reader:
     unread: list[str] = field(default_factory=list)
     videos: list[list[_Place]] = field(default_factory=list)  # of those that have no place yet, the frames
     answer_tag: str = ""  # of an image, in an assistant's text
+    like_a_tag: str = ""  # in another's text
 
     def read(self, record: dict[str, Any]) -> tuple[list[Message], list[ImageSource]]:
-        fields = self._open(_unwrapped(record), RECORD_FIELDS, "")
+        unwrapped = _unwrapped(record)
+        if clash := [
+            name for name in record if has_content(record[name]) and unwrapped.get(name, record[name]) != record[name]
+        ]:
+            raise SampleError(f"the field {clash[0]!r} stands beside the field 'json' and, with another value, in it")
+        fields = self._open(unwrapped, RECORD_FIELDS, "")
         for name in ("id", "category", "source"):
             fields.take(name)
         turns = turns_of(fields, self._open)
@@ -243,6 +224,8 @@ class _Reader:
         else:
             images = own
         if before:
+            if self.like_a_tag:
+                raise SampleError(f"the tag {self.like_a_tag[:80]!r} is not read; write <image> where an image stands")
             first = next((draft for draft in drafts if draft.role == "user"), None)
             if first is None:
                 raise SampleError("no user turn to hold the image")
@@ -330,6 +313,8 @@ class _Reader:
             self.answer_tag = self.answer_tag or first_image_tag(text)
             return [text]
         parts: list[str | _Place] = []
+        if match := LIKE_A_TAG.search(text):
+            self.like_a_tag = self.like_a_tag or match[0]
         for piece in split_tags(text, has_videos=bool(self.videos)):
             if isinstance(piece, Tag) and piece.text == VIDEO_TAG:
                 parts += self.videos.pop(0)

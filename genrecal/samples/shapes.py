@@ -4,6 +4,7 @@ All come out in one form, the chat shape's: a list of objects with a role and a 
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,21 +39,55 @@ def turns_of(fields: Fields, open_object: Open) -> list[Any]:
     return turns
 
 
+def parse_json(data: bytes | str) -> Any:
+    """A record's UTF-8 JSON. Raises SampleError if it is none.
+
+    Half a surrogate pair is refused: such text has no UTF-8, so nothing could tokenise or store it.
+    """
+    try:
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        record = json.loads(text, object_pairs_hook=_object)
+        if re.search(r"\\u[dD][89a-fA-F]", text):
+            json.dumps(record, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # JSON or UTF-8 errors, numbers of thousands of digits
+        raise SampleError(f"broken JSON: {error}") from None
+    return record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names are all different: of two values under one name, one would be lost."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)[:80]!r} stands twice")
+    return values
+
+
 def from_json(value: Any) -> Any:
     """A list or an object that is written as JSON text, as the hub's Json() columns are; else the value itself."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
+            return parse_json(value)
+        except SampleError:
             pass
     return value
 
 
 def _non_empty(value: Any, name: str) -> list[Any]:
     turns = from_json(value)
+    if isinstance(turns, str) and turns.lstrip()[:1] in ("[", "{"):
+        turns = _list_of_text(turns, name)
     if not isinstance(turns, list) or not turns:
         raise SampleError(f"expected a non-empty list under {name!r}, got {type(turns).__name__}")
     return turns
+
+
+def _list_of_text(text: str, name: str) -> Any:
+    """What a column of lists holds that was written as text."""
+    try:
+        return parse_json(text)
+    except SampleError as error:
+        raise SampleError(f"the field {name!r}: {error}") from None
 
 
 def _is_pair(item: Any) -> bool:
@@ -100,6 +135,8 @@ def _asked(question: Any, more: Any, name: str) -> list[Any]:
         return [{**turn, "loss": False} for turn in turns]  # a prompt's answers are context
     if not isinstance(question, (str, list)):
         raise SampleError(f"expected text under {name!r}, got {type(question).__name__}")
+    if isinstance(question, list) and len(question) > 1 and all(isinstance(text, str) for text in question):
+        raise SampleError(f"{len(question)} questions under {name!r}; give each with its answer, as in 'texts'")
     if more:
         question = f"{question}\n{more}" if isinstance(question, str) else [*question, more]
     return [{"role": "user", "content": question}]
@@ -108,6 +145,8 @@ def _asked(question: Any, more: Any, name: str) -> list[Any]:
 def _answered(answer: Any, name: str) -> list[Any]:
     if _are_turns(turns := from_json(answer)):
         return list(turns)
+    if isinstance(answer, str) and name.lower() == "answers" and answer.lstrip().startswith("["):
+        answer = _list_of_text(answer, name)
     if isinstance(answer, list) and all(isinstance(text, str) for text in answer):
         if len(set(answer)) > 1:
             raise SampleError(f"{len(set(answer))} different answers under {name!r}; give the one to learn")

@@ -1,7 +1,5 @@
 """What a record names its images by -> `ImageSource`: paths, base64 in all its forms, bytes, members of a tar."""
 
-import base64
-import binascii
 import os
 import posixpath
 import re
@@ -12,16 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from genrecal.errors import SampleError
-from genrecal.samples.fields import ENTRY_FIELDS, FieldMap, Fields, media_name
+from genrecal.samples.fields import ENTRY_FIELDS, FieldMap, Fields, bare_image, decode_base64, media_name
 from genrecal.samples.sample import ImageSource
 
 MAX_PATH = 4096  # characters; a longer one is an image pasted in
 DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*;base64,", re.IGNORECASE)
-# How encoded images begin, to tell base64 without its data: prefix from a path, and HEIC and the like from nothing.
-SIGNATURES = re.compile(
-    rb"\x89PNG\r\n|\xff\xd8\xff|GIF8|RIFF....WEBP|BM....\0\0|II\*\0|MM\0\*|....ftypavi[fs]|\0\0\0\x0cjP|\xff\x4f\xff\x51",
-    re.DOTALL,
-)
 Entry = ImageSource | str  # an image at hand, or the path, the address or the member that it is at
 
 
@@ -49,7 +42,7 @@ def read_entry(value: Any, opened: list[Fields]) -> Entry:
         raise SampleError(f"expected an image path, got {'nothing' if value == '' else type(value).__name__}")
     if value.startswith("data:") or value is not name:
         return _base64_image(value, kind)
-    if data := _bare_base64(value):
+    if data := bare_image(value):
         return ImageSource(data=data, suffix="img")
     if len(value) > MAX_PATH:
         raise SampleError(f"image {value[:40]!r} of {len(value)} characters: expected a path, or an image as base64")
@@ -64,25 +57,11 @@ def _base64_image(text: str, kind: str) -> ImageSource:
             raise SampleError(f"image {text[:40]!r}: expected a path or data:image/TYPE;base64,...")
         text, kind = urllib.parse.unquote(rest), kind or match["type"] or ""
     try:
-        return ImageSource(data=_decoded(text), suffix=_suffix(kind.rpartition("/")[2].replace("octet-stream", "")))
+        return ImageSource(
+            data=decode_base64(text), suffix=_suffix(kind.rpartition("/")[2].replace("octet-stream", ""))
+        )
     except ValueError as error:
         raise SampleError(f"inline image is not valid base64: {error}") from None
-
-
-def _decoded(text: str) -> bytes:
-    """Base64 with either alphabet, with or without its padding, and white space anywhere."""
-    text = re.sub(r"\s+", "", text).rstrip("=").translate({ord("-"): "+", ord("_"): "/"})
-    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-
-
-def _bare_base64(text: str) -> bytes | None:
-    """The bytes of base64 that no prefix announces: they must be an image's."""
-    try:
-        if len(text) > 64 and SIGNATURES.match(_decoded(text[:64])):
-            return _decoded(text)
-    except (ValueError, binascii.Error):
-        pass
-    return None
 
 
 def _suffix(kind: str) -> str:

@@ -21,6 +21,14 @@ OTHER_TAG = (
 )
 TAG = re.compile(f"(?=[<[])(?:(?:{IMAGE_TAG})|(?P<other>{OTHER_TAG}))", re.IGNORECASE)
 VIDEO_TAG = "<video>"
+# What may stand for an image, in a record whose images have no other place: <image:1>, {image}, [Image 2], HTML, Markdown.
+LIKE_A_TAG = re.compile(
+    r"<[|/ ]*(?:(?:begin|start|end|of|soft)[ _-])*(?:image|img|im|picture|pic|photo|media|vision|frame)s?"
+    r"(?:[ _#:.=-]*(?:\d+|id|begin|start|end|token|pad|patch|content|placeholder))*[|/ ]*>"
+    r"|<img\s[^<>]*>|\{+ ?(?:image|img|picture|photo)s?[ _-]?\d* ?\}+|\[(?:image|img|picture|photo)[ _#:-]?\d+\]"
+    r"|!\[[^\]\n]*\]\([^)\n]+\)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)

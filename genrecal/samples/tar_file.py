@@ -16,8 +16,8 @@ import numpy as np
 
 from genrecal.errors import DataError, SampleError
 from genrecal.samples.fields import IMAGE_SUFFIXES
-from genrecal.samples.record import parse_json
 from genrecal.samples.sample import ImageSource, read_part
+from genrecal.samples.shapes import parse_json
 from genrecal.samples.sources import MEMBERS, Members, printable
 
 MOST_HEADER_BYTES = 2**20  # of a long name or pax records, which are read whole

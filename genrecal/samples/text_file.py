@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from genrecal.errors import DataError, SampleError
-from genrecal.samples.record import parse_json
+from genrecal.samples.shapes import parse_json
 
 CSV_SUFFIXES = (".csv", ".tsv")
 TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", *CSV_SUFFIXES)

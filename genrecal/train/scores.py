@@ -12,6 +12,7 @@ from decimal import Decimal
 from genrecal.errors import UsageError
 
 LETTERS = "ABCDEFGHIJ"
+PUNCTUATION = ".,;:!?()[]\"'"
 
 
 # ------------------------------------------------------------------------------------------------------ text and numbers
@@ -32,8 +33,9 @@ _CURRENCIES = (
 )  # fmt: skip
 _OTHER_UNITS = (
     "% percent", "kg kilogram kilograms", "g gram grams", "km kilometer kilometers kilometre kilometres", "cm centimeters",
-    "mm millimeters", "mile miles", "ft foot feet", "ml milliliters", "liter liters litre litres", "hour hours",
-    "minute minutes", "second seconds", "day days", "month months", "year years", "° degree degrees", "°c", "°f",
+    "mm millimeters", "meter meters metre metres", "mile miles", "in inch inches", "ft foot feet", "lb lbs", "mg milligrams",
+    "ml milliliters", "liter liters litre litres", "h hr hrs hour hours", "min mins minute minutes", "sec secs second seconds",
+    "day days", "week weeks", "month months", "year years", "° degree degrees", "°c", "°f",
 )  # fmt: skip
 _UNIT = {word: words.split()[-1] for words in (*_CURRENCIES, *_OTHER_UNITS) for word in words.split()}
 _SIGN = "|".join(sorted(map(re.escape, " ".join(_CURRENCIES).split()), key=len, reverse=True))
@@ -253,7 +255,8 @@ def metric_for(question: str, answer: str, *names: str) -> str:
         names: the sample's category and source; if one of them names a benchmark with a rule of its own, that rule.
 
     Else by the form of question and answer. An option's letter, or the text of an option that the question lists: choice. A
-    number: number. Six words or more, or 40 characters or more: anls. Anything else: exact.
+    number: number. Six words of letters or more, or 40 characters or more without a digit: anls. Anything else, such as long
+    ids, addresses and lists of numbers: exact.
     """
     for name in names:
         plain = re.sub(r"[^a-z0-9]", "", name.lower())
@@ -265,7 +268,8 @@ def metric_for(question: str, answer: str, *names: str) -> str:
         return "choice"
     if as_number(answer) is not None:
         return "number"
-    if len(answer.split()) >= 6 or len(answer) >= 40:
+    words = [word for word in answer.split() if word.strip(PUNCTUATION).isalpha()]
+    if len(words) >= 6 or (len(answer) >= 40 and not re.search(r"\d", answer)):
         return "anls"
     return "exact"
 
