@@ -479,12 +479,12 @@ def awkward(tiny, cache):
     renderer = Renderer(load_processor(tiny("internvl_qwen2")))
     opened = open_caches([cache])
     lengths = sorted(len(renderer.encode(record.sample)) for record in opened)
-    last = 24 * 6 + 9  # a sample more than 19 steps of 8 take
     settings = [f"max_tokens={lengths[-1] - 1}", "data.max_skip=1"]
-    return [*settings, *(f"stage{n}.epochs={last / 24}" for n in (1, 2, 3))]
+    return [*settings, *(f"stage{n}.epochs={LAST / 24}" for n in (1, 2, 3))]
 
 
-STEPS = 20
+STEPS = 11
+LAST = 8 * (STEPS - 1) + 1  # a sample more than the other steps take
 
 
 @pytest.fixture(scope="module")
@@ -506,7 +506,7 @@ def test_the_awkward_settings_are_awkward(cache, awkward, tiny):
     for stage in (1, 2, 3):
         order = SampleOrder(opened.column("shard"), seed=stage)
         for step in range(STEPS):
-            batch = order.slice(step * 8, min(step * 8 + 8, 153))
+            batch = order.slice(step * 8, min(step * 8 + 8, LAST))
             shares = [micro_batches(batch, lengths, batch_size=2, rank=rank, world_size=2) for rank in (0, 1)]
             for pieces in zip(*shares, strict=True):
                 kept = [piece[~lost[piece]] for piece in pieces]
@@ -523,7 +523,7 @@ def test_the_awkward_settings_are_awkward(cache, awkward, tiny):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
 def test_every_engine_gives_the_losses_of_one_process(runner, tiny, cache, awkward, alone, tmp_path, engine):
-    """20 steps of each stage, fp32, each stage from the weights that one process ended the last one with."""
+    """Eleven steps of each stage, fp32, each stage from the weights that one process ended the last one with."""
     one, expected = alone
     assert [sum(line["stage"] == stage for line in expected) for stage in (1, 2, 3)] == [STEPS] * 3
     assert any("skipped" in line for line in expected)
@@ -544,7 +544,7 @@ def test_the_losses_are_those_of_whole_blocks(runner, tiny, cache, awkward, alon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "objective"), [("ddp", "uld"), ("ddp", "dskd"), ("zero3", "dskd")])
+@pytest.mark.parametrize(("engine", "objective"), [("ddp", "uld"), ("zero3", "dskd")])
 def test_objectives_without_a_recalibrator(runner, tiny, cache, awkward, tmp_path, engine, objective):
     """Two ranks, of which one may have no row, are one process; in stage 3 the head is trained, chunk by chunk."""
     student, alone, out = tiny("internvl_qwen2"), tmp_path / "alone", tmp_path / "run"
@@ -555,7 +555,7 @@ def test_objectives_without_a_recalibrator(runner, tiny, cache, awkward, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "splice_weight"), [("ddp", 1), ("zero2", 0), ("zero3", 1)])
+@pytest.mark.parametrize(("engine", "splice_weight"), [("ddp", 1), ("zero3", 0)])
 def test_the_aligned_objective_on_two_processes(runner, tiny, cache, tmp_path, engine, splice_weight):
     """Four steps of stages 1 and 2, where the student's tokenizer cuts answers in other places than the teacher's."""
     student, settings = tiny("internvl_llama"), ["objective=genrecal-aligned", f"loss.splice_weight={splice_weight}"]
