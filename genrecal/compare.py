@@ -220,7 +220,6 @@ def compare(
     _check_names(variants, seeds)
     check_metric(asking.metric, "--metric")
     samples = load_samples()
-    _check_questions(student, samples, trust_remote_code)
     runs = {
         (seed, variant): Run(
             path=variant.run_path(out, seed),
@@ -233,6 +232,7 @@ def compare(
         for variant in variants
     }
     steps = _check_runs(runs, stages)
+    _check_questions(next(iter(runs.values())), samples)
     _begin(out, student, samples, asking)
     jobs_of = {
         (seed, variant): _Job(
@@ -306,9 +306,9 @@ def _check_runs(runs: dict[tuple[int, Variant], Run], stages: Sequence[int]) -> 
     return {stage: steps for stage, (steps, _) in first.items()}
 
 
-def _check_questions(student: str, samples: SampleSet, trust_remote_code: bool) -> None:
-    """Raises DataError if the student can be asked none of the first records."""
-    renderer = load_renderer(model_folder(student), trust_remote_code=trust_remote_code)
+def _check_questions(run: Run, samples: SampleSet) -> None:
+    """Raises DataError if the run's student can be asked none of the first records."""
+    renderer = load_renderer(model_folder(run.student), run.prompt, trust_remote_code=run.trust_remote_code)
     reasons = []
     for sample in islice(samples, PROBED):
         if isinstance(sample, BadRecord):

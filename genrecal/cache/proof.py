@@ -93,16 +93,21 @@ class _WrongError(Exception):
 def _check_ids(teacher: Teacher, sample: Sample, encoded: Encoded) -> None:
     """The ids are the model's own: those of the last prompt, and of the whole conversation where they can be.
 
-    They cannot where an answer begins with white space, which a tokenizer may join with the end of its prompt.
+    They cannot where an answer begins with white space or the last prompt ends with a space, which a tokenizer joins with
+    what is on the other side; and what closes the last answer may be the next turn's first token.
     """
     renderer, messages = teacher.renderer, sample.messages
     images = [decode_image(image.read()) for image in sample.images]
-    ours = {"prompt": encoded.input_ids[: len(encoded) - encoded.answer_lengths[-1]]}
-    own = {"prompt": renderer.own_ids(messages[:-1], images, prompt=True)}
-    if renderer.marks.reopened is None and not any(answer[:1].isspace() for answer in sample.answers):
-        ours["conversation"], own["conversation"] = encoded.input_ids, renderer.own_ids(messages, images)
-    for what, ids in ours.items():
-        expected = own[what]
+    prompt = encoded.input_ids[: len(encoded) - encoded.answer_lengths[-1]]
+    pairs = [("prompt", prompt, renderer.own_ids(messages[:-1], images, prompt=True))]
+    joined = (
+        any(answer[:1].isspace() for answer in sample.answers) or renderer.tokenizer.decode(prompt[-1:])[-1:] == " "
+    )
+    if renderer.marks.reopened is None and not joined:
+        closed = renderer.marks.tail.startswith(renderer.marks.end_of_turn)
+        ids = encoded.input_ids if closed else encoded.input_ids[:-1]
+        pairs.append(("conversation", ids, renderer.own_ids(messages, images)))
+    for what, ids, expected in pairs:
         if expected is None or np.array_equal(ids, expected[: len(ids)]):
             continue
         place = next(i for i in range(len(ids)) if i >= len(expected) or ids[i] != expected[i])

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from genrecal.errors import ModelError, UsageError
+from genrecal.errors import ModelError, SampleError, UsageError
 from genrecal.samples import ImageRef, Message
 from genrecal.shards.head import FrozenHead, LogitTransform
 from genrecal.vlm.internvl_chat import load_original_processor, original_layout
@@ -109,6 +109,8 @@ def load_renderer(
         return Renderer(processor, options)
     except (ModelError, UsageError) as error:
         raise type(error)(f"{path}: {error}") from None
+    except SampleError as error:  # not even a probe can be rendered
+        raise ModelError(f"{path}: {error}") from None
 
 
 SPLIT = "split"  # the device of a model that is spread over all of a machine's GPUs

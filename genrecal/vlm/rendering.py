@@ -314,8 +314,10 @@ class Renderer:
         prompt = self._render(messages[:-1], prompt=True)
         marked = [dataclasses.replace(m, parts=(MARK,)) if m.is_target else m for m in messages[:-1]]
         questions = self._render(marked, prompt=True).split(MARK) if len(targets) > 1 else [prompt]
-        # What the template adds to a prompt before an answer is a part of the answer.
-        questions = [question.removesuffix(self.marks.answer_prefix) for question in questions[:-1]] + questions[-1:]
+        # What the template adds to a prompt before an answer is a part of the answer, and so is a space in earlier turns, which
+        # tokenizers join with the word behind it.
+        earlier = [question.removesuffix(self.marks.answer_prefix).rstrip(" ") for question in questions[:-1]]
+        questions = [*earlier, questions[-1]]
         if len(questions) != len(targets) or not prompt.startswith(questions[0]):
             raise SampleError(f"the rendered conversation has {len(questions)} answers, expected {len(targets)}")
         answers, place = [], len(questions[0])

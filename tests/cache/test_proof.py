@@ -17,7 +17,8 @@ from genrecal.cli import main
 from genrecal.errors import ModelError
 from genrecal.samples import open_samples
 from genrecal.vlm.checkpoint import Checkpoint
-from genrecal.vlm.loading import VLM
+from genrecal.vlm.loading import VLM, load_processor, load_vlm, split_vlm
+from genrecal.vlm.rendering import Renderer
 
 FAMILIES = ["qwen2_vl", "qwen2_vl_wide", "qwen3_vl", "internvl_llama", "llava_onevision", "idefics3", "gemma3"]
 
@@ -128,6 +129,36 @@ def test_states_that_skip_a_norm_are_found_without_logits(tiny, monkeypatch, tmp
                 prove(teacher, sample, encoded)
         else:
             prove(teacher, sample, encoded)
+
+
+def test_other_ids_than_the_models_own_are_refused(tiny, monkeypatch):
+    """Llama 3's tokenizer adds a token that its template writes too."""
+    teacher = HFTeacher.load(tiny("internvl2_76b"), dtype=torch.float32)
+    sample = conversation(("What?", "a red square"), images={0: 1})
+    prove(teacher, sample, teacher.encode(sample))
+    monkeypatch.setattr(teacher.renderer, "_adds_special_tokens", lambda text: True)
+    with pytest.raises(
+        ModelError, match=r"token 1 of the prompt is '<\|begin_of_text\|>', expected '<\|start_header_id\|>'"
+    ):
+        prove(teacher, sample, teacher.encode(sample))
+
+
+@pytest.mark.parametrize("closing", ["<|im_end|>", ""])
+def test_ids_of_a_template_that_closes_nothing_pass(tiny, closing):
+    """The last answer ends with the next turn's first token, which the template has not written yet."""
+    processor = load_processor(tiny("qwen2_vl"))
+    processor.chat_template = (
+        "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{%- for c in m.content %}"
+        "{%- if c.type == 'image' %}<|image_pad|>{%- else %}{{ c.text }}{%- endif %}{%- endfor %}"
+        f"{{{{ '{closing}' if m.role == 'assistant' else '' }}}}{{%- endfor %}}"
+        "{%- if add_generation_prompt %}<|im_start|>{{ 'assistant\\n' }}{%- endif %}"
+    )
+    teacher = HFTeacher(split_vlm(load_vlm(tiny("qwen2_vl"), dtype=torch.float32).model, Renderer(processor)))
+    assert teacher.renderer.marks.end_of_turn == (closing or "<|im_start|>")
+    sample = conversation(("What?", "a red square"), ("And?", "7"), images={0: 1})
+    encoded = teacher.encode(sample)
+    assert encoded.input_ids[-1] == teacher.renderer.marks.end_of_turn_id
+    prove(teacher, sample, encoded)
 
 
 def test_dropped_pictures_are_refused(teacher, monkeypatch):

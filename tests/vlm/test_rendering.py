@@ -7,7 +7,7 @@ import pytest
 import tiny_models
 import torch
 from conftest import conversation, picture
-from own_template import assert_own_ids
+from own_template import assert_own_ids, own_ids
 
 from genrecal.errors import ModelError, SampleError, UsageError
 from genrecal.samples import Message
@@ -268,6 +268,25 @@ GLM = (  # GLM-4.1V: nothing closes the last answer, the next turn's token any o
     "{%- elif msg.role == 'assistant' %}<|assistant|>{{ '\n' + msg.content }}{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}<|assistant|>{{ '\n' }}{%- endif %}"
 )
+
+
+def test_a_prompt_that_ends_with_a_space(tiny):
+    """A tokenizer joins it with the answer, except where the model is to write that."""
+    processor = load_processor(tiny("qwen2_vl"))
+    processor.chat_template = (
+        "{%- for m in messages %}{{ 'User: ' if m.role == 'user' else 'Assistant: ' }}{%- for c in m.content %}"
+        "{%- if c.type == 'image' %}<|image_pad|>{%- else %}{{ c.text }}{%- endif %}{%- endfor %}"
+        "{{ '\\n' if m.role == 'user' else '<|im_end|>' }}{%- endfor %}{%- if add_generation_prompt %}Assistant: {% endif %}"
+    )
+    renderer = Renderer(processor)
+    turns = conversation(("One?", "a red square"), ("Two?", "7"), ("Three?", "a blue circle")).messages
+    for last in (1, 3, 5):
+        prompt = own_ids(processor, turns[:last], prompt=True)
+        assert renderer.encode_prompt(turns[:last], [])["input_ids"][0].tolist() == prompt
+        encoded = renderer.encode_messages(turns[: last + 1], [])
+        assert encoded.input_ids[: len(encoded) - encoded.answer_lengths[-1]].tolist() == prompt
+    assert [renderer.tokenizer.decode(a.ids[:-1]) for a in encoded.answers] == [" a red square", " 7", "a blue circle"]
+    assert (encoded.answers[0].starts[0], encoded.answers[0].ends[-1]) == (0, len("a red square"))
 
 
 def test_a_template_that_closes_the_last_answer_with_nothing(tiny):
