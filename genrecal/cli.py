@@ -781,7 +781,9 @@ def train(
         raise UsageError(f"--teacher {teacher!r}: expected live:MODEL")
     if dry_run:
         from genrecal.shards.mixture import open_caches
+        from genrecal.train.export import check_layout
         from genrecal.train.forecast import forecast_text, make_forecast
+        from genrecal.vlm.loading import is_weight_file, model_folder
 
         forecast = make_forecast(
             settings,
@@ -794,6 +796,9 @@ def train(
             trust_remote_code=trust_remote_code,
         )
         typer.echo(json.dumps(forecast.to_json(), indent=2) if json_ else forecast_text(forecast))
+        if any(is_weight_file(file) for file in model_folder(student).iterdir()):  # else it is of configs alone
+            for note in check_layout(student, trust_remote_code=trust_remote_code).notes:
+                sys.stderr.write(f"genrecal: export: {note}\n")
         raise typer.Exit(0 if forecast.fits else 1)
 
     # These take seconds: only once the settings are known to be right.
@@ -880,8 +885,10 @@ def export(
     from genrecal.train.run import Run
 
     done = export(Run.open(run, student=student), out, cache=cache, stage=stage)
+    for note in done.notes:
+        console.print(f"note: {note}", markup=False)
     console.print(
-        f"{out}: the student after stage {done}; reloaded, its logits and greedy answers are the trained one's"
+        f"{out}: the student after stage {done.stage}; reloaded, its logits and greedy answers are the trained one's"
     )
 
 

@@ -51,6 +51,7 @@ from genrecal.train.checkpoint import (
 )
 from genrecal.train.config import StageConfig, TrainConfig
 from genrecal.train.engine import Engine, import_deepspeed, resolve_engine, start_engine
+from genrecal.train.export import check_layout
 from genrecal.train.logs import RunLog, TermSums, Wandb, cache_facts, read_metrics, term_means, term_sums
 from genrecal.train.midway import Midway
 from genrecal.train.profiling import Clock, profile_text, profiled_run, scratch
@@ -140,6 +141,7 @@ def _wandb_of(run: Run) -> AbstractContextManager[Wandb | None]:
 
 def _check(run: Run, cache: Mixture, stages: Sequence[int], ranks: Ranks) -> None:
     check_stages(run, cache, stages, run.check(cache, ranks.size)["global_batch"])
+    check_layout(run.student, trust_remote_code=run.trust_remote_code)
 
 
 def _begin(run: Run, cache: Mixture, ranks: Ranks) -> dict[str, Any]:

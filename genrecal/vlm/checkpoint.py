@@ -1,6 +1,7 @@
 """Single tensors of a checkpoint, read without building its model: the head and the final norm of a teacher run elsewhere."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,33 @@ def model_digests(path: str | Path) -> dict[str, str]:
     return {file.name: file_digest(file) for file in files} | {"weights": weights.hexdigest()}
 
 
+def checkpoint_names(model: Any, names: Sequence[str]) -> tuple[dict[str, str], set[str]]:
+    """What a model's class makes of a checkpoint's tensor names.
+
+    Args:
+        model: as transformers loaded it from that checkpoint, on the device "meta" perhaps.
+        names: the checkpoint's tensors.
+
+    Returns:
+        reads: of each tensor that the class reads, its name in the model (of several that become one, that one's).
+        writes: the names that `save_pretrained` gives to the model's tensors.
+    """
+    from transformers import core_model_loading as loading
+
+    state, transforms = model.state_dict(), list(getattr(model, "_weight_conversions", None) or [])
+    renamings = [each for each in transforms if isinstance(each, loading.WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, loading.WeightConverter)]
+    reads = {}
+    for name in names:
+        for ways in ((renamings, converters), ([], [])):
+            own, _ = loading.rename_source_key(name, *ways, model.base_model_prefix, state)
+            if own in state:
+                reads[name] = own
+                break
+    kept = {name: value for name, value in state.items() if name not in model.all_tied_weights_keys}
+    return reads, set(loading.revert_weight_conversion(model, kept))
+
+
 def _weight_files(path: str | Path, folder: Path) -> list[Path]:
     """A model's safetensors, fetched if they are a hub model's; without any, the other weights in its folder."""
     try:
@@ -85,6 +113,21 @@ class Checkpoint:
 
         with safe_open(self._needed(self._file_of[name]), "pt") as file:
             return file.get_tensor(name)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self._file_of)
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Of all tensors, from the files' headers."""
+        from safetensors import safe_open
+
+        found: dict[str, list[int]] = {}
+        for file, names in self.files().items():
+            with safe_open(self._needed(file), "pt") as opened:
+                found |= {name: list(opened.get_slice(name).get_shape()) for name in names}
+        return found
 
     def paths(self) -> list[Path]:
         """Its files of weights on this machine."""

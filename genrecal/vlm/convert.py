@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from genrecal.errors import ModelError, UsageError
 from genrecal.files import temporary_path
+from genrecal.folders import refuse_other_content
 from genrecal.vlm.checkpoint import WEIGHTS, WEIGHTS_INDEX, Checkpoint
 from genrecal.vlm.config_file import read_json
 from genrecal.vlm.internvl_chat import InternVLChatProcessor, original_layout
-from genrecal.vlm.loading import load_processor, model_folder, processor_files
+from genrecal.vlm.loading import first_line, load_processor, model_folder, processor_files
 from genrecal.vlm.rendering import Renderer
 
 # Patterns of tensor names, original -> transformers'. Text models that are transformers' own keep theirs.
@@ -66,6 +68,7 @@ def convert_internvl(path: str | Path, out: Path, *, processor: str | Path) -> N
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    refuse_other_content(out, "nothing")
     if out.exists():
         raise UsageError(f"--out {out}: exists already; choose another folder or delete it")
     if original_layout(path) is not InternVLChatProcessor:
@@ -97,6 +100,8 @@ def convert_internvl(path: str | Path, out: Path, *, processor: str | Path) -> N
         (temporary / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         _check_names(temporary)
         temporary.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"--out {out}: cannot be written: {first_line(error)}; make room and convert again") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -207,6 +207,23 @@ def load_vlm(
             template cannot be split into turns, or nothing known makes its logits from its head's output. The message is
             the reason.
     """
+    placed = "auto" if device == SPLIT else None
+    model = _load_model(
+        path, dtype=dtype, device_map=placed, attn_implementation=attention, trust_remote_code=trust_remote_code
+    )
+    renderer = load_renderer(path, prompt, trust_remote_code=trust_remote_code)
+    if device != SPLIT:
+        model.to(device)
+    return split_vlm(model.eval(), renderer, path=str(path))
+
+
+def empty_model(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The model without its weights, on the device "meta": of these, only the headers are read. Raises as `load_vlm`."""
+    return _load_model(path, dtype="auto", device_map="meta", trust_remote_code=trust_remote_code)
+
+
+def _load_model(path: str | Path, *, trust_remote_code: bool, **options: Any) -> Any:
+    """A model by its own class, all of whose tensors are in its files."""
     from transformers import AutoConfig
 
     if Path(path).expanduser().exists() and not (Path(path) / "config.json").exists():
@@ -219,19 +236,17 @@ def load_vlm(
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-            model = auto_class(config).from_pretrained(
-                path,
-                dtype=dtype,
-                trust_remote_code=trust_remote_code,
-                attn_implementation=attention,
-                device_map="auto" if device == SPLIT else None,
+            model, info = auto_class(config).from_pretrained(
+                path, trust_remote_code=trust_remote_code, output_loading_info=True, **options
             )
     except Exception as error:
         raise ModelError(f"{path}: the model cannot be loaded: {first_line(error)}") from None
-    renderer = load_renderer(path, prompt, trust_remote_code=trust_remote_code)
-    if device != SPLIT:
-        model.to(device)
-    return split_vlm(model.eval(), renderer, path=str(path))
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{path}: its files lack {len(missing)} tensors of {type(model).__name__}, the first {missing[0]}; transformers "
+            "would put random numbers there: look whether all files are there, and of this model"
+        )
+    return model
 
 
 def auto_class(config: Any) -> Any:
@@ -323,7 +338,9 @@ def image_token_id(config: Any) -> int | None:
 
 # ----------------------------------------------------------------------------------------------------- files and digests
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json", ".onnx", ".onnx_data", ".ot", ".tflite",
+)  # fmt: skip
 PROCESSOR_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "processor_config.json",
