@@ -70,7 +70,7 @@ def test_a_split_of_a_folder(made: Path, train: list[Any]) -> None:
     assert len(contents(f"{repo}:test")) == 4
     assert contents(f"file://{repo}/data/train-*") == train
     for text in (repo, f"{repo}:dev"):
-        with pytest.raises(DataError, match=r"expected one of its splits.*; it has train, test: give .*/repo:train"):
+        with pytest.raises(DataError, match=r"expected one of its splits, train, test.*; give .*/repo:train"):
             open_samples([text])
 
 
@@ -289,7 +289,7 @@ def test_data_sets_of_the_hub(made: Path, tmp_path: Path) -> None:
     )
     assert older[:2] == [8, [f"hf://datasets/me/vqa@{one}/{file}" for file in files]]
     assert test[0] == 4 and len(test[1]) == 2
-    assert several.startswith("DataError: me/vqa: expected one of its splits; it has train, test: give me/vqa:train")
+    assert several.startswith("DataError: me/vqa: expected one of its splits, train, test; give me/vqa:train")
     assert gone.startswith("DataError: me/gone:train: no file or folder here, and no data set of the hub: Repository")
     assert revision.startswith(
         "DataError: me/vqa@x:train: no file or folder here, and no data set of the hub: Revision"
@@ -298,7 +298,7 @@ def test_data_sets_of_the_hub(made: Path, tmp_path: Path) -> None:
     again, missing, unknown, said = in_a_process(endpoint, home, "me/vqa:train", "me/vqa:test", "me/other:train")
     assert again == newest
     assert f"me/vqa:train: the hub cannot be asked; taking the files of {two} that were fetched before" in said
-    assert missing == "DataError: me/vqa:test: expected one of its splits, got 'test'; it has train: give me/vqa:train"
+    assert missing == "DataError: me/vqa:test: expected one of its splits, train, got 'test'; give me/vqa:train"
     assert unknown.startswith(
         "DataError: me/other:train: no file or folder here, and the Hugging Face hub cannot be asked"
     )

@@ -176,9 +176,9 @@ def _split_files(
     if split is None and len(splits) == 1:
         [split] = splits
     if split not in splits:
-        wanted = "one of its splits" if split is None else f"one of its splits, got {split!r}"
         first = f"{name.partition(':')[0]}:{':'.join(filter(None, (config, next(iter(splits), 'SPLIT'))))}"
-        raise DataError(f"{name}: expected {wanted}; it has {', '.join(splits) or 'none'}: give {first}")
+        got = "" if split is None else f", got {split!r}"
+        raise DataError(f"{name}: expected one of its splits, {', '.join(splits) or 'none'}{got}; give {first}")
     files = [file for file in splits[split] if data_suffix(Path(file)) in DATA_SUFFIXES]
     kinds = sorted({data_suffix(Path(file)) for file in files or splits[split]})
     if not files or len(kinds) > 1:
