@@ -377,7 +377,7 @@ def test_every_column_is_read_or_named(tmp_path: Path) -> None:
 def test_a_table_without_conversations_has_bad_records(tmp_path: Path) -> None:
     pq.write_table(table(caption=["a"], file=[""]), tmp_path / "t.parquet")
     [bad] = open_samples([tmp_path / "t.parquet"])
-    assert bad.reason.startswith("no conversation: ") and "its fields are 'caption'" in bad.reason
+    assert bad.reason.startswith("no conversation: ") and "its fields are 'caption, file (empty)'" in bad.reason
 
 
 @pytest.mark.parametrize("compression", ["uncompressed", "lz4", "zstd"])

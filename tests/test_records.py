@@ -664,9 +664,25 @@ def test_fields_and_roles_may_have_other_names(folder: Path) -> None:
     sample = parsed(folder, record, FieldMap.parse(names))
     assert (said(sample), shown(sample)) == ([("u", FIRST, SECOND, "q"), ANSWER], [1, 0])
     assert (sample.category, sample.sample_id, sample.unread) == ("C", "7", ("a field 'answer'",))
+    assert parsed(folder, record | {"answer": None}, FieldMap.parse(names)).answers == ("a",)
     turns = {"dialogue": [{"from": "Human", "value": "q"}, {"from": "Robot", "value": "a"}]}
     assert said(parsed(folder, turns, FieldMap.parse(roles=["Robot=assistant"]))) == [Q, ANSWER]
     assert parsed(folder, chat("q", "a", tools=["x"]), FieldMap.parse(["ignore=tools"])).unread == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "words"),
+    [
+        ("answer=gold", {"question": "q", "answer": "a", "gold": None}, "no conversation"),
+        ("question=q", {"question": "q", "answer": "a"}, "no conversation"),
+        ("messages=chat", {"question": "q", "answer": "a"}, "no turns under 'chat', which --field says they are"),
+        ("messages=chat", chat("q", "a"), "no turns under 'chat'"),
+        ("image=shot", chat("q", "a", image=A), "the field 'image' names an image"),
+    ],
+)
+def test_a_field_that_is_named_is_not_replaced_by_another(folder: Path, name: str, record: Record, words: str) -> None:
+    with pytest.raises(SampleError, match=words):
+        parsed(folder, record, FieldMap.parse([name]))
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def render_record(teacher: Teacher, sample: Sample | BadRecord, options: CacheOp
         given = dataclasses.replace(sample, images=images)
         sample = teacher.renderer.settle(given)
         notes = {"context_answers": len(given.answers) - len(sample.answers)}
-        if given.messages[-1].reasoning and not teacher.renderer.marks.writes_reasoning:
+        if any(m.reasoning for m in given.messages) and not teacher.renderer.marks.writes_reasoning:
             notes["unread_reasoning"] = 1
         return Item(sample, teacher.encode(sample, max_tokens=options.max_tokens or None), None, notes)
     except SampleError as error:

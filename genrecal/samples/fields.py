@@ -190,7 +190,7 @@ class Fields:
         self.refused = REFUSED
 
     def called(self, name: str) -> list[str]:
-        """The fields that may be `name` and are not empty; those that the user called so, if there are any."""
+        """The fields that may be `name` and are not empty; those alone that the user called so, if any are."""
         return [key for key in self._called(name) if has_content(self.left[key])]
 
     def take(self, name: str, default: Any = None) -> Any:
@@ -200,14 +200,14 @@ class Fields:
         return default
 
     def _called(self, name: str) -> list[str]:
-        if self.names is RECORD_FIELDS and (given := [c for c in self.given.columns(name) if c in self.left]):
-            return given
+        if self.names is RECORD_FIELDS and (given := self.given.columns(name)):
+            return [column for column in given if column in self.left]
         return [key for known in self.names[name] if (key := self.by_lower.get(known)) in self.left]
 
     def image_fields(self) -> list[list[str]]:
         """The fields that hold images: those that differ in their number alone together, in its order."""
-        if self.names is RECORD_FIELDS and (given := [c for c in self.given.columns("image") if c in self.left]):
-            return [given]
+        if self.names is RECORD_FIELDS and (given := self.given.columns("image")):
+            return [[column for column in given if column in self.left]]
         families: dict[str, list[tuple[int, str]]] = {}
         for key in self.left:
             match = IMAGE_FIELD.fullmatch(key.lower())

@@ -22,6 +22,8 @@ def turns_of(fields: Fields, open_object: Open) -> list[Any]:
         open_object: gives the fields of an object within it.
     """
     names = fields.called("messages") or fields.called("texts")
+    if not names and (named := [*fields.given.columns("messages"), *fields.given.columns("texts")]):
+        raise SampleError(f"no turns under {named[0]!r}, which --field says they are")
     if names:
         listed = map(from_json, _non_empty(fields.left.pop(names[0]), names[0]))
         turns = [turn for item in listed for turn in (_pair(item, open_object) if _is_pair(item) else [item])]

@@ -163,8 +163,6 @@ class Renderer:
         max_tokens: int | None = None,
     ) -> Encoded:
         """Render messages that end with a target turn; an assistant turn that is none is part of the next question."""
-        if images and not self.takes_pictures:
-            raise SampleError("the conversation has pictures, and this is a language model, which takes text alone")
         self._refuse_texts(messages)
         questions, answers = self._segments(messages)
         text, ordinals = self._without_answers(questions)
@@ -391,6 +389,8 @@ class Renderer:
 
     def _refuse_texts(self, messages: Sequence[Message]) -> None:
         for message in messages:
+            if not self.takes_pictures and any(isinstance(part, ImageRef) for part in message.parts):
+                raise SampleError("the conversation has pictures, and this is a language model, which takes text alone")
             refused = self._refused_in_answers if message.role == "assistant" else self._refused
             for name, text in (("text", message.text), ("reasoning_content", message.reasoning)):
                 if match := refused.search(text):
@@ -545,7 +545,8 @@ class Renderer:
         if not self.marks.answer_prefix.strip():
             return
         question, answer = Message(role="user", parts=(QUESTION,)), Message(role="assistant", parts=(MARK,))
-        for variable in sorted(template_variables(self.processor) - set(self.template_args)):
+        said = {name for name, value in self.template_args.items() if isinstance(value, bool)}
+        for variable in sorted(template_variables(self.processor) - said):
             for value in (False, True):
                 try:
                     prompt = self._render([question], prompt=True, **{variable: value})
@@ -554,11 +555,11 @@ class Renderer:
                     continue
                 opening = _opening(prompt, whole.partition(MARK)[0])
                 if opening is not None and not opening[0].strip():
-                    said, other = (f"{variable}={json.dumps(choice)}" for choice in (value, not value))
+                    off, on = (f"{variable}={json.dumps(choice)}" for choice in (value, not value))
                     raise ModelError(
                         f"{name}: this model thinks before it answers unless its chat template is told otherwise; choose "
-                        f"{said} for answers without thinking or {other} for answers that begin with it: --template-arg "
-                        f"{said}, or for train --set prompt.template_args.{said}"
+                        f"{off} for answers without thinking or {on} for answers that begin with it: --template-arg "
+                        f"{off}, or for train --set prompt.template_args.{off}"
                     )
 
     def _probed_ids(self) -> set[int]:
@@ -629,14 +630,17 @@ class Renderer:
 
 
 def named_values(option: str, texts: Sequence[str], example: str) -> dict[str, Any]:
-    """`name=value` options, the value as JSON or else as text. Raises UsageError for one without a name or a value."""
+    """`name=value` options, the value as JSON, as Python's True, False or None, or else as text.
+
+    Raises UsageError for one without a name or a value.
+    """
     values: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
             raise UsageError(f"{option} {text!r}: expected name=value, such as {example}")
         try:
-            values[name] = json.loads(value)
+            values[name] = json.loads({"True": "true", "False": "false", "None": "null"}.get(value, value))
         except json.JSONDecodeError:
             values[name] = value
     return values

@@ -103,7 +103,15 @@ def test_qwen3_thinks_where_the_template_says(real: Path) -> None:
     thought = Message(role="assistant", parts=("So.",), reasoning="It is.")
     with pytest.raises(ModelError, match="enable_thinking=false for answers without thinking"):
         load_renderer(real / "qwen3-tiny").refuse_unsaid_thinking("MODEL")
+    for value in ("off", 0, None):  # all of which Qwen's template takes for "on"
+        with pytest.raises(ModelError, match="enable_thinking=false for answers without thinking"):
+            options = PromptOptions(template_args={"enable_thinking": value})
+            load_renderer(real / "qwen3-tiny", options).refuse_unsaid_thinking("MODEL")
     on, off = (load_renderer(real / "qwen3-tiny", options) for options in (ON, OFF))
+    for options, thinks in ((ON, True), (OFF, False)):
+        said = PromptOptions.parse([f"enable_thinking={thinks}"], None)
+        assert said == options
+        load_renderer(real / "qwen3-tiny", said).refuse_unsaid_thinking("MODEL")
     answers = [
         renderer.tokenizer.decode(renderer.encode_messages([question, last], []).answers[0].ids)
         for renderer, last in ((on, answer), (on, thought), (off, answer))
