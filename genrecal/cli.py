@@ -745,8 +745,8 @@ def train(
     objective: Annotated[
         str | None,
         typer.Option(
-            help="genrecal, genrecal-aligned, sft, seqkd, kl, reverse-kl, skewed-kl, uld or dskd; the same as --set "
-            "objective=..."
+            help="genrecal, genrecal-aligned, sft, seqkd, kl, reverse-kl, skewed-kl, byte-kl, uld or dskd; the same as "
+            "--set objective=..."
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings, or the name of a recipe.")] = None,

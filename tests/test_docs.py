@@ -244,7 +244,7 @@ def unknown_names(span):
             return {match[1]}
         options = {option for p in COMMANDS[match[1]].params for option in p.opts}
     named = set(re.findall(r"(?<!\S)--[a-z-]+", span)) if span.startswith(("genrecal ", "--")) else set()
-    if re.fullmatch(r"(stage[123N]|lora|loss|data)\.(?!py$|json)\w+", span):
+    if re.fullmatch(r"(stage[123N]|recalibrator|lora|loss|data|prompt|evaluate|measure)\.(?!py$|md$|json)\w+", span):
         return {span.replace("stageN", "stage1")} - set(_all_keys(TrainConfig()))
     if re.fullmatch(r"(genrecal|tests|docs|scripts)/[\w/.-]*", span) and span != "docs/decisions.md":
         return set() if (ROOT / span).exists() else {span}

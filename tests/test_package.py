@@ -66,8 +66,8 @@ def test_what_is_installed_is_what_is_imported():
     package_of = {module: package for package, module in MODULES.items()}
     packages = {package_of.get(module, module) for module in imported()}
     assert needed - packages == {"tensorboard"}  # torch.utils.tensorboard writes with it, and torch does not require it
-    # By transformers, numba and Jinja, as parts of their interfaces.
-    brought = {"huggingface_hub", "llvmlite", "markupsafe", "tokenizers"}
+    # By transformers, numba, Jinja and vLLM, as parts of their interfaces.
+    brought = {"huggingface_hub", "llvmlite", "markupsafe", "tokenizers", "tqdm"}
     assert packages - needed - extras - brought == set()
 
 
