@@ -138,7 +138,7 @@ def _says(template, message):
 
 
 def quoted_messages(page):
-    """What the program prints, by the `text` blocks of a page, one message a line, `…` for what differs, and by its table of messages."""
+    """What the program prints by a page: the lines of its `text` blocks, and its table of messages. `…` for what differs."""
     lines = [line for block in blocks(page, "text") for line in block.splitlines()]
     _, _, table = page.read_text().partition("| message | what to do |\n")  # with numbers as N and M there
     lines += [
