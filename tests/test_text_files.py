@@ -247,3 +247,11 @@ def test_a_bad_row_costs_no_other(folder: Path) -> None:
     assert found["4"] == "a CSV row of 3 cells under a header of 2"
     assert found["5"] == "not UTF-8 text"
     assert samples.files[0].record(4) == {"question": "q5", "answer": "a5"} and len(samples) == 5
+
+
+def test_quotes_behind_a_space_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text('question,answer\nq, a\n"q", "a"\n"q ""x"""," and ""y"" "\n')
+    one, two, three = open_samples([tmp_path / "d.csv"])
+    assert isinstance(one, Sample) and one.answers == (" a",)
+    assert isinstance(two, BadRecord) and two.reason.startswith("a CSV cell with a space before its quotes")
+    assert isinstance(three, Sample) and three.answers == (' and "y" ',)

@@ -352,6 +352,8 @@ def _csv_record(names: list[str], cells: list[str]) -> dict[str, str] | str:
     """A row's record, or why it has none."""
     if len(cells) != len(names):
         return f"a CSV row of {len(cells)} cells under a header of {len(names)}"
+    if padded := next((cell for cell in cells if re.fullmatch(r'\s+".*"\s*', cell, re.DOTALL)), None):
+        return f"a CSV cell with a space before its quotes, which are then part of its text: {padded[:40]!r}"
     try:
         "".join([*names, *cells]).encode()
     except UnicodeEncodeError:
