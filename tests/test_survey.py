@@ -112,6 +112,13 @@ def test_bytes_bound_what_is_read_of_tables(tmp_path: Path, monkeypatch: pytest.
     assert survey(open_samples([path])).surveyed == 250
 
 
+def test_one_large_row_group_is_looked_at_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pq.write_table(pa.table({"question": ["q"] * 3000, "answer": ["a"] * 3000}), tmp_path / "t.parquet")
+    monkeypatch.setattr(module, "MAX_RECORDS", 500)
+    monkeypatch.setattr(module, "TABLE_ROWS", 200)
+    assert survey(open_samples([tmp_path / "t.parquet"])).surveyed == 400
+
+
 def test_only_what_is_certain_stops_a_job() -> None:
     """Of drawn parts, six standard errors of as many draws as parts: bad records often stand together."""
     assert Survey(records=100, surveyed=100, parts=1, bad=2).over(0.01)

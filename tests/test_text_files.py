@@ -110,6 +110,8 @@ def test_fields_beside_the_list_are_named(folder: Path) -> None:
     samples = opened(folder, "d.json", pretty({"version": "1.0", "data": RECORDS, "info": {"a": [1]}}))
     assert samples.files[0].unread == ("version", "info")
     assert opened(folder, "e.json", pretty(RECORDS)).files[0].unread == ()
+    [bad] = opened(folder, "f.json", pretty({"columns": ["question", "answer"], "data": [["q", "a"]]}))
+    assert isinstance(bad, BadRecord) and "its fields are 'columns, data'" in bad.reason
 
 
 @pytest.mark.parametrize("size", [10, CHUNK - 3, CHUNK, 3 * CHUNK + 1])

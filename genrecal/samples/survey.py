@@ -17,7 +17,7 @@ from genrecal.samples.table_file import TableFile
 from genrecal.samples.tar_file import TarFile
 
 MAX_RECORDS, MAX_BYTES = 100_000, 2e9  # that are looked at; of more, parts are drawn
-PART_ROWS = 256  # of files whose records are read one by one
+PART_ROWS, TABLE_ROWS = 256, 4096  # that are looked at together; of a table at most a row group
 READERS = 8
 SHOWN_KINDS = 10
 SHOWN_FROM = 10_000  # records, from which on progress is shown
@@ -155,10 +155,14 @@ def _parts(samples: SampleSet) -> Iterator[tuple[range, float]]:
         size = (
             0.0 if isinstance(file, TarFile) else file.path.stat().st_size / max(len(file), 1)
         )  # of a tar, JSON alone
-        bounds = file.starts.tolist() if isinstance(file, TableFile) else [*range(0, len(file), PART_ROWS), len(file)]
-        for rows in map(range, bounds, bounds[1:]):
-            if places := samples.places_of(number, rows):
-                yield places, size * len(rows)
+        bounds, step = (
+            (file.starts.tolist(), TABLE_ROWS) if isinstance(file, TableFile) else ([0, len(file)], PART_ROWS)
+        )
+        for start, end in zip(bounds, bounds[1:], strict=False):
+            for first in range(start, end, step):
+                rows = range(first, min(first + step, end))
+                if places := samples.places_of(number, rows):
+                    yield places, size * len(rows)
 
 
 def _look_at(samples: SampleSet, indices: range) -> Survey:

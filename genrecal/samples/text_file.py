@@ -236,6 +236,8 @@ def _data_places(path: Path, text: "_Text") -> _Places | None:
             text.take(":")
             if name == "data" and text.skip() == "[":
                 text.take("[")
+                if text.skip() != "{":
+                    return None
                 _add_elements(text, places)
             else:
                 text.value()
