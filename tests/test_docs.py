@@ -24,6 +24,7 @@ from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions, WorkOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.cli import app
+from genrecal.objectives import OBJECTIVES
 from genrecal.samples import open_samples, parse_record
 from genrecal.shards.layout import read_cache_json
 from genrecal.shards.manifest import SCHEMA
@@ -285,6 +286,16 @@ def test_settings_table_is_whole_and_true():
         for part in key.split("."):
             default = getattr(default, part)
         assert _converted(default, value, key) == default, key
+
+
+def test_every_objective_is_named_where_they_are_listed():
+    """By the quick start's table of them and its table of settings, and by the command's help."""
+    table = QUICKSTART.read_text().partition("| `objective` | the student learns |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"^\| `([\w-]+)` \|", table, flags=re.MULTILINE)) == set(OBJECTIVES)
+    (setting,) = re.findall(r"^\| `objective` \| genrecal \|.*", QUICKSTART.read_text(), flags=re.MULTILINE)
+    assert [name for name in OBJECTIVES if f"`{name}`" not in setting] == []
+    (option,) = [p for p in COMMANDS["train"].params if p.name == "objective"]
+    assert [name for name in OBJECTIVES if not re.search(rf"(?<![\w-]){name}(?![\w-])", option.help)] == []
 
 
 def test_option_defaults_of_the_cache_table():
