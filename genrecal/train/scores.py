@@ -107,6 +107,12 @@ def anls(prediction: str, answer: str) -> float:
     return similarity if similarity >= 0.5 else 0.0
 
 
+def prose_match(prediction: str, answer: str) -> float:
+    """`anls` of a sentence whose numbers must be the same ones in the same order; 0 where they are not."""
+    found, wanted = (re.findall(r"\d+(?:[.,:/-]\d+)*", text) for text in (prediction, answer))
+    return anls(prediction, answer) if found == wanted else 0.0
+
+
 def levenshtein(a: str, b: str) -> int:
     """Edits (insert, delete, replace one character) that turn `a` into `b`."""
     row = list(range(len(b) + 1))
@@ -229,6 +235,7 @@ METRICS: dict[str, Callable[[str, str], float]] = {
     "number": number_match,
     "relaxed": relaxed_accuracy,
     "anls": anls,
+    "prose": prose_match,
     "vqa": vqa_match,
     "choice": multiple_choice,
 }
@@ -255,7 +262,7 @@ def metric_for(question: str, answer: str, *names: str) -> str:
         names: the sample's category and source; if one of them names a benchmark with a rule of its own, that rule.
 
     Else by the form of question and answer. An option's letter, or the text of an option that the question lists: choice. A
-    number: number. Six words of letters or more, or 40 characters or more without a digit: anls. Anything else, such as long
+    number: number. Six words of letters or more, or 40 characters or more without a digit: prose. Anything else, such as long
     ids, addresses and lists of numbers: exact.
     """
     for name in names:
@@ -270,7 +277,7 @@ def metric_for(question: str, answer: str, *names: str) -> str:
         return "number"
     words = [word for word in answer.split() if word.strip(PUNCTUATION).isalpha()]
     if len(words) >= 6 or (len(answer) >= 40 and not re.search(r"\d", answer)):
-        return "anls"
+        return "prose"
     return "exact"
 
 
