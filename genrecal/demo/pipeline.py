@@ -54,7 +54,7 @@ SETTINGS = (
 
 
 def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], Any]) -> None:
-    """Data, caches, students trained in three ways at equal steps, export, evaluation, and a table of what came out.
+    """Data, caches, students trained in five ways at equal steps, export, evaluation, and a table of what came out.
 
     torch is set to one thread: at this size two are slower (20 s against 15 s for 80 training steps on two cores), and
     far slower beside other work; two students are trained side by side instead. Run again into the same folder, it goes on
@@ -121,11 +121,17 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], Any]) -> None:
 def demo_variants(out: Path) -> list[Variant]:
     """What is compared, the baseline first: from the given answers, or from those that the teacher wrote."""
     return [
-        Variant(name=name, caches=(str(out / cache),), config=load_config(None, [*SETTINGS, f"objective={objective}"]))
-        for name, objective, cache in (
+        Variant(
+            name=name,
+            caches=(str(out / cache),),
+            config=load_config(None, [*SETTINGS, f"objective={objective}", *settings]),
+        )
+        for name, objective, cache, *settings in (
             ("SFT", "sft", "cache"),
             ("GenRecal", "genrecal", "cache"),
+            ("byte-kl alone", "byte-kl", "cache", "loss.ce_weight=0"),
             ("SFT on the teacher's answers", "sft", "cache-own"),
+            ("byte-kl on the teacher's answers", "byte-kl", "cache-own"),
         )
     ]
 
@@ -189,7 +195,7 @@ def _table_note(found: Comparison) -> str:
     return (
         f"n = {found.questions} held-out questions, whose answers are right; {WRONG_ANSWERS:.0%} of the given training "
         'answers are wrong. ± one standard error over conversations, one seed; "more than SFT": points, question by question. '
-        "Log-loss: nats an answer, end of turn included. The three students took the same steps of stages 2 and 3 over the "
+        "Log-loss: nats an answer, end of turn included. The students took the same steps of stages 2 and 3 over the "
         "same pictures and questions."
     )
 

@@ -10,7 +10,13 @@ import pytest
 
 from genrecal.shards.reader import open_cache
 
-STUDENTS = {"SFT": "SFT", "GenRecal": "GenRecal", "SFT on the teacher's answers": "SFT-on-the-teacher-s-answers"}
+STUDENTS = {
+    "SFT": "SFT",
+    "GenRecal": "GenRecal",
+    "byte-kl alone": "byte-kl-alone",
+    "SFT on the teacher's answers": "SFT-on-the-teacher-s-answers",
+    "byte-kl on the teacher's answers": "byte-kl-on-the-teacher-s-answers",
+}
 
 
 @pytest.mark.slow
@@ -38,6 +44,7 @@ def test_demo(tmp_path):
     assert accuracy["teacher"] > 0.8  # it sees the pixels
     assert accuracy["SFT on the teacher's answers"] > accuracy["SFT"] + 0.01  # three in ten given ones are wrong
     assert accuracy["SFT on the teacher's answers"] > accuracy["student before"] + 0.05
+    assert accuracy["byte-kl alone"] > accuracy["SFT"] + 0.01  # it reads the teacher, not the wrong answers
     given, own = (open_cache(out / name) for name in ("cache", "cache-own"))
     assert given.is_complete and own.is_complete
     same = [a.sample.answers == b.sample.answers for a, b in zip(given, own, strict=False) if a.key == b.key]
