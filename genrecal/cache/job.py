@@ -43,6 +43,7 @@ from genrecal.shards.manifest import CACHED, SKIPPED
 from genrecal.shards.storage import LocalStore, Store, open_store, storage_errors
 from genrecal.vlm.loading import file_digest, image_backend, model_folder, processor_files
 
+FOLDERS = ("manifest", "answers", "quarantine", *TIERS)  # of a cache whose cache.json was deleted to be made again
 SHARDS_AT_ONCE = 3  # one is rendered, one runs through the teacher, one is written
 
 
@@ -229,7 +230,7 @@ def check_place(cache: "str | os.PathLike[str] | Store") -> None:
     store = open_store(cache)
     if isinstance(store, LocalStore):
         if not (store.root / CACHE_FILE).exists():
-            refuse_other_content(store.root, "a cache", ours=(HEAD_FILE, TEACHER_FOLDER, "manifest", *TIERS))
+            refuse_other_content(store.root, "a cache", ours=(HEAD_FILE, INDEX_FILE, TEACHER_FOLDER, *FOLDERS))
     elif not store.exists(CACHE_FILE) and (found := next((name for name in KINDS if store.exists(name)), None)):
         raise UsageError(
             f"--out {store.url}: expected a cache or nothing, found {KINDS[found]} ({found}); choose another --out"

@@ -144,7 +144,7 @@ def _stage(stage: int, config: TrainConfig, model: Any, cache: Mixture, gpus: in
     settings = config.stage(stage)
     plan = plan_stage(settings, cache, global_batch=settings.batch_size * settings.accumulation * gpus)
     # What "auto" is on the GPUs that the forecast is for, wherever it runs.
-    narrow = config.precision == "bf16" or (config.precision == "auto" and config.device != "cpu")
+    narrow = config.precision == "bfloat16" or (config.precision == "auto" and config.device != "cpu")
     dtype = torch.bfloat16 if narrow else torch.float32
     parameters = count_parameters(stage, model, config, cache, dtype)
     longest = int((cache.column("question_tokens") + cache.column("answer_tokens"))[plan.indices].max())

@@ -283,7 +283,7 @@ def test_stage_3_goes_on_with_the_projections_of_stage_2(run_of):
         (
             "kd",
             "topk",
-            r"objective 'kd': expected one of genrecal, genrecal-aligned, sft, seqkd, kl, reverse-kl, skewed-kl, uld, dskd",
+            r"objective 'kd': expected one of genrecal, genrecal-aligned, sft, seqkd, byte-kl, kl, reverse-kl",
         ),
     ],
 )
@@ -300,7 +300,7 @@ def test_another_tokenizer_is_refused_before_a_model_loads(run_of, monkeypatch):
     message = str(refused.value)
     assert message.startswith("objective kl needs one tokenizer, and those of the teacher (qwen2_vl_padded_head) and")
     assert "differ: id " in message and message.endswith(
-        "Any pair can take genrecal, genrecal-aligned, sft, seqkd, uld, dskd"
+        "Any pair can take genrecal, genrecal-aligned, sft, seqkd, byte-kl, uld, dskd"
     )
     assert not run.path.exists()
     open_for(run_of("uld", student=OTHER), (2,))
