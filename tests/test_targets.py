@@ -157,6 +157,7 @@ def ended(words: list[str]) -> tuple[object, str]:
     return stop.value.code, err.getvalue()
 
 
+NOT_WRITABLE = ("full", "read-only", "device", "through a file", "too long")
 SLOW = ("compare", "demo", "doctor")
 OUTPUTS = ("out", "html", "save_images", "status_file")
 
@@ -193,11 +194,7 @@ def test_a_bad_target_is_one_line(base, small_disks, tmp_path, monkeypatch, opti
         assert status in (0, 1, 2) and "Traceback" not in err, (name, words, err)
         if status in (1, 2):
             assert len(errors) == 1 or (not err and option.command in ("verify", "plan", "doctor")), (name, words, err)
-        if (
-            option.name in OUTPUTS
-            and option.command != "doctor"
-            and name in ("full", "read-only", "device", "through a file", "too long")
-        ):
+        if option.name in OUTPUTS and option.command != "doctor" and name in NOT_WRITABLE:
             assert status != 0, (name, words)
         left = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
         left = {path: data for path, data in left.items() if (tmp_path / "out") not in path.parents}
