@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ EXTRAS = {
 }
 # Used if they are there; no extra asks for them.
 OPTIONAL = {
-    "torchvision": "pictures resized as most checkpoints' processors were used; without it transformers resizes with PIL",
+    "torchvision": "AutoProcessor for most families' exported students; pictures resized as their processors were used",
     "flash-attn": "attention = flash_attention_2",
 }
 
@@ -105,6 +105,7 @@ def examine(folder: Path = Path()) -> Report:
     names = {item.name: item for item in wanted}
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         packages = dict(zip(names, pool.map(check_package, names.values()), strict=True))
+    blame_torchvision(packages)
     devices, distributed = _torch() if not packages["torch"].fault else ([], [])
     return Report(
         genrecal=genrecal.__version__,
@@ -122,7 +123,7 @@ def examine(folder: Path = Path()) -> Report:
                 _need(what, extras.get(name, []), packages, f'pip install "genrecal[{name}]"')
                 for name, what in EXTRAS.items()
             ),
-            *(_need(what, [Requirement(name)], packages, f"pip install {name}") for name, what in OPTIONAL.items()),
+            *(_need(what, [Requirement(name)], packages, _remedy(name)) for name, what in OPTIONAL.items()),
         ],
     )
 
@@ -141,8 +142,36 @@ def requirements() -> tuple[list[Requirement], dict[str, list[Requirement]]]:
     return base, extras
 
 
-def check_package(wanted: Requirement) -> Package:
-    """Whether a package is installed, of a version that will do, and can be imported."""
+def blame_torchvision(packages: dict[str, Package]) -> None:
+    """Name torchvision in the place of packages that would load without it: transformers imports one that is installed,
+    and one built for another torch takes transformers, peft and all else with it."""
+    if not (packages.get("torchvision") and packages["torchvision"].version and packages["torchvision"].fault):
+        return
+    for name, package in packages.items():
+        if package.fault.startswith("cannot be imported") and name != "torchvision":
+            if not check_package(Requirement(name), without="torchvision").fault:
+                fault = "does not load beside this torchvision: pip uninstall torchvision, or install the one for this torch"
+                packages[name] = replace(package, fault=fault)
+
+
+def _remedy(name: str) -> str:
+    """How to install an optional package. torchvision must be of the same release and build as torch, which pip sees to where
+    torch is named with it."""
+    if name != "torchvision":
+        return f"pip install {name}"
+    try:
+        torch = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return "pip install torch torchvision"
+    build = torch.partition("+")[2]
+    index = (
+        f" --index-url INDEX, where INDEX is that of torch's {build} builds (pytorch.org, Get started)" if build else ""
+    )
+    return f'pip install torchvision "torch=={torch}"{index}'
+
+
+def check_package(wanted: Requirement, *, without: str = "") -> Package:
+    """Whether a package is installed, of a version that will do, and can be imported, without another one perhaps."""
     text = str(wanted.specifier)
     try:
         version = importlib.metadata.version(wanted.name)
@@ -152,9 +181,8 @@ def check_package(wanted: Requirement) -> Package:
         return Package(wanted.name, version, text, f"expected {text}, got {version}")
     module = MODULES.get(wanted.name, wanted.name.replace("-", "_"))
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", f"import {module}"], capture_output=True, text=True, timeout=IMPORT_SECONDS
-        )
+        code = f"import sys; sys.modules[{without!r}] = None; import {module}" if without else f"import {module}"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=IMPORT_SECONDS)
     except subprocess.TimeoutExpired:
         return Package(wanted.name, version, text, f"importing it takes more than {IMPORT_SECONDS} s")
     if done.returncode:

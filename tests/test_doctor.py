@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import shutil
 import sys
 
@@ -47,6 +48,46 @@ def test_a_package_that_does_not_load(tmp_path, monkeypatch):
     found = doctor.check_package(Requirement("broken-one>=1"))
     assert found.version == "2.0"
     assert found.fault == "cannot be imported: OSError: libcudart.so.99: cannot open shared object file"
+
+
+@pytest.fixture
+def broken_torchvision(tmp_path, monkeypatch):
+    """As one built for CUDA is beside a CPU build of torch."""
+    facts = tmp_path / "torchvision-0.28.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n")
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(
+        "raise RuntimeError('operator torchvision::nms does not exist')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+def test_a_torchvision_for_another_torch_is_blamed_and_not_peft(broken_torchvision):
+    names = ("torchvision", "peft", "pillow")
+    packages = {name: doctor.check_package(Requirement(name)) for name in names}
+    assert packages["peft"].fault.startswith("cannot be imported")  # the real peft, by way of the real transformers
+    doctor.blame_torchvision(packages)
+    assert packages["torchvision"].fault == "cannot be imported: RuntimeError: operator torchvision::nms does not exist"
+    assert packages["peft"].fault.startswith("does not load beside this torchvision: pip uninstall torchvision")
+    assert not packages["pillow"].fault
+
+
+@pytest.mark.parametrize(
+    "torch, remedy",
+    [
+        ("2.13.0", 'pip install torchvision "torch==2.13.0"'),
+        (
+            "2.13.0+cpu",
+            'pip install torchvision "torch==2.13.0+cpu" --index-url INDEX, where INDEX is that of torch\'s cpu builds',
+        ),
+        ("2.11.1+cu128", 'pip install torchvision "torch==2.11.1+cu128" --index-url INDEX, .* cu128 builds'),
+    ],
+)
+def test_the_torchvision_that_is_recommended_leaves_torch_as_it_is(monkeypatch, torch, remedy):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: torch)
+    assert re.match(remedy.replace("+", r"\+"), doctor._remedy("torchvision"))
 
 
 @pytest.mark.slow

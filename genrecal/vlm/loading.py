@@ -76,7 +76,9 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
             processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     except TypeError as error:
         if image_backend() == "pil" and "video_processor" in str(error):  # SmolVLM's cannot do without
-            raise ModelError(f"{path}: its processor needs torchvision: pip install torchvision num2words") from None
+            raise ModelError(
+                f"{path}: its processor needs torchvision and num2words; `genrecal doctor` says how to install them"
+            ) from None
         raise ModelError(f"{path}: its processor cannot be loaded: {first_line(error)}") from None
     except Exception as error:
         raise ModelError(f"{path}: its processor cannot be loaded: {first_line(error)}") from None
