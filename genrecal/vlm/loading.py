@@ -67,6 +67,7 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoProcessor, AutoTokenizer
 
+    model_folder(path)  # asks once whether there is such a model; transformers would ask for each file, again and again
     try:
         with without_video_processors(), _quiet():
             if original_layout(path) is not None:
@@ -228,7 +229,7 @@ def _load_model(path: str | Path, *, trust_remote_code: bool, **options: Any) ->
     """A model by its own class, all of whose tensors are in its files."""
     from transformers import AutoConfig
 
-    if Path(path).expanduser().exists() and not (Path(path) / "config.json").exists():
+    if not (model_folder(path) / "config.json").exists():
         raise ModelError(f"{path}: expected a model folder, found no config.json in it")
     if (layout := original_layout(path)) is not None:
         raise ModelError(
@@ -359,6 +360,8 @@ def model_folder(path: str | Path) -> Path:
     """The local folder of a model: itself, or the hub's snapshot for a hub name (without its weights if absent)."""
     if Path(path).is_dir():
         return Path(path)
+    if str(path).count("/") > 1 or str(path).startswith((".", "/", "~")) or not str(path):
+        raise ModelError(f"{path}: no such folder; expected a model folder, or a hub model as OWNER/NAME")
     from huggingface_hub import snapshot_download
 
     try:

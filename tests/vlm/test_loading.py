@@ -1,7 +1,13 @@
 """Any model class: the split is exact, what follows the head is found by test, what cannot be handled is refused."""
 
+import contextlib
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
+import threading
 
 import pytest
 import tiny_models
@@ -154,3 +160,34 @@ def test_a_processor_without_its_video_half_is_never_saved(tiny, tmp_path):
         with pytest.raises(ModelError, match="must not be saved"):
             processor.save_pretrained(tmp_path)
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, allowed", [("/no/such/model", 0), ("./model", 0), ("a/b/model", 0), ("no/model", 1)])
+@pytest.mark.parametrize("loads", ["load_vlm", "load_processor"])
+def test_an_unknown_model_is_asked_for_once_at_most(tmp_path, name, allowed, loads):
+    """Of a hub that refuses every connection; transformers would try each of its files several times, for half a minute."""
+    asked = []
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+
+        def refuse():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = hub.accept()
+                    asked.append(connection.recv(1000))
+                    connection.close()
+
+        threading.Thread(target=refuse, daemon=True).start()
+        code = f"from genrecal.vlm.loading import {loads}\n"
+        code += f"try: {loads}({name!r})\nexcept Exception as error: print(repr(error))"
+        environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.getsockname()[1]}", "HF_HOME": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment | {"HF_HUB_OFFLINE": "0"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert done.stdout.startswith(f"ModelError('{name}: "), done.stdout
+    assert ("no such folder" in done.stdout) == (allowed == 0)
+    of_model = [request for request in asked if b"model" in request.splitlines()[0]]
+    assert len(of_model) <= allowed, of_model
