@@ -29,7 +29,7 @@ patient = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.to
 hypothesis.settings.register_profile("ci", derandomize=bool(os.environ.get("CI")), **patient)
 hypothesis.settings.load_profile("ci")
 
-REAL = Path(os.environ.get("GENRECAL_REAL") or Path(__file__).parents[1] / "build" / "real")
+REAL = Path(os.environ.get("GENRECAL_REAL") or Path(__file__).parents[1] / "build" / "real").absolute()
 SROIE = Path(__file__).parents[2] / "shared" / "data" / "sroie" / "sroie.json"
 
 
