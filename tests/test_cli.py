@@ -140,6 +140,7 @@ CACHE = ["cache", "--teacher", "gone", "--data", "gone.json", "--out", "out"]
         ([*TRAIN, "--teacher", "gone"], 2, ["--teacher 'gone'", "expected live:MODEL"]),
         (TRAIN, 1, ["gone: not a cache", "genrecal cache"]),
         (["inspect", "gone"], 1, ["gone: not a cache: it has no cache.json"]),
+        (["inspect", __file__], 1, [f"{__file__}: not a cache: it has no cache.json"]),
         (["export", "gone", "--out", "x"], 2, ["gone: not a run", "run.json"]),
         (CACHE, 1, ["gone.json: No such file"]),
         ([*CACHE, "--answer-codec", "nonsense"], 2, ["--answer-codec 'nonsense'", "expected one of bf16"]),
@@ -171,6 +172,8 @@ def test_a_folder_that_is_no_model_is_one_line(run: Run, data: Path, tmp_path: P
     ended = run(*cache_args(tmp_path / "empty", data, tmp_path / "out"))
     assert_one_line(ended, 1, f"{tmp_path / 'empty'}: expected a model folder, found no config.json")
     assert not (tmp_path / "out").exists()
+    ended = run(*cache_args("models/gone", data, tmp_path / "out"))
+    assert_one_line(ended, 1, "models/gone: neither a model folder nor a reachable hub model")
 
 
 def test_a_cache_in_a_folder_of_something_else_is_one_line(run: Run, data: Path, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def read_cache_json(store: Store) -> dict[str, Any]:
     path = store.where(CACHE_FILE)
     try:
         content = strict_json(store.read(CACHE_FILE, 0, MOST_CACHE_FILE_BYTES + 1), MOST_CACHE_FILE_BYTES)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FormatError(f"{store.url}: not a cache: it has no {CACHE_FILE}; `genrecal cache` makes one") from None
     except (OSError, ValueError) as error:
         raise FormatError(f"{path}: cannot be read: {error}") from None
