@@ -100,7 +100,9 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
         with ranks.together(lambda: _wandb_of(run) if ranks.first else nullcontext()) as wandb:
             for stage in stages_to_train(run.config, stages):
                 if received := next((name for name in ranks.gather(signals.received) if name), None):
-                    ranks.stop(StoppedError(f"stopped by {received} before stage {stage}; the same command goes on"))
+                    ranks.stop(
+                        StoppedError(f"{received}: stopped before stage {stage}; run the same command to resume")
+                    )
                 if not ranks.gather(run.stage_result(stage).exists())[0]:
                     source = LiveSource(cache, live_teacher) if live_teacher else ShardSource(cache)
                     job = StageJob(
@@ -348,8 +350,7 @@ def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> N
             if received and not last:
                 ranks.stop(
                     StoppedError(
-                        f"stopped by {received} after step {step + 1} of stage {stage}, which is saved; the same command "
-                        "goes on"
+                        f"{received}: saved a checkpoint at stage {stage}, step {step + 1}; run the same command to resume"
                     )
                 )
             progress.advance(1, _in_words(values, distiller.objective))

@@ -178,7 +178,8 @@ class Run:
             if product != global_batch:
                 raise UsageError(
                     f"--out {self.path}: the run's global batch in stage {number} is {global_batch} samples; {name}.batch_size "
-                    f"{settings.batch_size} x {name}.accumulation {settings.accumulation} x {processes} processes is {product}"
+                    f"{settings.batch_size} x {name}.accumulation {settings.accumulation} x {processes} processes is {product};"
+                    f" make it {global_batch}, or use another --out"
                 )
 
     def differences(self, before: dict[str, Any], now: dict[str, Any]) -> list[str]:

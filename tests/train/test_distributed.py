@@ -354,7 +354,8 @@ def test_the_global_batch_of_a_run_stays(tiny, cache, tmp_path):
     assert begin(2, "stage2.batch_size=4") == begin(8, "stage2.batch_size=1") == everywhere
     with pytest.raises(
         UsageError,
-        match=r"global batch in stage 2 is 128 samples; stage2\.batch_size 4 x stage2\.accumulation 16 x 4 processes is 256",
+        match=r"global batch in stage 2 is 128 samples; stage2\.batch_size 4 x stage2\.accumulation 16 x 4 processes is 256;"
+        " make it 128, or use another --out",
     ):
         begin(4, "stage2.batch_size=4")
     with pytest.raises(UsageError, match=r"seed was 0, now 3"):
@@ -647,7 +648,9 @@ def test_a_signal_to_one_rank_saves_and_stops_all(runner, tiny, cache, tmp_path,
     arguments = words(cache, student, cut, *settings, steps=6, stages="1")
     ended = runner.run(2, cut, arguments, at_lines=2, signal=name, to_rank=1)
     assert ended["statuses"] == [143, 143], ended["output"]
-    (step,) = re.findall(rf"genrecal: stopped by {name} after step (\d) of stage 1, which is saved", ended["output"])
+    (step,) = re.findall(
+        rf"genrecal: {name}: saved a checkpoint at stage 1, step (\d); run the same command to resume", ended["output"]
+    )
     assert "error" not in ended["output"]
     assert [path.name for path in (cut / "checkpoints").iterdir()] == [f"stage1-step0000000{step}"]
     assert len(untimed(cut)) == int(step)
@@ -734,6 +737,6 @@ def test_sigterm_to_torchrun(tiny, cache, tmp_path):
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=600)
-    assert process.returncode != 0 and errors.count("genrecal: stopped by SIGTERM after step") == 1, errors
+    assert process.returncode != 0 and errors.count("genrecal: SIGTERM: saved a checkpoint at stage") == 1, errors
     (checkpoint,) = (out / "checkpoints").iterdir()
     assert len(untimed(out)) == int(checkpoint.name[-8:]) < 9999

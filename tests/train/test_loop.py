@@ -183,7 +183,9 @@ def test_a_signal_saves_a_checkpoint_though_the_caches_store_is_away(run_of, cac
 
     with (
         monkeypatch.context() as patch,
-        pytest.raises(StoppedError, match="SIGTERM after step 4 of stage 1, which is saved"),
+        pytest.raises(
+            StoppedError, match="SIGTERM: saved a checkpoint at stage 1, step 4; run the same command to resume"
+        ),
     ):
         patch.setattr(loop, "learning_rate", signalled)
         train(cut, stages=(1,))
