@@ -36,7 +36,8 @@ class ByteKl(Objective[ByteKlBatch]):
         teacher = teacher_renderer(cache.first)
         same = not shared_tokens(teacher, student.renderer).differences
         # Beyond the tokenizer's entries a head has rows of padding, which count on neither side.
-        self.student_ids = min(len(student.renderer.tokenizer), student.head.out_features)
+        entries = max(student.renderer.tokenizer.get_vocab().values()) + 1  # ids may have gaps
+        self.student_ids = min(entries, student.head.out_features)
         self.map = TokenMap(teacher, student.renderer, student_rows=self.student_ids, same=same)
 
     def batch(self, student: Batch, samples: Sequence[Encoded], records: Sequence[Record]) -> ByteKlBatch:
