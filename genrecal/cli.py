@@ -44,8 +44,8 @@ Dtype = Annotated[
 Data = Annotated[
     list[str],
     typer.Option(
-        help="Files of JSON, JSON lines, CSV, Parquet, Arrow or WebDataset tars, folders of them, patterns such as "
-        "'data-{000..015}.tar', URLs such as s3://..., or a data set of the hub as REPO:SPLIT; may be repeated."
+        help="Files of JSON, JSON lines, CSV, Parquet, Arrow or WebDataset tars, folders of Parquet or tars, patterns "
+        "such as 'data-{000..015}.tar', URLs such as s3://..., or a data set of the hub as REPO:SPLIT; may be repeated."
     ),
 ]
 FieldNames = Annotated[
