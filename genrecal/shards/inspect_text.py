@@ -114,10 +114,10 @@ def _names(counts: Mapping[str, int], unnamed: str) -> Iterator[Line]:
 
 def _skipped(summary: Summary) -> Iterator[Line]:
     for reason, count in itertools.islice(summary.skip_reasons.items(), SHOWN_NAMES):
-        yield f"  skipped: {reason}", f"{count}, such as {summary.skip_examples[reason]}"
+        yield "  skipped", (f"{count} like " if count > 1 else "") + summary.skip_examples[reason]
     if len(summary.skip_reasons) > SHOWN_NAMES:
         rest = list(summary.skip_reasons.values())[SHOWN_NAMES:]
-        yield f"  skipped: {len(rest)} other reasons", str(sum(rest))
+        yield "  skipped", f"{sum(rest)} for {len(rest)} other reasons"
 
 
 def _quantile_lines(quantiles: Mapping[str, Mapping[str, int]]) -> Iterator[Line]:

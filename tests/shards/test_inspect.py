@@ -317,6 +317,9 @@ def test_skipped_samples_by_reason_with_a_place(cache):
     first = summary.skip_examples["image … does not exist"]
     assert "data.json:" in first and first.endswith("gone0.png does not exist")
     assert first in cache.manifest().column("reason").to_pylist()
+    text = rendered(summary_text(summary), 400)
+    said = [line.split(maxsplit=1)[1].rstrip() for line in text.splitlines() if line.startswith("  skipped ")]
+    assert said == [f"2 like {first}", summary.skip_examples["no assistant turn"]]
 
 
 @pytest.mark.parametrize(("reason", "kind"), [
