@@ -38,6 +38,7 @@ from genrecal.train.loop import check_stages, open_for, plan_stage, train
 from genrecal.train.ranks import world_size
 from genrecal.train.run import Run, flat
 from genrecal.train.scores import check_metric
+from genrecal.vlm.checkpoint import model_digests
 from genrecal.vlm.loading import load_renderer, model_folder, resolve_device
 
 COMPARE_FILE, TABLE_FILE = "compare.json", "table.md"
@@ -327,7 +328,7 @@ def _begin(out: Path, student: str, samples: SampleSet, asking: Asking) -> None:
     """Write compare.json. Raises UsageError if the one there is of other questions, or the folder holds something else."""
     path = out / COMPARE_FILE
     now = {
-        "student": str(Path(student).resolve()) if Path(student).is_dir() else student,
+        "student": model_digests(student),  # wherever it lies
         "data": [f"{file.path.name} {file.sha256()}" for file in samples.files],
         "records": len(samples),
         "selection": samples.selection.to_json(),

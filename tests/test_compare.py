@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from conftest import mixed_samples, write_llava
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cli import main
-from genrecal.compare import rows_of, variants_of
+from genrecal.compare import Asking, _begin, rows_of, variants_of
 from genrecal.errors import DataError, UsageError
 from genrecal.samples import open_samples
 from genrecal.train.config import load_config
@@ -230,3 +231,12 @@ def test_runs_side_by_side_are_the_same_runs(command, tmp_path):
     assert [status for status, *_ in results] == [0, 0]
     assert results[0][1] == results[1][1]
     assert "\nstage 2: " in (tmp_path / "jobs2/runs/sft/seed1/output.txt").read_text()
+
+
+def test_a_student_that_moved_is_recognised(made, tiny, tmp_path):
+    asked = open_samples([made / "asked" / "data.json"])
+    _begin(tmp_path / "out", str(tiny("internvl_qwen2")), asked, Asking())
+    shutil.copytree(tiny("internvl_qwen2"), tmp_path / "moved")
+    _begin(tmp_path / "out", str(tmp_path / "moved"), asked, Asking())
+    with pytest.raises(UsageError, match="holds another comparison: student.config.json was"):
+        _begin(tmp_path / "out", str(tiny("internvl_llama")), asked, Asking())
