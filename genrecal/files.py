@@ -71,9 +71,11 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def check_regular(path: Path) -> None:
-    """Raises OSError for a folder or a device, in whose place a file must not be put: /dev/null would be gone."""
+    """Raises OSError for a folder, a path below a file, or a device: a file in place of /dev/null would break the machine."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if above := next((parent for parent in path.parents if parent.is_file()), None):
+        raise NotADirectoryError(errno.ENOTDIR, f"{above} is a file", str(path))
     if path.parent == Path("/dev") or (path.exists() and not path.is_file()):
         raise OSError(errno.EINVAL, "expected a regular file", str(path))
 

@@ -148,6 +148,11 @@ CACHE = ["cache", "--teacher", "gone", "--data", "gone.json", "--out", "out"]
         ([*CACHE, "--top-k", "0"], 2, ["--top-k 0: expected at least 1"]),
         ([*CACHE, "--max-skip", "2"], 2, ["--max-skip 2.0", "share from 0 to 1"]),
         (["evaluate", "--model", "gone", "--data", "gone.csv"], 1, ["gone.csv: No such file"]),
+        (
+            ["evaluate", "--model", "gone", "--data", "gone.csv", "--out", f"{__file__}/x.jsonl"],
+            2,
+            [f"--out {__file__}/x.jsonl: cannot be written: {__file__} is a file"],
+        ),
         (["evaluate", "--model", "gone"], 2, ["--data: expected data files, or --harness lmms-eval --tasks"]),
         (["evaluate", "--model", "gone", "--tasks", "ai2d"], 2, ["--tasks: expected --harness lmms-eval with it"]),
         (["evaluate", "--model", "m", "--harness", "x", "--tasks", "t"], 2, ["--harness 'x': expected lmms-eval"]),
