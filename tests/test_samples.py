@@ -443,10 +443,10 @@ def test_transparent_images_are_put_on_white() -> None:
                 image.mode,
                 kind,
             )
-    half = Image.new("RGBA", (2, 1), (0, 0, 0, 128))
+    half = Image.new("RGBA", (2, 2), (0, 0, 0, 128))
     half.putpixel((0, 0), (100, 0, 0, 255))
-    assert np.asarray(decode_image(encoded(half))).tolist() == [[[100, 0, 0], [127, 127, 127]]]
-    shades = Image.fromarray(np.array([[0, 90, 200]], np.uint8))
+    assert np.asarray(decode_image(encoded(half))).tolist() == [[[100, 0, 0], [127, 127, 127]], [[127, 127, 127]] * 2]
+    shades = Image.fromarray(np.array([[0, 90, 200]] * 2, np.uint8))
     for image in (shades, shades.convert("RGB"), shades.convert("P")):
         hidden = {"L": 90, "RGB": (90, 90, 90), "P": image.getpixel((1, 0))}[image.mode]
         decoded = decode_image(encoded(image, transparency=hidden))
@@ -457,13 +457,15 @@ def test_transparent_images_are_put_on_white() -> None:
     ("data", "reason"),
     [
         (encoded(ink(255)), "no contrast"),
-        (encoded(Image.fromarray(np.array([[0, 200]], np.uint16))), "no contrast"),
-        (encoded(Image.fromarray(np.array([[0.1, 0.9]], np.float32)), "TIFF"), "32 bits a pixel"),
-        (encoded(Image.fromarray(np.array([[7, 900]], np.int32)), "TIFF"), "32 bits a pixel"),
+        (encoded(Image.fromarray(np.array([[0, 200], [0, 200]], np.uint16))), "no contrast"),
+        (encoded(Image.fromarray(np.array([[0.1, 0.9], [0, 0]], np.float32)), "TIFF"), "32 bits a pixel"),
+        (encoded(Image.fromarray(np.array([[7, 900], [0, 0]], np.int32)), "TIFF"), "32 bits a pixel"),
         *(
             (encoded(picture(0, 20, 20), kind, save_all=True, append_images=[picture(1, 20, 20)]), "2 frames or pages")
             for kind in ("GIF", "WEBP", "PNG", "TIFF")
         ),
+        (encoded(picture(0, 20, 3)), "20 x 3 pixels: image processors take 3 rows for colour channels"),
+        (encoded(picture(0, 20, 1)), "enlarge it to 4 or more rows"),
     ],
 )
 def test_an_image_of_which_something_would_be_lost_is_refused(data: bytes, reason: str) -> None:
@@ -480,11 +482,11 @@ def test_cmyk_ink_is_dark_and_paper_is_light() -> None:
 
 def test_a_blank_image_is_read() -> None:
     for image in (
-        Image.new("RGBA", (3, 3), "white"),
-        Image.new("RGB", (3, 3)),
-        Image.new("RGBA", (3, 3), (9, 9, 9, 0)),
+        Image.new("RGBA", (4, 4), "white"),
+        Image.new("RGB", (4, 4)),
+        Image.new("RGBA", (4, 4), (9, 9, 9, 0)),
     ):
-        assert decode_image(encoded(image)).size == (3, 3)
+        assert decode_image(encoded(image)).size == (4, 4)
 
 
 def test_limits_and_damage() -> None:

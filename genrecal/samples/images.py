@@ -12,6 +12,7 @@ from genrecal.errors import SampleError
 # What is decoded, by Pillow's names: other formats come with programs (EPS runs Ghostscript).
 IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 ONE_IMAGE_FORMATS = ("ICO", "MPO")  # what else they hold are other sizes, or a phone's preview, of the same image
+CHANNEL_COUNTS = (1, 3)  # transformers takes an array whose first axis is so long for one with the channels first
 BACKGROUND = "white"  # of transparent images, as Qwen's own code and vLLM have it; recorded in cache.json
 
 
@@ -32,7 +33,8 @@ def decode_image(data: bytes, max_pixels: int = 178_956_970) -> Image.Image:
     Transparent images are put on BACKGROUND. 16 bits become their upper 8. Colour profiles are not applied.
 
     Raises SampleError for bytes that are no image of IMAGE_FORMATS, one of more than `max_pixels` (Pillow's own bomb limit),
-    and one of which content would be lost: several frames or pages, 32 bits a pixel, or no contrast with the background.
+    of 1 or 3 rows, and one of which content would be lost: several frames or pages, 32 bits a pixel, or no contrast with
+    the background.
     """
     try:
         image = open_image(data)
@@ -44,6 +46,11 @@ def decode_image(data: bytes, max_pixels: int = 178_956_970) -> Image.Image:
         if frames > 1 and image.format not in ONE_IMAGE_FORMATS:
             raise SampleError(f"image has {frames} frames or pages; give each as an image of its own")
         upright = _upright(image)
+        if upright.height in CHANNEL_COUNTS:
+            raise SampleError(
+                f"image of {upright.width} x {upright.height} pixels: image processors take {upright.height} rows for colour "
+                "channels; enlarge it to 4 or more rows"
+            )
         if upright.mode in ("I", "F"):
             raise SampleError("image of 32 bits a pixel, which does not say what is white; save it with 8 or 16")
         if upright.mode.startswith("I"):  # 16 bits a pixel: Pillow's own conversion makes all but the darkest white
