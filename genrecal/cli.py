@@ -78,7 +78,7 @@ ExcludeCategory = Annotated[list[str] | None, typer.Option(help="Leave out this 
 Split = Annotated[
     str, typer.Option(help="Take records whose hashed id falls between these shares; 0.95:1.0 is the rest of 0.0:0.95.")
 ]
-SplitSeed = Annotated[int, typer.Option(help="Another seed hashes ids to other places.")]
+SplitSeed = Annotated[int, typer.Option(help="Seed of the hash that --split takes ids by.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or split: the layers spread over all GPUs.")]
 
 
@@ -197,7 +197,9 @@ def plan(
     peak_tflops: Annotated[float, typer.Option(help="Of a GPU, dense, in the teacher's dtype.")] = 989.0,
     utilisation: Annotated[float, typer.Option(help="Share of it that the teacher reaches.")] = 0.4,
     gpu_gigabytes: Annotated[float, typer.Option(help="Memory of a GPU.")] = 80.0,
-    gpu_bandwidth: Annotated[float, typer.Option(help="Of --generate: of that memory, GB/s.")] = 3350.0,
+    gpu_bandwidth: Annotated[
+        float, typer.Option(help="GPU memory bandwidth in GB/s (used to estimate --generate).")
+    ] = 3350.0,
     train_rate: Annotated[float, typer.Option(help="Samples a second that the trainer takes.")] = 64.0,
     template_arg: TemplateArg = None,
     allow_token: AllowToken = None,
@@ -306,7 +308,7 @@ def cache(
         float, typer.Option(help="Refuse a shard whose codec costs a larger mean KL, in nats.")
     ] = math.inf,
     question_fraction: Annotated[float, typer.Option(help="Share of samples whose question states are kept.")] = 1.0,
-    question_seed: Annotated[int, typer.Option(help="Which samples those are.")] = 0,
+    question_seed: Annotated[int, typer.Option(help="Seed that selects the samples of --question-fraction.")] = 0,
     samples_per_shard: Annotated[int, typer.Option(help="Input records a shard.")] = 256,
     batch_tokens: Annotated[int, typer.Option(help="Tokens of a teacher batch, padding included.")] = 16384,
     max_tokens: Annotated[int, typer.Option(help="Skip conversations longer than this; 0 for no limit.")] = 0,
@@ -328,7 +330,7 @@ def cache(
     allow_token: AllowToken = None,
     max_skip: Annotated[float, typer.Option(help="Fail when more than this share of the input is skipped.")] = 0.01,
     workers: Annotated[int, typer.Option(help="Runs of this command that share the work, one a node, say.")] = 1,
-    worker: Annotated[int, typer.Option(help="Which of them this is, counted from 0.")] = 0,
+    worker: Annotated[int, typer.Option(help="The number of this worker, counted from 0.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads that decode and preprocess; 0 for the machine's cores.")] = 0,
     status_file: Annotated[
         Path | None, typer.Option(help="Write here, as JSON, how far the job is; outside the cache.")
@@ -354,7 +356,7 @@ def cache(
     blank_check: Annotated[
         int,
         typer.Option(
-            help="Run N samples with grey pictures too; say how far the answers' log-probability falls.", min=0
+            help="Run N samples with grey images too; print how far the answers' log-probability falls.", min=0
         ),
     ] = 0,
     compare_hf: Annotated[
