@@ -161,7 +161,7 @@ def test_shared_memory_that_is_full(ended):
     if shutil.which("unshare") is None or subprocess.run([*small, "true"], capture_output=True).returncode:
         pytest.skip("needs the right to mount")
     status, line = ended(before=small)
-    assert status == 1 and "do not fit into shared memory (/dev/shm" in line
+    assert status == 1 and "does not fit into shared memory (/dev/shm" in line
     assert "--shm-size=16g" in line and "data.workers=0" in line
 
 
