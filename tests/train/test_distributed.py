@@ -537,14 +537,6 @@ def test_every_engine_gives_the_losses_of_one_process(runner, tiny, cache, awkwa
 
 
 @pytest.mark.slow
-def test_the_losses_are_those_of_whole_blocks(runner, tiny, cache, awkward, alone, tmp_path):
-    """Under eager attention the Recalibrator's last block runs on all rows; the runs above compute the rows read."""
-    student, out = tiny("internvl_qwen2"), tmp_path / "run"
-    arguments = words(cache, student, out, "attention=eager", *awkward, steps=0, accumulation=4, stages="1,2")
-    assert_close([line for line in alone[1] if line["stage"] < 3], runner.finish(1, out, arguments))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("engine", "objective"), [("ddp", "uld"), ("zero3", "dskd")])
 def test_objectives_without_a_recalibrator(runner, tiny, cache, awkward, tmp_path, engine, objective):
     """Two ranks, of which one may have no row, are one process; in stage 3 the head is trained, chunk by chunk."""

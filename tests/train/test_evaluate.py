@@ -188,7 +188,7 @@ def test_nothing_to_ask_is_an_error_with_the_first_reason(model: VLM) -> None:
 
 def test_an_unknown_metric_is_a_usage_error(model: VLM) -> None:
     with pytest.raises(
-        UsageError, match="--metric 'bleu': expected auto or one of exact, number, relaxed, anls, vqa, choice"
+        UsageError, match="--metric 'bleu': expected auto or one of exact, number, relaxed, anls, prose, vqa, choice"
     ):
         evaluate(model, SAMPLES, metric="bleu")
 
