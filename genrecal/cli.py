@@ -915,7 +915,7 @@ def evaluate(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="Model folder or hub name.")],
     data: Annotated[list[str] | None, typer.Option(help="Data, as for cache.")] = None,
-    metric: Annotated[str, typer.Option(help="auto, exact, number, relaxed, anls, vqa or choice.")] = "auto",
+    metric: Annotated[str, typer.Option(help="auto, exact, number, relaxed, anls, prose, vqa or choice.")] = "auto",
     out: Annotated[
         Path | None, typer.Option(help="Write the predictions here, as jsonl; with --harness, a folder for its files.")
     ] = None,
@@ -1101,7 +1101,7 @@ def compare(
     field: FieldNames = None,
     role: RoleNames = None,
     limit: Annotated[int | None, typer.Option(help="Ask the first N records only.", min=1)] = None,
-    metric: Annotated[str, typer.Option(help="auto, exact, number, relaxed, anls, vqa or choice.")] = "auto",
+    metric: Annotated[str, typer.Option(help="auto, exact, number, relaxed, anls, prose, vqa or choice.")] = "auto",
     batch_size: Annotated[int, typer.Option(help="Prompts that are answered at a time.", min=1)] = 8,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest answer; else the generation config's.", min=1)

@@ -124,7 +124,7 @@ class EvaluateConfig:
         data: data files, as for `genrecal evaluate`; none for no evaluation. image_root: where relative image paths start.
         every: share of a stage between evaluations (paper, Figure 10: 20 %).
         limit: records that are asked, the first ones; 0 for all.
-        metric: auto, exact, number, relaxed, anls, vqa or choice.
+        metric: auto, exact, number, relaxed, anls, prose, vqa or choice.
         batch_size: prompts at a time; each turn of a conversation is one.
         max_new_tokens: longest answer; 0 for the student's generation config's.
         shown: answers that TensorBoard and Weights & Biases show; all are in the run's folder.
