@@ -242,7 +242,8 @@ def test_a_protocol_that_is_not_known_or_not_installed() -> None:
 OPEN = """
 import json, sys
 from genrecal.errors import GenrecalError
-from genrecal.samples import open_samples
+from genrecal.samples import data_files, open_samples
+data_files.HUB_SECONDS = 600
 for text in json.loads(sys.argv[1]):
     try:
         samples = open_samples([text])
@@ -257,7 +258,9 @@ def in_a_process(endpoint: str, home: Path, *data: str) -> list[Any]:
     """The hub's address is read when its library is imported."""
     done = subprocess.run(
         [sys.executable, "-c", OPEN, json.dumps(data)],
-        env=os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"},
+        env=os.environ
+        | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+        | {"HF_HUB_ETAG_TIMEOUT": "600", "HF_HUB_DOWNLOAD_TIMEOUT": "600"},  # a busy machine's server is slow, not gone
         capture_output=True,
         text=True,
         timeout=600,
