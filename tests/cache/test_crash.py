@@ -265,4 +265,4 @@ def test_a_folder_that_may_not_be_written(runner, tmp_path, folder):
 def test_a_parent_that_may_not_be_written(runner, tmp_path):
     (tmp_path / "closed").mkdir(mode=0o500)
     (result,) = runner.run({"out": tmp_path / "closed" / "cache", "obey_permissions": True})
-    failed(result, "--out", "cannot be written", "Permission denied")
+    failed(result, "--out", "closed cannot be written; choose another --out")
