@@ -129,6 +129,7 @@ def targets(folder: Path, disks: dict[str, Path]) -> dict[str, Path | str]:
     (folder / "garbage").write_bytes(bytes(range(256)) * 9)
     (folder / "text.txt").write_text("not what was asked for\n")
     (folder / "empty.json").touch()
+    (folder / "empty").mkdir()
     (folder / "wrong").mkdir()
     for name in ("config.json", "cache.json", "run.json", "compare.json", "tokenizer.json"):
         (folder / "wrong" / name).write_text('{"a": [1]}')
@@ -140,6 +141,7 @@ def targets(folder: Path, disks: dict[str, Path]) -> dict[str, Path | str]:
         "garbage": folder / "garbage",
         "text": folder / "text.txt",
         "empty file": folder / "empty.json",
+        "empty folder": folder / "empty",
         "wrong folder": folder / "wrong",
         "broken folder": folder / "broken",
         "through a file": folder / "text.txt" / "x",
@@ -176,7 +178,9 @@ def test_a_bad_target_is_one_line(base, small_disks, tmp_path, monkeypatch, opti
     if not option.is_path:
         tried = {name: tried[name] for name in ("missing", "nothing")}
     for name, target in tried.items():
-        if option.name == "out" and (name == "missing" or (name == "nothing" and option.command == "demo")):
+        if option.name == "out" and (
+            name in ("missing", "empty folder") or (name == "nothing" and option.command == "demo")
+        ):
             continue  # a place to write to like any other
         if name == "device" and option.name not in OUTPUTS:
             continue  # to be read, it has no end

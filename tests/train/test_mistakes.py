@@ -1,5 +1,6 @@
 """What a beginner does wrong: one line that says what, where and what to do, before anything is trained or written."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from genrecal.cli import main
 from genrecal.errors import TrainingError
 from genrecal.samples import open_samples
 from genrecal.train.engine import TorchEngine
+from genrecal.train.run import Run
 from genrecal.vlm.loading import PROCESSOR_FILES
 
 FEW = [word for stage in (1, 2, 3) for word in ("--set", f"stage{stage}.accumulation=2")]
@@ -213,3 +215,32 @@ def test_a_folder_that_holds_something_else(told, made, tiny, tmp_path):
         status, line = told(*FEW, "--stages", "1", kept=names)
         assert status == 2 and f"expected a run or an empty folder, found {found} (" in line
         shutil.rmtree(tmp_path / "r")
+
+
+def test_a_disk_that_is_full_at_a_stages_result(told, monkeypatch, tmp_path):
+    """Then with room again the same command finishes; nothing is left of the half that was written."""
+    folder = tmp_path / "r"
+    folder.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "none", folder]).returncode:
+        pytest.skip("needs the right to mount")
+    plain, begun = Run.save_result, ["cache-facts.json", "metrics.jsonl", "run.json", "stage1", "tensorboard"]
+
+    def on_a_full_disk(self, stage, weights):
+        (folder / "stage1").mkdir(exist_ok=True)
+        with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        plain(self, stage, weights)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "save_result", on_a_full_disk)
+            status, line = told(*FEW, "--stages", "1", kept=[*begun, "filler"])
+        assert status == 1 and "stage1/trained.safetensors: the result of stage 1 cannot be written" in line
+        assert "make room" in line and not list((folder / "stage1").iterdir())
+        (folder / "filler").unlink()
+        with pytest.raises(ValueError, match="not enough values"):  # no error line
+            told(*FEW, "--stages", "1", kept=begun)
+        assert [path.name for path in (folder / "stage1").iterdir()] == ["trained.safetensors"]
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
