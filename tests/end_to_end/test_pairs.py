@@ -78,7 +78,7 @@ def test_what_needs_torchvision_says_so(tiny, tmp_path):
     folder = shutil.copytree(tiny("idefics3"), tmp_path / "smolvlm")
     for name in ("processor_config.json", "tokenizer_config.json"):
         (folder / name).write_text((folder / name).read_text().replace("Idefics3Processor", "SmolVLMProcessor"))
-    with pytest.raises(ModelError, match="needs torchvision: pip install torchvision num2words"):
+    with pytest.raises(ModelError, match="needs torchvision and num2words; `genrecal doctor` says how to install them"):
         load_processor(folder)
 
 

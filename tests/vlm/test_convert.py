@@ -69,7 +69,7 @@ def test_the_command_and_who_sends_there(original, tiny, tmp_path, capsys):
         main(["convert", str(folder), "--processor", str(tiny("internvl2_5_2b")), "--out", str(tmp_path / "out")])
     assert status.value.code == 0 and "in transformers' layout" in capsys.readouterr().out.replace("\n", " ")
     load_vlm(tmp_path / "out")
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="expected nothing or an empty folder, found a model"):
         convert_internvl(folder, tmp_path / "out", processor=tiny("internvl2_5_2b"))
 
 
