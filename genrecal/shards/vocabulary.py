@@ -10,7 +10,7 @@ from genrecal.shards.strict_json import strict_json
 from genrecal.token_bytes import SPACE, token_bytes
 
 TOKENIZER_FILE = "tokenizer.json"
-MOST_TOKENIZER_BYTES = 2**26  # those of today's models have 2 to 35 MB
+MAX_TOKENIZER_BYTES = 2**26  # those of today's models have 2 to 35 MB
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def load_vocabulary(store: Store, folder: str = f"{TEACHER_FOLDER}/") -> tuple[V
     name = folder + TOKENIZER_FILE
     path = store.where(name)
     try:
-        return _read_vocabulary(store.read(name, 0, MOST_TOKENIZER_BYTES + 1)), ""
+        return _read_vocabulary(store.read(name, 0, MAX_TOKENIZER_BYTES + 1)), ""
     except OSError as error:
         return None, f"{path}: {error.strerror or error}: tokens are shown by their ids"
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -55,7 +55,7 @@ def load_vocabulary(store: Store, folder: str = f"{TEACHER_FOLDER}/") -> tuple[V
 
 @functools.lru_cache(maxsize=4)
 def _read_vocabulary(tokenizer: bytes) -> Vocabulary:
-    content = strict_json(tokenizer, MOST_TOKENIZER_BYTES)
+    content = strict_json(tokenizer, MAX_TOKENIZER_BYTES)
     vocab = content["model"]["vocab"]
     # BPE and WordLevel map tokens to ids; Unigram lists tokens with their scores.
     tokens = {int(i): str(token) for token, i in vocab.items()} if isinstance(vocab, dict) else {
