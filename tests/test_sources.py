@@ -258,8 +258,8 @@ def in_a_process(endpoint: str, home: Path, *data: str) -> list[Any]:
     """The hub's address is read when its library is imported."""
     done = subprocess.run(
         [sys.executable, "-c", OPEN, json.dumps(data)],
-        env=os.environ
-        | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
+        env={name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+        | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home)}
         | {"HF_HUB_ETAG_TIMEOUT": "600", "HF_HUB_DOWNLOAD_TIMEOUT": "600"},  # a busy machine's server is slow, not gone
         capture_output=True,
         text=True,

@@ -8,9 +8,8 @@ import os
 
 import pytest
 
-os.environ |= {"HF_DATASETS_OFFLINE": "1"}
-
 pytest.importorskip("lmms_eval", reason="needs lmms-eval: `make test-eval` runs these in an environment of their own")
+os.environ |= {"HF_DATASETS_OFFLINE": "1"}
 
 from conftest import conversation, write_llava
 from exported import exported_student
