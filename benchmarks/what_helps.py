@@ -60,6 +60,9 @@ MAIN = (
     Variant(name="SFT", settings="objective=sft"),
     Variant(name="GenRecal", settings="objective=genrecal"),
     Variant(name="SFT own", settings="objective=seqkd", own=True),
+    Variant(name="bytes ce", settings="objective=byte-kl"),
+    Variant(name="bytes", settings="objective=byte-kl loss.ce_weight=0"),
+    Variant(name="bytes own", settings="objective=byte-kl", own=True),
 )
 OTHERS = (
     Variant(name="aligned own", settings="objective=genrecal-aligned", own=True),
@@ -69,8 +72,6 @@ OTHERS = (
     Variant(name="dskd own", settings="objective=dskd", own=True),
     Variant(name="uld", settings="objective=uld"),
     Variant(name="dskd", settings="objective=dskd"),
-    Variant(name="bytes", settings="objective=byte-kl loss.ce_weight=0"),
-    Variant(name="bytes own", settings="objective=byte-kl", own=True),
     Variant(name="GenRecal no reg", settings="objective=genrecal loss.reg_weight=0"),
     Variant(name="GenRecal KL 3", settings="objective=genrecal loss.kl_weight=3"),
     Variant(name="GenRecal first 3", settings="objective=genrecal loss.first_token_weight=3"),
