@@ -45,7 +45,7 @@ test-vllm: $(READY)
 # lmms-eval pins versions of its own too.
 test-eval:
 	PYTHON=$(PYTHON) scripts/make_eval_env $(EVAL_VENV)
-	$(PYTHON) scripts/seams run eval $(EVAL_VENV)/bin/python -m pytest -m eval tests/end_to_end/test_lmms_eval.py tests/train/test_scores.py
+	$(PYTHON) scripts/seams run eval $(EVAL_VENV)/bin/python -m pytest -m eval tests/end_to_end/test_lmms_eval.py tests/evaluate/test_scores.py
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -24,12 +24,12 @@ from genrecal.cache.teacher import HFTeacher
 from genrecal.compare import Asking, compare, comparison_text, variants_of
 from genrecal.demo.data import Flaws, write_dataset
 from genrecal.demo.pipeline import ASSETS
+from genrecal.evaluate.evaluate import evaluate, evaluation_of, read_predictions, save_evaluation
 from genrecal.report.summary import plus_minus
 from genrecal.samples import open_samples
 from genrecal.shards.answer_source import GREEDY, AnswerSource
 from genrecal.shards.layout import CACHE_FILE
 from genrecal.shards.reader import open_cache
-from genrecal.train.evaluate import evaluate, evaluation_of, read_predictions, save_evaluation
 from genrecal.vlm.loading import load_vlm
 
 TEST_SAMPLES = 1100  # 1,504 questions

@@ -968,11 +968,11 @@ def evaluate(
         _evaluate_by_harness(model, (tasks or "").split(","), options, json_)
         return
 
+    from genrecal.evaluate.evaluate import evaluate, save_evaluation
+    from genrecal.evaluate.scores import check_metric
     from genrecal.report.summary import plus_minus
     from genrecal.samples import FieldMap, open_samples
     from genrecal.samples.survey import Reasons, survey
-    from genrecal.train.evaluate import evaluate, save_evaluation
-    from genrecal.train.scores import check_metric
     from genrecal.vlm.loading import load_vlm
 
     check_metric(metric, "--metric")
@@ -1017,7 +1017,7 @@ def evaluate(
 
 
 def _evaluate_by_harness(model: str, tasks: list[str], options: dict[str, Any], as_json: bool) -> None:
-    from genrecal.train.harness import run_lmms_eval
+    from genrecal.evaluate.harness import run_lmms_eval
 
     scores = run_lmms_eval(model, tasks, **options)
     if as_json:

@@ -26,6 +26,8 @@ import numpy as np
 import torch
 
 from genrecal.errors import DataError, GenrecalError, SampleError, TrainingError, UsageError
+from genrecal.evaluate.evaluate import Prediction, clustered_mean, evaluate, read_predictions, save_evaluation
+from genrecal.evaluate.scores import check_metric
 from genrecal.files import write_whole
 from genrecal.folders import refuse_other_content
 from genrecal.report.summary import markdown_table, plus_minus
@@ -33,11 +35,9 @@ from genrecal.run_folder import OUTPUT_FILE
 from genrecal.samples import BadRecord, SampleSet, decode_image
 from genrecal.shards.mixture import Mixture
 from genrecal.train.config import TrainConfig, config_from, read_settings
-from genrecal.train.evaluate import Prediction, clustered_mean, evaluate, read_predictions, save_evaluation
 from genrecal.train.loop import check_stages, open_for, plan_stage, train
 from genrecal.train.ranks import world_size
 from genrecal.train.run import Run, flat
-from genrecal.train.scores import check_metric
 from genrecal.vlm.checkpoint import model_digests
 from genrecal.vlm.loading import load_renderer, model_folder, resolve_device
 

@@ -13,9 +13,9 @@ from genrecal.cache.options import CacheOptions
 from genrecal.cli import main
 from genrecal.compare import Asking, _begin, rows_of, variants_of
 from genrecal.errors import DataError, UsageError
+from genrecal.evaluate.evaluate import Prediction, evaluate, read_predictions
 from genrecal.samples import open_samples
 from genrecal.train.config import load_config
-from genrecal.train.evaluate import Prediction, evaluate, read_predictions
 from genrecal.train.loop import train
 from genrecal.train.run import Run
 

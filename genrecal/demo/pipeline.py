@@ -21,6 +21,7 @@ from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.compare import Asking, Comparison, Mean, Variant, compare
 from genrecal.errors import UsageError
+from genrecal.evaluate.evaluate import Evaluation, evaluate, evaluation_of, read_predictions, save_evaluation
 from genrecal.folders import refuse_other_content
 from genrecal.report.cache_page import write_cache_page
 from genrecal.report.run_page import write_run_report
@@ -30,7 +31,6 @@ from genrecal.shards.answer_source import GREEDY, AnswerSource
 from genrecal.shards.inspect import summarize
 from genrecal.shards.reader import open_cache
 from genrecal.train.config import load_config
-from genrecal.train.evaluate import Evaluation, evaluate, evaluation_of, read_predictions, save_evaluation
 from genrecal.train.export import export
 from genrecal.train.logs import read_metrics
 from genrecal.train.run import Run

@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from genrecal.errors import ModelError, SampleError, TrainingError, UsageError
+from genrecal.evaluate.evaluate import generate, prompts_of
 from genrecal.files import temporary_path
 from genrecal.folders import refuse_other_content
 from genrecal.samples import Sample, decode_image
 from genrecal.shards.reader import Cache
-from genrecal.train.evaluate import generate, prompts_of
 from genrecal.train.run import Run
 from genrecal.vlm.checkpoint import WEIGHTS_INDEX, Checkpoint, checkpoint_names
 from genrecal.vlm.loading import VLM, empty_model, first_line, is_weight_file, load_vlm, model_folder

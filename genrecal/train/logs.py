@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from genrecal.errors import UsageError
+from genrecal.evaluate.evaluate import Evaluation, Prediction, Score, save_evaluation
 from genrecal.files import write_whole
 from genrecal.run_folder import EVALUATION, EVALUATIONS, METRICS_FILE, read_evaluations, read_lines, read_metrics
 from genrecal.shards.layout import TIERS
 from genrecal.shards.mixture import Mixture
-from genrecal.train.evaluate import Evaluation, Prediction, Score, save_evaluation
 from genrecal.train.stages import StepOutput
 from genrecal.vlm.loading import first_line
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from genrecal.errors import DataError, UsageError
+from genrecal.evaluate.evaluate import Evaluation, Prediction, ask, evaluation_of, explain_oom
+from genrecal.evaluate.scores import check_metric
 from genrecal.samples import BadRecord, SampleSet, open_samples
 from genrecal.train.advice import evaluation_ways
 from genrecal.train.config import EvaluateConfig, TrainConfig
-from genrecal.train.evaluate import Evaluation, Prediction, ask, evaluation_of, explain_oom
 from genrecal.train.ranks import Ranks
-from genrecal.train.scores import check_metric
 from genrecal.vlm.loading import VLM
 
 

@@ -11,13 +11,13 @@ from conftest import mixed_samples, write_llava
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import genrecal.train.evaluate
+import genrecal.evaluate.evaluate
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.errors import DataError, ModelError, UsageError
+from genrecal.evaluate.evaluate import evaluate
 from genrecal.samples import open_samples
 from genrecal.train.config import load_config
-from genrecal.train.evaluate import evaluate
 from genrecal.train.logs import MACHINE, read_evaluations, read_metrics
 from genrecal.train.loop import train
 from genrecal.train.midway import Midway
@@ -120,12 +120,12 @@ def test_a_run_that_goes_on_asks_nothing_twice_and_nothing_less(run_of, asked, m
 @pytest.mark.slow
 def test_out_of_memory_while_it_asks_is_one_line_and_its_advice_resumes(run_of, asked, monkeypatch):
     """Memory for two prompts at a time: an allocation that really fails for more."""
-    plain = genrecal.train.evaluate.generate_ids
+    plain = genrecal.evaluate.evaluate.generate_ids
 
     def generate_ids(model, prompts, settings):
         return plain(model, prompts, settings) if len(prompts) <= 2 else torch.empty(2**60)
 
-    monkeypatch.setattr("genrecal.train.evaluate.generate_ids", generate_ids)
+    monkeypatch.setattr("genrecal.evaluate.evaluate.generate_ids", generate_ids)
     run = run_of()
     with pytest.raises(
         ModelError, match=r"run the same command with --set evaluate\.batch_size=4, or .* to resume"

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from genrecal.errors import GenrecalError, UsageError
-from genrecal.train import harness
-from genrecal.train.harness import TaskScore, lmms_eval_command, run_lmms_eval, scores_of
+from genrecal.evaluate import harness
+from genrecal.evaluate.harness import TaskScore, lmms_eval_command, run_lmms_eval, scores_of
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genrecal.train.scores import (
+from genrecal.evaluate.scores import (
     METRICS,
     anls,
     as_number,

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from genrecal.errors import DataError, ModelError, SampleError
+from genrecal.evaluate.scores import check_metric, metric_for, score
 from genrecal.files import write_whole
 from genrecal.progress import Progress
 from genrecal.samples import BadRecord, Sample, SampleSet, decode_image
-from genrecal.train.scores import check_metric, metric_for, score
 from genrecal.vlm.generation import generate_ids, stop_tokens
 from genrecal.vlm.loading import VLM, first_line
 
@@ -62,7 +62,7 @@ class Evaluation:
     skipped: list[tuple[str, str]]
 
     def rules(self, category: str | None = None) -> dict[str, int]:
-        """How many questions each rule of `genrecal.train.scores` scored, in all or in one category; most first."""
+        """How many questions each rule of `genrecal.evaluate.scores` scored, in all or in one category; most first."""
         return dict(Counter(p.metric for p in self.predictions if category in (None, p.category)).most_common())
 
 
@@ -78,7 +78,7 @@ def evaluate(
     """Ask every user turn with the right answers of the turns before it, and score what is generated.
 
     Args:
-        metric: a name in `genrecal.train.scores.METRICS`, or "auto": `metric_for` of each question.
+        metric: a name in `genrecal.evaluate.scores.METRICS`, or "auto": `metric_for` of each question.
         batch_size: prompts that are answered at a time; each turn of a conversation is one.
         max_new_tokens: longest answer; None takes the model's generation config, or 256 where that sets none.
 

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genrecal.errors import DataError, ModelError, UsageError
+from genrecal.evaluate.evaluate import Evaluation, Prediction, _score, evaluate, prompts_of, save_evaluation
+from genrecal.evaluate.scores import metric_for, score
 from genrecal.samples import BadRecord, ImageSource, Sample, decode_image
-from genrecal.train.evaluate import Evaluation, Prediction, _score, evaluate, prompts_of, save_evaluation
-from genrecal.train.scores import metric_for, score
 from genrecal.vlm.loading import VLM, load_vlm
 
 NEW_TOKENS = 6
@@ -138,7 +138,7 @@ def test_no_more_prompts_at_a_time_than_the_batch_size(model: VLM, monkeypatch: 
 def test_a_long_answers_log_loss_is_summed_in_parts(model: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = [conversation(("q", "a long answer of several words"), images={0: 1})]
     whole = evaluate(model, samples, max_new_tokens=2).overall.log_loss
-    monkeypatch.setattr("genrecal.train.evaluate.LOGIT_ROWS", 3)
+    monkeypatch.setattr("genrecal.evaluate.evaluate.LOGIT_ROWS", 3)
     assert evaluate(model, samples, max_new_tokens=2).overall.log_loss == pytest.approx(whole, rel=1e-6)
 
 

@@ -1,0 +1,1 @@
+"""Questions to a model: its answers, their scores, and the benchmarks of lmms-eval."""
