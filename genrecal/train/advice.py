@@ -14,7 +14,7 @@ from genrecal.errors import DamageError, GenrecalError, TrainingError
 from genrecal.train.config import EvaluateConfig, TrainConfig
 from genrecal.vlm.loading import first_line
 
-RESUME = "run the same command with {} to resume from the last checkpoint"
+RESUME = "run the same command with {} to resume"
 # What allocators say where they raise a plain RuntimeError or OSError.
 NO_MEMORY = (
     "can't allocate memory",
@@ -127,5 +127,5 @@ def cannot_write(path: Path, what: str, error: Exception) -> TrainingError:
     """A file of the run that the disk did not take."""
     return TrainingError(
         f"{path}: the {what} cannot be written: {first_line(error)}; make room (or let it be written) and run the same "
-        "command again to resume from the last checkpoint"
+        "command again to resume"
     )

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from genrecal.objectives.losses import CHUNK_BYTES
 from genrecal.objectives.pairs import check_pair
 from genrecal.progress import human_bytes
 from genrecal.shards.mixture import Mixture
-from genrecal.train.config import StageConfig, TrainConfig
+from genrecal.train.config import TrainConfig
 from genrecal.train.engine import resolve_engine
-from genrecal.train.loop import plan_stage, stages_to_train
+from genrecal.train.loop import plan_stage, stages_to_train, too_few_samples
 from genrecal.train.run import student_prompt
 from genrecal.train.stages import add_lora, select_trainable
 from genrecal.vlm.cached_teacher import prompt_options
@@ -30,12 +31,12 @@ from genrecal.vlm.shape import meta_model
 
 FLOAT32 = 4
 SHOWN_ENGINES = ("none", "ddp", "zero1", "zero2", "zero3")
-CONTEXT_BYTES = 1_500_000_000  # of a GPU's memory: what the driver's context and fragmentation take
+CONTEXT_BYTES = 1_500_000_000  # GPU memory that the driver's context and fragmentation take
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Numbers of trained (float32) and frozen parameters by whose they are, and the bytes of the frozen ones."""
+    """Numbers of trained (float32) and frozen parameters by owner, and the bytes of the frozen ones."""
 
     trained: dict[str, int]
     frozen: dict[str, int]
@@ -66,7 +67,7 @@ class StageForecast:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """A dry run. `engine` is the one that the settings ask for; `fits`: each stage under it, and the disk."""
+    """A dry run. `engine` is the one that the settings ask for; `too_few`: what stops stages with too few samples."""
 
     student: str
     student_parameters: int
@@ -76,13 +77,15 @@ class Forecast:
     gpu_gigabytes: float
     stages: list[StageForecast]
     free_bytes: int
+    too_few: str
 
     @property
     def fits(self) -> bool:
-        return self.disk_bytes <= self.free_bytes and all(self.has_room(stage) for stage in self.stages)
+        """Whether `genrecal train` would start, each stage fits on a GPU, and the disk has room."""
+        enough = self.disk_bytes <= self.free_bytes and not self.too_few
+        return enough and all(self.has_room(stage) for stage in self.stages)
 
     def has_room(self, stage: StageForecast) -> bool:
-        """Whether a GPU holds the stage under the engine asked for, beside the driver's own 1.5 GB."""
         return stage.total(self.engine) + CONTEXT_BYTES <= self.gpu_gigabytes * 1e9
 
     @property
@@ -101,7 +104,7 @@ def make_forecast(
     gpus: int = 1,
     gpu_gigabytes: float = 80.0,
     stages: Sequence[int] = (1, 2, 3),
-    out: Path | None = None,
+    out: Path = Path("."),
     trust_remote_code: bool = False,
 ) -> Forecast:
     """Forecast a run on that many GPUs. Neither weights of the student nor the head or a state of the cache are read.
@@ -115,7 +118,8 @@ def make_forecast(
     for name, value in (("gpus", gpus), ("gpu-gigabytes", gpu_gigabytes)):
         if not value > 0:
             raise UsageError(f"--{name} {value}: expected more than 0")
-    for stage in stages_to_train(config, stages):
+    numbers = stages_to_train(config, stages)
+    for stage in numbers:
         for each in cache.caches:
             objective_named(config.objective)(stage, config).check_cache(config.objective, each)
     prompt = student_prompt(config, prompt_options(*cache.caches))
@@ -123,55 +127,49 @@ def make_forecast(
         check_pair(config.objective, cache.first, student, prompt=prompt, trust_remote_code=trust_remote_code)
     if not len(cache):
         raise UsageError(f"{cache.path}: no sample is left to train on")
-    found, parameters = [], 0
-    for stage in stages_to_train(config, stages):
+    plans = {}
+    for stage in numbers:
+        settings = config.stage(stage)
+        plans[stage] = plan_stage(settings, cache, global_batch=settings.batch_size * settings.accumulation * gpus)
+    # What "auto" is on the GPUs that the forecast is for, wherever it runs.
+    narrow = config.precision == "bfloat16" or (config.precision == "auto" and config.device != "cpu")
+    dtype = torch.bfloat16 if narrow else torch.float32
+    found, num_parameters = [], 0
+    for stage, plan in plans.items():
         model = meta_model(student, trust_remote_code=trust_remote_code)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        found.append(_stage(stage, config, model, cache, gpus))
+        num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        parameters = count_parameters(stage, model, config, cache, dtype)
+        longest = int((cache.column("question_tokens") + cache.column("answer_tokens"))[plan.indices].max())
+        longest = min(longest, config.max_tokens or longest)
+        activations = activation_bytes(stage, config, model.config, cache, longest, dtype)
+        every, trained_bytes = config.stage(stage).checkpoint_every, FLOAT32 * parameters.num_trained
+        checkpoints = min((plan.num_steps - 1) // every, config.keep_checkpoints + 1) if every else 0
+        found.append(
+            StageForecast(
+                stage=stage,
+                samples=plan.num_samples,
+                steps=plan.num_steps,
+                global_batch=plan.global_batch,
+                longest=longest,
+                parameters=parameters,
+                memory={
+                    name: memory_of(name, parameters, activations, gpus, offload=config.offload)
+                    for name in SHOWN_ENGINES
+                },
+                disk_bytes=(3 * checkpoints + 1) * trained_bytes,  # a checkpoint has AdamW's two moments too
+            )
+        )
     return Forecast(
         student=student,
-        student_parameters=parameters,
+        student_parameters=num_parameters,
         teacher=str(cache.first.description["teacher"]["name"]),
         engine=resolve_engine(config.engine, gpus),
         gpus=gpus,
         gpu_gigabytes=gpu_gigabytes,
         stages=found,
-        free_bytes=_free(out or Path(".")),
+        free_bytes=shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free,
+        too_few=too_few_samples(plans, config, processes=gpus),
     )
-
-
-def _stage(stage: int, config: TrainConfig, model: Any, cache: Mixture, gpus: int) -> StageForecast:
-    settings = config.stage(stage)
-    plan = plan_stage(settings, cache, global_batch=settings.batch_size * settings.accumulation * gpus)
-    # What "auto" is on the GPUs that the forecast is for, wherever it runs.
-    narrow = config.precision == "bfloat16" or (config.precision == "auto" and config.device != "cpu")
-    dtype = torch.bfloat16 if narrow else torch.float32
-    parameters = count_parameters(stage, model, config, cache, dtype)
-    longest = int((cache.column("question_tokens") + cache.column("answer_tokens"))[plan.indices].max())
-    longest = min(longest, config.max_tokens or longest)
-    activations = activation_bytes(stage, config, model.config, cache, longest, settings, dtype)
-    checkpoint = 3 * FLOAT32 * parameters.num_trained  # weights and AdamW's two moments
-    kept = 0
-    if settings.checkpoint_every:
-        kept = min((plan.num_steps - 1) // settings.checkpoint_every, config.keep_checkpoints + 1)
-    return StageForecast(
-        stage=stage,
-        samples=plan.num_samples,
-        steps=plan.num_steps,
-        global_batch=plan.global_batch,
-        longest=longest,
-        parameters=parameters,
-        memory={
-            engine: memory_of(engine, parameters, activations, gpus, offload=config.offload) for engine in SHOWN_ENGINES
-        },
-        disk_bytes=kept * checkpoint + FLOAT32 * parameters.num_trained,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Student:
-    path: str
-    model: Any
 
 
 def count_parameters(stage: int, model: Any, config: TrainConfig, cache: Mixture, dtype: torch.dtype) -> Parameters:
@@ -181,17 +179,15 @@ def count_parameters(stage: int, model: Any, config: TrainConfig, cache: Mixture
         model: the student on the meta device; LoRA is put into it where the stage has it.
         dtype: that frozen weights take where the stage trains none of the student's own.
     """
-    student = _Student(path="", model=model)
+    student = SimpleNamespace(path="", model=model)
     uses_lora = stage == 2 and config.lora.rank > 0
-    trained: dict[str, int] = {}
+    objective = objective_named(config.objective)(stage, config)
     with torch.device("meta"):
         if uses_lora:
             add_lora(student, config.lora)
         names = set(select_trainable(stage, student, config.lora))
         sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-        if names:
-            trained["LoRA" if uses_lora else "student"] = sum(sizes[name] for name in names)
-        objective = objective_named(config.objective)(stage, config)
+        trained = {"LoRA" if uses_lora else "student": sum(sizes[name] for name in names)} if names else {}
         for name, module in objective.modules(model.config, cache.hidden_size).items():
             trained[name] = sum(parameter.numel() for parameter in module.parameters())
     frozen = {"student": sum(size for name, size in sizes.items() if name not in names)}
@@ -232,7 +228,6 @@ def activation_bytes(
     student_config: Any,
     cache: Mixture,
     longest: int,
-    settings: StageConfig,
     dtype: torch.dtype,
 ) -> int:
     """What the backward pass of a micro-step of the longest samples needs, roughly; images are not counted.
@@ -242,7 +237,7 @@ def activation_bytes(
     three chunks of float32 logits at once.
     """
     text = student_config.get_text_config()
-    tokens = settings.batch_size * longest
+    tokens = config.stage(stage).batch_size * longest
     block = tokens * (8 * text.hidden_size + 4 * text.intermediate_size) * dtype.itemsize
     layers = text.num_hidden_layers if stage > 1 else 0
     layers += objective_named(config.objective)(stage, config).extra_blocks
@@ -253,13 +248,6 @@ def activation_bytes(
     return int(kept + 3 * (config.loss.chunk_rows * rows * FLOAT32 or CHUNK_BYTES))
 
 
-def _free(path: Path) -> int:
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
-
-
 def forecast_text(forecast: Forecast) -> str:
     """A dry run as lines of text."""
     lines = [
@@ -267,33 +255,26 @@ def forecast_text(forecast: Forecast) -> str:
         f"machine   {forecast.gpus} GPU(s) of {forecast.gpu_gigabytes:g} GB; engine {forecast.engine}",
     ]
     for stage in forecast.stages:
-        lines += _stage_lines(stage, forecast)
+        lines.append(
+            f"stage {stage.stage}   {stage.samples} samples, {stage.steps} steps of {stage.global_batch}; longest sample: "
+            f"{stage.longest} tokens"
+        )
+        for name, counts in (("trained", stage.parameters.trained), ("frozen", stage.parameters.frozen)):
+            lines.append(f"  {name:<10}  " + ", ".join(f"{owner} {count:,}" for owner, count in counts.items()))
+        parts = stage.memory[forecast.engine]
+        lines.append("  memory      " + "".join(f"{name:>12}" for name in (*parts, "in all")))
+        for engine, parts in stage.memory.items():
+            cells = "".join(f"{human_bytes(size):>12}" for size in (*parts.values(), stage.total(engine)))
+            chosen = "  <" if forecast.has_room(stage) else "  < NOT enough room"
+            lines.append(f"    {engine:<10}{cells}{chosen if engine == forecast.engine else ''}")
+        lines.append(f"  disk        {human_bytes(stage.disk_bytes)}")
     room = "enough" if forecast.disk_bytes <= forecast.free_bytes else "NOT enough"
-    lines.append(
-        f"disk      {human_bytes(forecast.disk_bytes)} of checkpoints and results, "
-        f"{human_bytes(forecast.free_bytes)} free, {room}"
+    disk = f"{human_bytes(forecast.disk_bytes)} of checkpoints and results, {human_bytes(forecast.free_bytes)} free, {room}"
+    return "\n".join(
+        [
+            *lines,
+            f"disk      {disk}",
+            *([f"NOT enough samples: `genrecal train` would stop: {forecast.too_few}"] if forecast.too_few else []),
+            "measure   activations are a rough formula, images not counted: `genrecal train --profile 2` measures them",
+        ]
     )
-    lines.append(
-        "measure   activations are a rough formula, images not counted: `genrecal train --profile 2` measures them"
-    )
-    return "\n".join(lines)
-
-
-TOO_FEW = "  NOT enough samples for one step: lower the stage's accumulation or train more epochs; `genrecal train` would stop"
-
-
-def _stage_lines(stage: StageForecast, forecast: Forecast) -> list[str]:
-    parameters = stage.parameters
-    lines = [
-        f"stage {stage.stage}   {stage.samples} samples, {stage.steps} steps of {stage.global_batch}; longest sample: "
-        f"{stage.longest} tokens",
-        *([TOO_FEW] if stage.samples < stage.global_batch else []),
-        "  trained     " + (", ".join(f"{name} {count:,}" for name, count in parameters.trained.items())),
-        "  frozen      " + (", ".join(f"{name} {count:,}" for name, count in parameters.frozen.items())),
-        "  memory      " + "".join(f"{name:>12}" for name in (*stage.memory[forecast.engine], "in all")),
-    ]
-    for engine, parts in stage.memory.items():
-        cells = "".join(f"{human_bytes(size):>12}" for size in (*parts.values(), stage.total(engine)))
-        chosen = "  < NOT enough room" if not forecast.has_room(stage) else "  <"
-        lines.append(f"    {engine:<10}{cells}{chosen if engine == forecast.engine else ''}")
-    return [*lines, f"  disk        {human_bytes(stage.disk_bytes)}"]

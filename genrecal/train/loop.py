@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -160,10 +160,11 @@ def check_stages(run: Run, cache: Mixture, stages: Sequence[int], global_batches
         global_batches: of "stage1" and so on, samples.
 
     Raises:
-        UsageError: a stage has no samples or fewer than a global batch, or the cache lacks what it reads.
+        UsageError: stages have no samples or fewer than a global batch, or the cache lacks what one reads.
         TrainingError: a stage begins from one that is neither finished nor to be trained.
     """
     numbers = stages_to_train(run.config, stages)
+    plans = {}
     for stage in numbers:
         if run.stage_result(stage).exists():
             continue
@@ -174,13 +175,31 @@ def check_stages(run: Run, cache: Mixture, stages: Sequence[int], global_batches
                 f"{cache.path}: stage {stage} of objective {run.config.objective} reads the teacher's question states, and "
                 "this cache has none; set loss.reg_weight=0 to train without the regularisation"
             )
-        plan = plan_stage(run.config.stage(stage), cache, global_batch=global_batches[f"stage{stage}"])
-        if plan.num_samples < plan.global_batch:
-            raise UsageError(
-                f"stage {stage} has {plan.num_samples} samples in all its epochs, fewer than one global batch of "
-                f"{plan.global_batch} (stage{stage}.batch_size x stage{stage}.accumulation x processes); lower "
-                f"stage{stage}.accumulation"
-            )
+        plans[stage] = plan_stage(run.config.stage(stage), cache, global_batch=global_batches[f"stage{stage}"])
+    if short := too_few_samples(plans, run.config, processes=max(world_size(), 1)):
+        raise UsageError(short)
+
+
+def too_few_samples(plans: Mapping[int, "StagePlan"], config: TrainConfig, *, processes: int) -> str:
+    """The stages that have fewer samples than one global batch, with the settings under which all fit; "" if all do."""
+    short = {stage: plan for stage, plan in plans.items() if plan.num_samples < plan.global_batch}
+    if not short:
+        return ""
+    found, settings = [], []
+    for stage, plan in short.items():
+        found.append(
+            f"stage {stage} has {plan.num_samples} samples in all its epochs, its global batch {plan.global_batch}"
+        )
+        batch_size = min(config.stage(stage).batch_size, plan.num_samples // processes)
+        if not batch_size:
+            return f"{found[-1]}, and each of {processes} processes takes at least one: start fewer processes"
+        if batch_size < config.stage(stage).batch_size:
+            settings.append(f"--set stage{stage}.batch_size={batch_size}")
+        settings.append(f"--set stage{stage}.accumulation={plan.num_samples // (batch_size * processes)}")
+    return (
+        f"fewer samples than one global batch (batch_size x accumulation x {processes} processes): {'; '.join(found)}; add "
+        f"{' '.join(settings)}, or train more epochs"
+    )
 
 
 def all_ranks(config: TrainConfig) -> AbstractContextManager[Ranks]:

@@ -10,10 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from genrecal.errors import UsageError
+from genrecal.folders import FolderLock
+from genrecal.run_folder import LOCK_FILE
+
 if TYPE_CHECKING:
     from genrecal.train.run import Run
 
 PARTS = ("forward", "backward", "optimizer")
+MARK = ".profile"  # a file in the folder of a profile, which may be deleted
 
 
 class Clock:
@@ -66,9 +71,20 @@ def profiled_run(run: "Run", steps: int) -> "Run":
 
 @contextmanager
 def scratch(path: Path, *, first: bool) -> Iterator[None]:
-    """A folder that is empty before and gone afterwards; rank 0 sees to it."""
+    """A folder that is empty before and gone afterwards; rank 0 sees to it.
+
+    Raises UsageError if something other than a profile, which a kill left behind, is there.
+    """
     if first:
-        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            if not (path / MARK).exists():
+                raise UsageError(
+                    f"{path}: --profile writes there and deletes it; move it away, or choose another --out"
+                )
+            with FolderLock(path / LOCK_FILE, "profiling in"):  # raises if another profile is running
+                shutil.rmtree(path)
+        path.mkdir(parents=True)
+        (path / MARK).touch()
     try:
         yield
     finally:

@@ -111,6 +111,9 @@ def test_steps_and_samples_are_those_of_the_run(trained, cache, capsys):
 def test_profile_runs_two_steps_and_keeps_nothing(trained, cache, capsys, tmp_path):
     student = trained("internvl_qwen2", 1).student
     words = ["--cache", cache.path, "--student", student, "--out", tmp_path / "run", "--profile", "2"]
+    left = tmp_path / "run.profile" / ".profile"  # as a kill leaves it
+    left.parent.mkdir()
+    left.touch()
     status, text = call(capsys, *words, "--set", "data.workers=0", "--set", "stage1.accumulation=1",
                         "--set", "stage2.accumulation=1", "--set", "stage3.accumulation=1")  # fmt: skip
     assert status == 0
@@ -134,7 +137,9 @@ def test_a_config_and_manifests_are_enough(tmp_path, capsys):
     folder = make_known(student, tmp_path / "s")
     words = ["--cache", tmp_path / "c", "--student", folder, "--out", tmp_path / "r", "--dry-run"]
     status, text = call(capsys, *words, "--gpu-gigabytes", "4", "--stages", "1", "--set", "precision=bf16")
-    assert status == 1 and "NOT enough room" in text
+    assert status == 1 and "NOT enough room" in text and "NOT enough samples" not in text
+    _, text = call(capsys, *words, "--stages", "1,3", "--set", "stage3.accumulation=999999")
+    assert "NOT enough samples: `genrecal train` would stop: " in text and "--set stage3.accumulation=" in text
     assert f"{STUDENTS[student][1]} billion parameters" in text and not (tmp_path / "r").exists()
 
 

@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from genrecal.cache.options import CacheOptions
 from genrecal.cli import main
 from genrecal.errors import TrainingError
 from genrecal.samples import open_samples
+from genrecal.train.config import TrainConfig
 from genrecal.train.engine import TorchEngine
+from genrecal.train.loop import too_few_samples
 from genrecal.train.run import Run
 from genrecal.vlm.loading import PROCESSOR_FILES
 
@@ -60,17 +64,38 @@ def told(tiny, made, tmp_path, capsys):
     return make
 
 
-def test_fewer_samples_than_a_global_batch(told):
-    status, line = told("--stages", "1,2")
-    assert status == 2 and "stage 1 has 12 samples" in line and "global batch of 64" in line
-    assert "lower stage1.accumulation" in line
+def test_fewer_samples_than_a_global_batch_is_said_once_for_all_stages(told, monkeypatch):
+    """With the defaults; following the advice, no stage is refused any more, under a launcher either."""
+    status, line = told()
+    assert (
+        status == 2 and "stage 1 has 12 samples in all its epochs, its global batch 64; stage 2 has 12 samples" in line
+    )
+    advice = re.search(r"add (--set .*), or train more epochs", line)[1].split()
+    assert advice[1::2] == ["stage1.accumulation=3", "stage2.accumulation=6", "stage3.accumulation=3"]
+    status, line = told(*advice, "--set", "stage2.batch_size=40")
+    assert status == 2 and "stage 1" not in line
+    assert "--set stage2.batch_size=12 --set stage2.accumulation=1, or" in line
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchEngine, "micro_step", lambda *_, **__: (_ for _ in ()).throw(TrainingError("stopped")))
+        begun = ["cache-facts.json", "run.json", "metrics.jsonl", "tensorboard"]
+        assert told(*advice, kept=begun) == (1, "genrecal: error: stopped")
+    plan = SimpleNamespace(num_samples=3, global_batch=64)
+    assert "4 processes takes at least one: start fewer processes" in too_few_samples(
+        {1: plan}, TrainConfig(), processes=4
+    )
 
 
 def test_a_later_stage_is_looked_at_before_the_first_is_trained(told):
-    status, line = told(*FEW, "--stages", "1,2", "--set", "stage2.batch_size=40")
-    assert status == 2 and "stage 2 has 12 samples" in line and "global batch of 80" in line
     status, line = told(*FEW, "--set", 'stage3.exclude_categories=["General VQA"]')
     assert status == 2 and "no sample has the category 'General VQA'; the cache has test" in line
+
+
+def test_a_folder_beside_the_runs_is_not_deleted_for_a_profile(told, tmp_path):
+    kept = tmp_path / "r.profile" / "precious"
+    kept.parent.mkdir()
+    kept.touch()
+    status, line = told(*FEW, "--profile", "1")
+    assert status == 2 and "r.profile: --profile writes there and deletes it; move it away" in line and kept.exists()
 
 
 @pytest.mark.parametrize("stages, missing", [("2", 1), ("3", 2), ("1,3", 2)])
