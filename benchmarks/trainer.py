@@ -39,7 +39,6 @@ from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher, LiveTeacher
 from genrecal.demo.data import write_dataset
-from genrecal.demo.models import initialise
 from genrecal.demo.pipeline import ASSETS
 from genrecal.report.summary import markdown_table
 from genrecal.samples import open_samples
@@ -262,7 +261,6 @@ def make_model(folder: Path, role: str, options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     with torch.device(options.device):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
-    initialise(model)
     processor = {path.name: path.read_bytes() for path in folder.iterdir()}
     model.save_pretrained(folder)
     for name, content in processor.items():

@@ -107,7 +107,7 @@ class Regime:
 REGIMES = {
     "wrong": Regime(flaws=Flaws(wrong_answers=0.3), variants=MAIN + OTHERS),
     "clean": Regime(),
-    "unclear": Regime(flaws=Flaws(unclear_pictures=1.0)),
+    "unclear": Regime(flaws=Flaws(unclear_images=1.0)),
     "little": Regime(samples=192),
     "much": Regime(samples=3072),
     "pruned": Regime(flaws=Flaws(wrong_answers=0.3), variants=ONE_TOKENIZER, layers=(0, 3)),
@@ -121,7 +121,7 @@ def run_regime(regime: Regime, chosen: list[str], out: Path, seeds: list[int], j
         num_samples=TEST_SAMPLES,
         split="test",
         seed=0,
-        flaws=Flaws(unclear_pictures=regime.flaws.unclear_pictures),
+        flaws=Flaws(unclear_images=regime.flaws.unclear_pictures),
     )
     train = write_dataset(out / "train", num_samples=regime.samples, split="train", seed=0, flaws=regime.flaws)
     given, own = out / "cache-given", out / "cache-own"

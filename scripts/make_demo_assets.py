@@ -1,25 +1,29 @@
-"""Make the demo's teacher and student and write them to genrecal/demo/assets as stock Hugging Face folders.
+"""Train the weights of the demo's teacher and student, which are in genrecal/demo/assets.
 
     python scripts/make_demo_assets.py
 
-The student only sees the ``pretrain`` split (captions and reading) and stays a weak model, the teacher learns every
-question type of ``train``. Both see pictures through the processors that are shipped with them. The tokenizers are the
-same on every run; the weights depend on the machine's arithmetic, so a new run gives equally good, not equal, ones.
+Configs, tokenizers, processors and templates are the files in those folders. The two models are as different as the
+method has to cope with: Qwen2-VL with a byte-level vocabulary and images of variable size, InternVL with a
+sentencepiece-like vocabulary and images of one fixed size. The student only sees the ``pretrain`` split (captions and
+reading) and stays a weak model, the teacher learns every question type of ``train``. The weights depend on the machine's
+arithmetic, so a new run gives equally good, not equal, ones.
 
 The shipped folders were made with these defaults on one thread per model of a shared 2-core Xeon (2.5 GHz), torch
 2.13.0+cpu, transformers 5.23.0: 11.5 minutes for the student (417,248 parameters), 39 for the teacher (1,592,512).
-What it printed for 1500 held-out samples (exact match of every answer; "blank" has white pictures):
+What it printed for 1500 held-out samples (exact match of every answer; "blank" has white images):
 
             all  Knowledge  Science & Math  Chart & Document  blank, all  folder loaded again
     student 46.3      50.4            27.3              64.1         5.4                 46.3
     teacher 94.9      92.5            98.0              93.9        21.7                 94.9
 
-Blank is not zero: yes or no, even or odd and questions without a picture can be guessed or known. The checks printed
+Blank is not zero: yes or no, even or odd and questions without an image can be guessed or known. The checks printed
 during training use the first held-out samples, only to watch: the last step's weights are shipped, none is selected.
 """
 
 import argparse
+import copy
 import functools
+import math
 import pathlib
 import random
 import time
@@ -32,31 +36,68 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from torch import nn
 from torch.nn import functional
 
-from genrecal.demo import data, models
+from genrecal.demo import data
 from genrecal.vlm.loading import without_video_processors
 
 ASSETS = pathlib.Path(__file__).resolve().parents[1] / "genrecal" / "demo" / "assets"
 IGNORE = -100
-# The demo's own sentences leave room in the vocabularies; everyday words of documents fill it.
-GENERAL_TEXT = (
-    "This picture shows a receipt. The total price is 25.00 and the cash paid is 30.00, so the change is 5.00.",
-    "Question: which item on the menu has the lowest price? Answer: the name and the number are on the first line.",
-    "Please read the text in the document and explain step by step how you found the answer to this question.",
-    "The table lists the name, date, address, quantity, tax, discount, subtotal and total amount of every item.",
-    "You are a helpful assistant. user: system: assistant: user assistant system",
-)
 
 
-def tokenizer_texts() -> list[str]:
-    """What both tokenizers learn their merges from."""
-    samples = data.make_samples(3000, "train", seed=99)
-    texts = [text for sample in samples for turn in sample.turns for text in (turn.question, turn.answer)]
-    return texts + ["user", "assistant", "system"] * 50 + list(GENERAL_TEXT) * 5
+@dataclass(frozen=True)
+class Vlm:
+    """A model with the processor that feeds it."""
+
+    model: transformers.PreTrainedModel
+    processor: transformers.ProcessorMixin
 
 
-# ------------------------------------------------------------------------------------------- pictures and sequences
+def untrained(folder: pathlib.Path) -> Vlm:
+    """The model of a shipped folder with new weights (from torch's global generator)."""
+    with without_video_processors():
+        processor = transformers.AutoProcessor.from_pretrained(folder)
+    model = transformers.AutoModelForImageTextToText.from_config(
+        transformers.AutoConfig.from_pretrained(folder), dtype=torch.float32
+    )
+    initialise(model)
+    return Vlm(model, processor)
+
+
+def initialise(model: Any) -> None:
+    """Scale every weight by its fan-in; norms and biases keep the library's values.
+
+    The defaults of transformers (standard deviation 0.02, layer scale 0.1) do not learn at a width of 100 within a few
+    thousand steps.
+    """
+    residual = 1 / math.sqrt(2 * model.config.get_text_config().num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        if "lambda_" in name:
+            nn.init.ones_(parameter)
+        elif "embed_tokens" in name:
+            nn.init.normal_(parameter, std=0.5)
+        elif "position_embeddings" in name or "cls_token" in name:
+            nn.init.normal_(parameter, std=0.3)
+        elif parameter.dim() >= 2:
+            outputs = ("o_proj", "down_proj", "attn.proj", "projection_layer", "fc2")
+            gain = 0.5 if "lm_head" in name else residual if any(part in name for part in outputs) else 1.0
+            nn.init.normal_(parameter, std=gain / math.sqrt(parameter[0].numel()))
+
+
+def save(vlm: Vlm, folder: pathlib.Path, name: str) -> None:
+    """Write a complete folder, the weights in bfloat16. Only parameters are cast: ``model.to`` would round the rotary
+    frequencies too."""
+    model = copy.deepcopy(vlm.model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    files = {path.name: path.read_bytes() for path in (ASSETS / name).iterdir() if path.suffix != ".safetensors"}
+    model.save_pretrained(folder)
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
+
+
+# ------------------------------------------------------------------------------------------- images and sequences
 
 
 @dataclass(frozen=True)
@@ -68,7 +109,7 @@ class Pool:
 
 
 def process_images(processor: transformers.ProcessorMixin, images: list[Image.Image]) -> torch.Tensor:
-    """Pixel tensors from the shipped image processor, one row per picture (all pictures have the demo's size)."""
+    """Pixel tensors from the shipped image processor, one row per image (all images have the demo's size)."""
     rows = []
     for start in range(0, len(images), 500):
         chunk = images[start : start + 500]
@@ -78,7 +119,7 @@ def process_images(processor: transformers.ProcessorMixin, images: list[Image.Im
 
 
 def make_pool(processor: transformers.ProcessorMixin, split: data.Split, size: int, seed: int) -> Pool:
-    """Draw ``size`` pictures of each category."""
+    """Draw ``size`` images of each category."""
     scenes, pixels = {}, {}
     for category in data.CATEGORIES:
         rng = random.Random(f"{category}/{split}/{seed}")
@@ -89,7 +130,7 @@ def make_pool(processor: transformers.ProcessorMixin, split: data.Split, size: i
 
 @dataclass(frozen=True)
 class Sequence:
-    """A tokenized conversation: labels only on the assistant's turns, its pictures, and what each answer asked."""
+    """A tokenized conversation: labels only on the assistant's turns, its images, and what each answer asked."""
 
     ids: list[int]
     labels: list[int]
@@ -148,21 +189,21 @@ class Encoder:
             ids[row, : len(item.ids)] = torch.tensor(item.ids)
             labels[row, : len(item.labels)] = torch.tensor(item.labels)
         inputs: dict[str, Any] = {"input_ids": ids}
-        pixels = [picture for item in batch for picture in item.pixels]
+        pixels = [image for item in batch for image in item.pixels]
         if self.is_teacher:
             inputs["mm_token_type_ids"] = (ids == self.processor.image_token_id).long()
         if pixels:
             inputs["pixel_values"] = torch.cat(pixels).float()
         if pixels and self.is_teacher:
-            side = data.SIZE // models.TEACHER_PATCH
+            side = data.SIZE // self.processor.image_processor.patch_size
             inputs["image_grid_thw"] = torch.tensor([[1, side, side]] * len(pixels))
         return inputs, labels
 
 
 def training_sequences(encoder: Encoder, pool: Pool, split: data.Split, seed: int) -> Iterator[Sequence]:
-    """An endless stream of conversations about the pool's pictures, with new questions every time.
+    """An endless stream of conversations about the pool's images, with new questions every time.
 
-    Conversations are longer than in the demo's data (up to six turns about a picture): the picture costs the same,
+    Conversations are longer than in the demo's data (up to six turns about an image): the image costs the same,
     so every step learns from more answers.
     """
     rng = random.Random(f"training/{split}/{seed}")
@@ -198,7 +239,7 @@ def answer_loss(model: torch.nn.Module, inputs: dict[str, torch.Tensor], labels:
     return functional.cross_entropy(model.get_output_embeddings()(hidden[keep]), wanted[keep])
 
 
-def train(vlm: models.Vlm, pool: Pool, args: argparse.Namespace, *, split: data.Split, steps: int, name: str) -> None:
+def train(vlm: Vlm, pool: Pool, args: argparse.Namespace, *, split: data.Split, steps: int, name: str) -> None:
     """AdamW with a short warm-up and cosine decay; prints the loss and now and then the held-out accuracy."""
     model, encoder = vlm.model, Encoder(vlm.processor)
     batches = training_batches(training_sequences(encoder, pool, split, args.seed), args.batch, args.seed)
@@ -225,12 +266,12 @@ def train(vlm: models.Vlm, pool: Pool, args: argparse.Namespace, *, split: data.
         if step % args.check_every == 0 or step == steps:
             print_accuracy(f"{name} step {step}", measure(vlm, encoder, check))
             if args.checkpoints:
-                models.save(vlm, args.checkpoints / name)
+                save(vlm, args.checkpoints / name, name)
     model.eval()
 
 
 def test_sequences(encoder: Encoder, num_samples: int, *, blank: bool = False) -> list[Sequence]:
-    """Held-out samples; with ``blank`` every picture is a white one."""
+    """Held-out samples; with ``blank`` every image is a white one."""
     sequences = []
     for sample in data.make_samples(num_samples, "test", seed=0):
         images = [Image.new("RGB", image.size, "white") if blank else image for image in sample.images]
@@ -243,7 +284,7 @@ Score = dict[str, list[bool]]
 
 
 @torch.no_grad()
-def measure(vlm: models.Vlm, encoder: Encoder, sequences: list[Sequence]) -> Score:
+def measure(vlm: Vlm, encoder: Encoder, sequences: list[Sequence]) -> Score:
     """Exact match of every answer (teacher-forced argmax, which equals greedy decoding's exact match) by kind."""
     score: Score = defaultdict(list)
     vlm.model.eval()
@@ -272,7 +313,7 @@ def print_accuracy(name: str, score: Score) -> None:
 
 @torch.no_grad()
 def measure_folder(folder: pathlib.Path, num_samples: int) -> float:
-    """Accuracy of a shipped folder as a user would load it: AutoProcessor on pictures and text, nothing cached."""
+    """Accuracy of a shipped folder as a user would load it: AutoProcessor on images and text, nothing cached."""
     with without_video_processors():
         processor = transformers.AutoProcessor.from_pretrained(folder)
     model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
@@ -295,15 +336,15 @@ def measure_folder(folder: pathlib.Path, num_samples: int) -> float:
     return float(np.mean(right))
 
 
-def make(name: str, vlm: models.Vlm, args: argparse.Namespace, *, split: data.Split, steps: int) -> None:
+def make(name: str, vlm: Vlm, args: argparse.Namespace, *, split: data.Split, steps: int) -> None:
     """Train one model, write its folder and check the folder."""
     started = time.perf_counter()
     if steps:
         pool = make_pool(vlm.processor, split, args.pictures, args.seed)
-        print(f"{name}: {3 * args.pictures} pictures in {time.perf_counter() - started:.0f} s", flush=True)
+        print(f"{name}: {3 * args.pictures} images in {time.perf_counter() - started:.0f} s", flush=True)
         train(vlm, pool, args, split=split, steps=steps, name=name)
     folder = args.out / name
-    models.save(vlm, folder)
+    save(vlm, folder, name)
     encoder = Encoder(vlm.processor)
     print_accuracy(f"{name} test", measure(vlm, encoder, test_sequences(encoder, args.test_samples)))
     print_accuracy(f"{name} blank", measure(vlm, encoder, test_sequences(encoder, args.test_samples, blank=True)))
@@ -320,7 +361,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--only", choices=("teacher", "student"), help="make one of the two")
     parser.add_argument("--teacher-steps", type=int, default=4000)
     parser.add_argument("--student-steps", type=int, default=3000)
-    parser.add_argument("--pictures", type=int, default=8000, help="training pictures of each category")
+    parser.add_argument("--pictures", type=int, default=8000, help="training images of each category")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -334,18 +375,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train the tokenizers, then the student a little and the teacher long."""
+    """Train the student a little and the teacher long."""
     args = parse_args()
     torch.set_num_threads(args.threads)
-    texts = tokenizer_texts()
-    if args.only != "teacher":
-        torch.manual_seed(args.seed)
-        student = models.build_student(models.student_tokenizer(texts))
-        make("student", student, args, split="pretrain", steps=args.student_steps)
-    if args.only != "student":
-        torch.manual_seed(args.seed)
-        teacher = models.build_teacher(models.teacher_tokenizer(texts))
-        make("teacher", teacher, args, split="train", steps=args.teacher_steps)
+    todo = {"student": ("pretrain", args.student_steps), "teacher": ("train", args.teacher_steps)}
+    for name, (split, steps) in todo.items():
+        if args.only in (None, name):
+            torch.manual_seed(args.seed)
+            make(name, untrained(ASSETS / name), args, split=split, steps=steps)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""The demo's questions about pictures: three categories, small pictures, answers that follow from the pixels.
+"""The demo's questions about images: three categories, small images, answers that follow from the pixels.
 
 The demo has to run offline on two CPU cores, so its data are made here: coloured shapes drawn with PIL,
 scikit-learn's real handwritten digits, and bar charts that matplotlib draws from scikit-learn's real tables. The
 digits and the table rows behind the ``test`` split never appear in ``train`` or ``pretrain``, so a test score is a
-held-out one. ``pretrain`` only describes what is in a picture (captions and reading); the questions that need
+held-out one. ``pretrain`` only describes what is in an image (captions and reading); the questions that need
 knowledge or reasoning (invented names, sums, comparisons, counting) are left to ``train``: that is what a small model
 has still to learn when the distillation starts.
 
 Every sample draws from its own random stream, seeded by split, seed and index: the same arguments give the same bytes,
-and a longer data set begins with the shorter one. `Flaws` spoil answers or pictures and leave the rest as it is.
+and a longer data set begins with the shorter one. `Flaws` spoil answers or images and leave the rest as it is.
 """
 
 import functools
@@ -26,7 +26,6 @@ from PIL import Image, ImageDraw, ImageFilter
 from sklearn import datasets
 
 Split = Literal["train", "test", "pretrain"]
-SPLITS: tuple[Split, ...] = ("train", "test", "pretrain")
 KNOWLEDGE, SCIENCE, CHART = CATEGORIES = ("Knowledge", "Science & Math", "Chart & Document")
 
 SIZE = 64
@@ -39,55 +38,16 @@ COLORS = {
     "black": (35, 35, 35),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-ROWS = ("top", "bottom")
 # One invented word for every colour and shape: nothing but memory can answer "What is the red object called?".
 _NAMES = (
-    "tamon",
-    "kelir",
-    "zudo",
-    "pevix",
-    "nahor",
-    "gribo",
-    "lumet",
-    "sokan",
-    "vidra",
-    "fumel",
-    "bexin",
-    "rolva",
-    "hupik",
-    "cadro",
-    "mizel",
-    "jonta",
-    "wekin",
-    "darpu",
-    "quvel",
-    "yosti",
-)
+    "tamon kelir zudo pevix nahor gribo lumet sokan vidra fumel bexin rolva hupik cadro mizel jonta wekin darpu quvel yosti"
+).split()
 OBJECT_NAMES = {
-    (color, shape): _NAMES[(7 * index + 3) % len(_NAMES)]
-    for index, (color, shape) in enumerate((c, s) for c in COLORS for s in SHAPES)
+    pair: _NAMES[(7 * index + 3) % len(_NAMES)] for index, pair in enumerate((c, s) for c in COLORS for s in SHAPES)
 }
 NUMBER_WORDS = (
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-)
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen"
+).split()
 
 TABLES: dict[str, Callable[[], Any]] = {
     "iris": datasets.load_iris,
@@ -101,10 +61,7 @@ BASELINE = 4
 BAR_WIDTH = 13
 BAR_SLOTS = 4
 HELD_OUT_EVERY = 5
-
-TEXT_ONLY_SHARE = 0.04
-TWO_IMAGES_SHARE = 0.05
-MULTI_TURN_SHARE = 0.25
+TEXT_ONLY_SHARE, TWO_IMAGES_SHARE, MULTI_TURN_SHARE = 0.04, 0.05, 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,13 +69,13 @@ class Flaws:
     """What is wrong with a data set.
 
     Args:
-        wrong_answers: share of answers that were given to a question of the same kind about another picture.
-        unclear_pictures: share of pictures that do not show their facts well: digits blurred or covered in part, bars
+        wrong_answers: share of answers that were given to a question of the same kind about another image.
+        unclear_images: share of images that do not show their facts well: digits blurred or covered in part, bars
             that end between two values, blurred shapes. Their answers are right.
     """
 
     wrong_answers: float = 0.0
-    unclear_pictures: float = 0.0
+    unclear_images: float = 0.0
 
 
 CLEAN = Flaws()
@@ -126,7 +83,7 @@ CLEAN = Flaws()
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and the facts it was drawn from: every question about it can be answered from the facts."""
+    """An image and the facts it was drawn from: every question about it can be answered from the facts."""
 
     category: str
     source: str
@@ -146,7 +103,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation with its pictures, in the order in which the turns show them."""
+    """One conversation with its images, in the order in which the turns show them."""
 
     id: str
     category: str
@@ -163,17 +120,13 @@ class Sample:
         return messages
 
 
-# --------------------------------------------------------------------------------------------------------- pictures
-
-
-def held_out(index: int) -> bool:
-    """Whether a digit or a table row belongs to the test split: every fifth one, so that writers and classes mix."""
-    return index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+# ------------------------------------------------------------------------------------------------------------ images
 
 
 def pool(size: int, split: Split) -> tuple[int, ...]:
-    """Indices of the digits (or of a table's rows) that a split may use; ``train`` and ``pretrain`` share theirs."""
-    return tuple(index for index in range(size) if held_out(index) == (split == "test"))
+    """Indices of the digits (or of a table's rows) that a split may use. Every fifth is held out for ``test``, so that
+    writers and classes mix; ``train`` and ``pretrain`` share the others."""
+    return tuple(i for i in range(size) if (i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == (split == "test"))
 
 
 @functools.cache
@@ -192,9 +145,8 @@ def table_levels(name: str) -> np.ndarray:
     return (1 + np.rint(np.clip(scaled, 0, 1) * (MAX_LEVEL - 1))).astype(int)
 
 
-def _shade(color: str, rng: random.Random) -> tuple[int, int, int]:
-    red, green, blue = (min(255, max(0, value + rng.randint(-20, 20))) for value in COLORS[color])
-    return red, green, blue
+def _shade(color: str, rng: random.Random) -> tuple[int, ...]:
+    return tuple(min(255, max(0, value + rng.randint(-20, 20))) for value in COLORS[color])
 
 
 def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, center: tuple[int, int], radius: int, fill: Any) -> None:
@@ -216,21 +168,17 @@ def shapes_scene(rng: random.Random, split: Split, unclear: random.Random | None
 
     Unclear: blurred, so that a square looks like a circle.
     """
-    del split  # drawn, not taken from a pool
     image = Image.new("RGB", (SIZE, SIZE), (245, 245, 245))
     draw = ImageDraw.Draw(image)
     colors = rng.sample(list(COLORS), 4)
-    cells: list[tuple[str, str] | None] = [
-        None if rng.random() < 0.2 else (color, rng.choice(SHAPES)) for color in colors
-    ]
+    cells = [None if rng.random() < 0.2 else (color, rng.choice(SHAPES)) for color in colors]
     if not any(cells):
         cells[rng.randrange(4)] = (colors[0], rng.choice(SHAPES))
     for index, cell in enumerate(cells):
-        if cell is None:
-            continue
-        x = index % 2 * HALF + HALF // 2 + rng.randint(-1, 1)
-        y = index // 2 * HALF + HALF // 2 + rng.randint(-1, 1)
-        _draw_shape(draw, cell[1], (x, y), rng.randint(11, 13), _shade(cell[0], rng))
+        if cell is not None:
+            x = index % 2 * HALF + HALF // 2 + rng.randint(-1, 1)
+            y = index // 2 * HALF + HALF // 2 + rng.randint(-1, 1)
+            _draw_shape(draw, cell[1], (x, y), rng.randint(11, 13), _shade(cell[0], rng))
     if unclear:
         image = image.filter(ImageFilter.GaussianBlur(unclear.uniform(3, 6)))
     return Scene(KNOWLEDGE, "demo-shapes", image, tuple(cells))
@@ -246,11 +194,14 @@ def digits_scene(rng: random.Random, split: Split, unclear: random.Random | None
     page = np.zeros((SIZE, SIZE), dtype=np.uint8)
     side = 28
     for position, index in enumerate(indices):
-        ink = Image.fromarray((images[index] * (255 / 16)).astype(np.uint8)).resize(
-            (side, side), Image.Resampling.BILINEAR
-        )
-        if unclear:
-            ink = _spoiled(ink, unclear)
+        ink = Image.fromarray((images[index] * (255 / 16)).astype(np.uint8))
+        ink = ink.resize((side, side), Image.Resampling.BILINEAR)
+        if unclear and unclear.random() < 0.5:
+            ink = ink.filter(ImageFilter.GaussianBlur(unclear.uniform(2.5, 4.5)))
+        elif unclear:
+            end = round(side * unclear.uniform(0.3, 0.5))
+            parts = ((0, 0, side, end), (0, side - end, side, side), (0, 0, end, side), (side - end, 0, side, side))
+            ink.paste(0, unclear.choice(parts))
         y, x = 2 + rng.randint(-1, 1), position * HALF + 2 + rng.randint(-1, 1)
         page[y : y + side, x : x + side] = np.asarray(ink)
     page[44:46, 8:56] = 120
@@ -258,45 +209,17 @@ def digits_scene(rng: random.Random, split: Split, unclear: random.Random | None
     return Scene(SCIENCE, "sklearn-digits", image, tuple(int(labels[index]) for index in indices))
 
 
-def _spoiled(ink: Image.Image, rng: random.Random) -> Image.Image:
-    """A digit, white on black, that is hard to tell from others."""
-    if rng.random() < 0.5:
-        return ink.filter(ImageFilter.GaussianBlur(rng.uniform(2.5, 4.5)))
-    side = ink.width
-    end = round(side * rng.uniform(0.3, 0.5))
-    parts = ((0, 0, side, end), (0, side - end, side, side), (0, 0, end, side), (side - end, 0, side, side))
-    covered = ink.copy()
-    covered.paste(0, rng.choice(parts))
-    return covered
-
-
-class _Chart:
-    """One matplotlib figure whose bars are moved for every chart: building a new one takes far longer."""
-
-    def __init__(self) -> None:
-        figure = Figure(figsize=(1.0, 1.0), dpi=SIZE)
-        self.canvas = FigureCanvasAgg(figure)
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.set_axis_off()
-        axes.set_xlim(0, SIZE)
-        axes.set_ylim(0, SIZE)
-        axes.hlines([BASELINE + LEVEL_PIXELS * level for level in (3, 6, 9)], 0, SIZE, colors="0.8", linewidth=0.8)
-        axes.hlines([BASELINE], 0, SIZE, colors="0.3", linewidth=1.5)
-        self.bars = axes.bar(range(BAR_SLOTS), [1] * BAR_SLOTS, width=BAR_WIDTH, zorder=3)
-
-    def render(self, bars: list[tuple[int, float, tuple[int, int, int]]]) -> Image.Image:
-        """Draw bars given as (left edge, level, colour)."""
-        for patch in self.bars:
-            patch.set_visible(False)
-        for patch, (left, level, color) in zip(self.bars, bars, strict=False):
-            patch.set_visible(True)
-            patch.set(x=left, y=BASELINE, width=BAR_WIDTH, height=level * LEVEL_PIXELS)
-            patch.set_facecolor([value / 255 for value in color])
-        self.canvas.draw()
-        return Image.fromarray(np.asarray(self.canvas.buffer_rgba())[..., :3].copy())
-
-
-_chart = functools.cache(_Chart)
+@functools.cache
+def _chart() -> tuple[FigureCanvasAgg, Any]:
+    """One matplotlib figure and its bars, which are moved for every chart: a new figure takes far longer."""
+    figure = Figure(figsize=(1.0, 1.0), dpi=SIZE)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.set_xlim(0, SIZE)
+    axes.set_ylim(0, SIZE)
+    axes.hlines([BASELINE + LEVEL_PIXELS * level for level in (3, 6, 9)], 0, SIZE, colors="0.8", linewidth=0.8)
+    axes.hlines([BASELINE], 0, SIZE, colors="0.3", linewidth=1.5)
+    return FigureCanvasAgg(figure), axes.bar(range(BAR_SLOTS), [1] * BAR_SLOTS, width=BAR_WIDTH, zorder=3)
 
 
 def chart_scene(rng: random.Random, split: Split, unclear: random.Random | None = None) -> Scene:
@@ -311,178 +234,109 @@ def chart_scene(rng: random.Random, split: Split, unclear: random.Random | None 
     values = [int(levels[row, feature]) for row in rng.sample(pool(len(levels), split), count)]
     colors = rng.sample(list(COLORS), count)
     slots = sorted(rng.sample(range(BAR_SLOTS), count))
-    bars = [
-        (
-            slot * (SIZE // BAR_SLOTS) + 1 + rng.randint(0, 1),
-            value + (unclear.uniform(-0.5, 0.5) if unclear else 0),
-            _shade(color, rng),
-        )
-        for slot, value, color in zip(slots, values, colors, strict=True)
-    ]
-    return Scene(CHART, f"sklearn-{name}", _chart().render(bars), tuple(zip(colors, values, strict=True)))
+    canvas, patches = _chart()
+    for patch in patches:
+        patch.set_visible(False)
+    for patch, slot, value, color in zip(patches, slots, values, colors, strict=False):
+        left = slot * (SIZE // BAR_SLOTS) + 1 + rng.randint(0, 1)
+        level = value + (unclear.uniform(-0.5, 0.5) if unclear else 0)
+        patch.set(x=left, y=BASELINE, width=BAR_WIDTH, height=level * LEVEL_PIXELS, visible=True)
+        patch.set_facecolor([part / 255 for part in _shade(color, rng)])
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    return Scene(CHART, f"sklearn-{name}", image, tuple(zip(colors, values, strict=True)))
 
 
-SCENES: dict[str, Callable[[random.Random, Split, random.Random | None], Scene]] = {
-    KNOWLEDGE: shapes_scene,
-    SCIENCE: digits_scene,
-    CHART: chart_scene,
-}
+SCENES = {KNOWLEDGE: shapes_scene, SCIENCE: digits_scene, CHART: chart_scene}
 
 
 def make_scene(category: str, rng: random.Random, split: Split, unclear: random.Random | None = None) -> Scene:
-    """Draw one picture of a category; an unclear one if there is a random stream that says how."""
+    """Draw one image of a category; an unclear one if there is a random stream that says how."""
     return SCENES[category](rng, split, unclear)
 
 
 # -------------------------------------------------------------------------------------------------------- questions
+
+Asked = tuple[str, str] | None  # a question and its answer; None if the image allows no such question
 
 
 def _join(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def _objects(scene: Scene) -> list[tuple[str, str]]:
-    return [cell for cell in scene.facts if cell is not None]
+def _ask_shapes(kind: str, facts: tuple[Any, ...], rng: random.Random) -> Asked:
+    objects = [cell for cell in facts if cell is not None]
+    shapes = [shape for _, shape in objects]
+    if kind == "picture":
+        return "Describe the picture.", f"There is {_join([f'a {color} {shape}' for color, shape in objects])}."
+    if kind == "row":
+        row = rng.randrange(2)
+        name = ("top", "bottom")[row]
+        cells = [f"a {cell[0]} {cell[1]}" for cell in facts[2 * row : 2 * row + 2] if cell is not None]
+        answer = f"The {name} row shows {_join(cells)}." if cells else f"The {name} row is empty."
+        return f"Describe the {name} row.", answer
+    if kind == "count":
+        if rng.random() < 0.4:
+            return "How many objects are there?", str(len(shapes))
+        shape = rng.choice(SHAPES) if rng.random() < 0.3 else rng.choice(shapes)
+        return f"How many {shape}{'es' if shape == 'cross' else 's'} are there?", str(shapes.count(shape))
+    if kind == "color":
+        single = [(color, shape) for color, shape in objects if shapes.count(shape) == 1]
+        if not single:
+            return None
+        color, shape = rng.choice(single)
+        return f"Which color is the {shape}?", color
+    color, shape = rng.choice(objects)
+    if kind == "name":
+        return f"What is the {color} object called?", OBJECT_NAMES[color, shape]
+    if kind == "shape":
+        return f"Which shape is the {color} object?", shape
+    if rng.random() < 0.5:  # exists
+        shape = rng.choice([other for other in SHAPES if (color, other) not in objects])
+    return f"Is there a {color} {shape}?", "yes" if (color, shape) in objects else "no"
 
 
-def _ask_name(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    color, shape = rng.choice(_objects(scene))
-    return f"What is the {color} object called?", OBJECT_NAMES[color, shape]
-
-
-def _ask_shape(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    color, shape = rng.choice(_objects(scene))
-    return f"Which shape is the {color} object?", shape
-
-
-def _ask_color(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
-    shapes = [shape for _, shape in _objects(scene)]
-    single = [(color, shape) for color, shape in _objects(scene) if shapes.count(shape) == 1]
-    if not single:
-        return None
-    color, shape = rng.choice(single)
-    return f"Which color is the {shape}?", color
-
-
-def _ask_count(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    shapes = [shape for _, shape in _objects(scene)]
-    if rng.random() < 0.4:
-        return "How many objects are there?", str(len(shapes))
-    shape = rng.choice(SHAPES) if rng.random() < 0.3 else rng.choice(shapes)
-    return f"How many {shape}{'es' if shape == 'cross' else 's'} are there?", str(shapes.count(shape))
-
-
-def _ask_exists(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    present = _objects(scene)
-    color, shape = rng.choice(present)
-    if rng.random() < 0.5:
-        others = [other for other in SHAPES if (color, other) not in present]
-        shape = rng.choice(others)
-    return f"Is there a {color} {shape}?", "yes" if (color, shape) in present else "no"
-
-
-def _ask_row(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    row = rng.randrange(2)
-    cells = [cell for cell in scene.facts[2 * row : 2 * row + 2] if cell is not None]
-    if not cells:
-        return f"Describe the {ROWS[row]} row.", f"The {ROWS[row]} row is empty."
-    listed = _join([f"a {color} {shape}" for color, shape in cells])
-    return f"Describe the {ROWS[row]} row.", f"The {ROWS[row]} row shows {listed}."
-
-
-def _ask_picture(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    del rng
-    listed = _join([f"a {color} {shape}" for color, shape in _objects(scene)])
-    return "Describe the picture.", f"There is {listed}."
-
-
-def _ask_digit(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def _ask_digits(kind: str, facts: tuple[Any, ...], rng: random.Random) -> Asked:
+    left, right = facts
+    if kind == "sum":
+        return "What is the sum of the digits?", str(left + right)
+    if kind == "larger":
+        return "Which digit is larger?", "left" if left > right else "right" if right > left else "equal"
+    if kind == "read":
+        return "Read the digits.", f"The left digit is {left} and the right digit is {right}."
+    if kind == "explain":
+        return "Explain the sum.", f"The digits are {left} and {right}, so the sum is {left + right}."
     side = rng.randrange(2)
-    return f"What is the {('left', 'right')[side]} digit?", str(scene.facts[side])
+    name = ("left", "right")[side]
+    if kind == "digit":
+        return f"What is the {name} digit?", str(facts[side])
+    return f"Is the {name} digit even or odd?", "odd" if facts[side] % 2 else "even"  # parity
 
 
-def _ask_sum(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    del rng
-    return "What is the sum of the digits?", str(sum(scene.facts))
-
-
-def _ask_larger(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    del rng
-    left, right = scene.facts
-    return "Which digit is larger?", "left" if left > right else "right" if right > left else "equal"
-
-
-def _ask_parity(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    side = rng.randrange(2)
-    answer = "odd" if scene.facts[side] % 2 else "even"
-    return f"Is the {('left', 'right')[side]} digit even or odd?", answer
-
-
-def _ask_read(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    del rng
-    left, right = scene.facts
-    return "Read the digits.", f"The left digit is {left} and the right digit is {right}."
-
-
-def _ask_explain(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    del rng
-    left, right = scene.facts
-    return "Explain the sum.", f"The digits are {left} and {right}, so the sum is {left + right}."
-
-
-def _ask_value(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    color, value = rng.choice(scene.facts)
-    return f"What is the value of the {color} bar?", str(value)
-
-
-def _ask_extreme(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
-    word, choose = rng.choice((("highest", max), ("lowest", min)))
-    values = [value for _, value in scene.facts]
-    best = choose(values)
-    if values.count(best) > 1:
-        return None
-    return f"Which bar is the {word}?", scene.facts[values.index(best)][0]
-
-
-def _ask_compare(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
-    (color, value), (other, other_value) = rng.sample(scene.facts, 2)
-    if value == other_value:
-        return None
-    return f"Is the {color} bar higher than the {other} bar?", "yes" if value > other_value else "no"
-
-
-def _ask_chart(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    del rng
-    listed = _join([f"the {color} bar is {value}" for color, value in scene.facts])
+def _ask_chart(kind: str, facts: tuple[Any, ...], rng: random.Random) -> Asked:
+    if kind == "value":
+        color, value = rng.choice(facts)
+        return f"What is the value of the {color} bar?", str(value)
+    if kind == "extreme":
+        word, choose = rng.choice((("highest", max), ("lowest", min)))
+        values = [value for _, value in facts]
+        best = choose(values)
+        return None if values.count(best) > 1 else (f"Which bar is the {word}?", facts[values.index(best)][0])
+    if kind == "compare":
+        (color, value), (other, other_value) = rng.sample(facts, 2)
+        if value == other_value:
+            return None
+        return f"Is the {color} bar higher than the {other} bar?", "yes" if value > other_value else "no"
+    listed = _join([f"the {color} bar is {value}" for color, value in facts])
     return "Read the chart.", f"{listed[0].upper()}{listed[1:]}."
 
 
-Ask = Callable[[Scene, random.Random], tuple[str, str] | None]
+ASK = {KNOWLEDGE: _ask_shapes, SCIENCE: _ask_digits, CHART: _ask_chart}
 # Question types by category, with their share among a category's questions.
-KINDS: dict[str, dict[str, tuple[float, Ask]]] = {
-    KNOWLEDGE: {
-        "name": (0.22, _ask_name),
-        "shape": (0.13, _ask_shape),
-        "color": (0.13, _ask_color),
-        "count": (0.12, _ask_count),
-        "exists": (0.12, _ask_exists),
-        "row": (0.14, _ask_row),
-        "picture": (0.14, _ask_picture),
-    },
-    SCIENCE: {
-        "digit": (0.20, _ask_digit),
-        "sum": (0.20, _ask_sum),
-        "larger": (0.15, _ask_larger),
-        "parity": (0.17, _ask_parity),
-        "read": (0.12, _ask_read),
-        "explain": (0.16, _ask_explain),
-    },
-    CHART: {
-        "value": (0.28, _ask_value),
-        "extreme": (0.22, _ask_extreme),
-        "compare": (0.22, _ask_compare),
-        "chart": (0.28, _ask_chart),
-    },
+KINDS = {
+    KNOWLEDGE: dict(name=0.22, shape=0.13, color=0.13, count=0.12, exists=0.12, row=0.14, picture=0.14),
+    SCIENCE: dict(digit=0.20, sum=0.20, larger=0.15, parity=0.17, read=0.12, explain=0.16),
+    CHART: dict(value=0.28, extreme=0.22, compare=0.22, chart=0.28),
 }
 CAPTION_KINDS = frozenset({"row", "picture", "read", "explain", "chart"})
 PRETRAIN_KINDS = frozenset({"shape", "color", "row", "picture", "digit", "read", "value", "chart"})
@@ -492,22 +346,19 @@ TEXT_KIND = "words"
 def ask(scene: Scene, rng: random.Random, split: Split, *, taken: frozenset[str] = frozenset()) -> Turn | None:
     """Ask something that was not asked before (``taken`` holds the questions already asked).
 
-    A plain picture allows only a few questions (two equal bars have no highest one): None when none seems left.
+    A plain image allows only a few questions (two equal bars have no highest one): None when none seems left.
     """
-    kinds = {
-        kind: entry for kind, entry in KINDS[scene.category].items() if split != "pretrain" or kind in PRETRAIN_KINDS
-    }
-    weights = [share for share, _ in kinds.values()]
+    shares = {k: share for k, share in KINDS[scene.category].items() if split != "pretrain" or k in PRETRAIN_KINDS}
     for _ in range(100):
-        kind = rng.choices(list(kinds), weights)[0]
-        asked = kinds[kind][1](scene, rng)
+        kind = rng.choices(list(shares), list(shares.values()))[0]
+        asked = ASK[scene.category](kind, scene.facts, rng)
         if asked is not None and asked[0] not in taken:
             return Turn(kind, *asked)
     return None
 
 
 def ask_text(rng: random.Random, split: Split) -> Turn:
-    """A question without a picture: sums in words (``pretrain`` only repeats a number, it has no reasoning)."""
+    """A question without an image: sums in words (``pretrain`` only repeats a number, it has no reasoning)."""
     first, second = rng.randrange(10), rng.randrange(10)
     if split == "pretrain":
         return Turn(TEXT_KIND, f"Write {first} as a word.", NUMBER_WORDS[first])
@@ -519,7 +370,7 @@ def ask_text(rng: random.Random, split: Split) -> Turn:
 
 
 def dialogue(scenes: list[Scene], turns_per_scene: list[int], rng: random.Random, split: Split) -> tuple[Turn, ...]:
-    """Several questions about each picture in turn; a picture is shown with the first question about it."""
+    """Several questions about each image in turn; an image is shown with the first question about it."""
     turns: list[Turn] = []
     for scene, count in zip(scenes, turns_per_scene, strict=True):
         taken: frozenset[str] = frozenset()
@@ -528,17 +379,17 @@ def dialogue(scenes: list[Scene], turns_per_scene: list[int], rng: random.Random
             if turn is None:
                 break
             taken |= {turn.question}
-            turns.append(Turn(turn.kind, turn.question, turn.answer, new_image=index == 0))
+            turns.append(replace(turn, new_image=index == 0))
     return tuple(turns)
 
 
 def spoil_answer(turn: Turn, category: str, rng: random.Random, split: Split) -> Turn:
-    """The turn with an answer to a question of its kind about another picture, which is not the right one here."""
+    """The turn with an answer to a question of its kind about another image, which is not the right one here."""
     while True:
         if turn.kind == TEXT_KIND:
             answer = ask_text(rng, split).answer
         else:
-            asked = KINDS[category][turn.kind][1](make_scene(category, rng, split), rng)
+            asked = ASK[category](turn.kind, make_scene(category, rng, split).facts, rng)
             answer = turn.answer if asked is None else asked[1]
         if answer != turn.answer:
             return replace(turn, answer=answer)
@@ -548,18 +399,20 @@ def make_sample(index: int, split: Split, seed: int, flaws: Flaws = CLEAN) -> Sa
     """The sample at a place in a data set: depends on nothing but the arguments; flaws draw from streams of their own."""
     rng = random.Random(f"genrecal-demo/{split}/{seed}/{index}")
     flaw = random.Random(f"genrecal-demo/flaws/{split}/{seed}/{index}")
-    name = f"{split}-{seed}-{index:06d}"
     form = rng.random()
     category = CATEGORIES[index % len(CATEGORIES)]
+
+    def scene() -> Scene:
+        return make_scene(category, rng, split, flaw if flaw.random() < flaws.unclear_images else None)
+
     scenes: list[Scene] = []
-    turns: tuple[Turn, ...]
     if form < TEXT_ONLY_SHARE:
         category, source, turns = SCIENCE, "demo-arithmetic", (ask_text(rng, split),)
     else:
         counts = [1]
-        scenes = [_flawed_scene(category, rng, split, flaw, flaws)]
+        scenes = [scene()]
         if form < TEXT_ONLY_SHARE + TWO_IMAGES_SHARE:
-            scenes.append(_flawed_scene(category, rng, split, flaw, flaws))
+            scenes.append(scene())
             counts = [rng.choice((1, 2)), 1]
         elif form < TEXT_ONLY_SHARE + MULTI_TURN_SHARE:
             counts = [rng.choice((2, 3))]
@@ -567,17 +420,11 @@ def make_sample(index: int, split: Split, seed: int, flaws: Flaws = CLEAN) -> Sa
     turns = tuple(
         spoil_answer(turn, category, flaw, split) if flaw.random() < flaws.wrong_answers else turn for turn in turns
     )
-    return Sample(name, category, source, turns, tuple(scene.image for scene in scenes))
-
-
-def _flawed_scene(category: str, rng: random.Random, split: Split, flaw: random.Random, flaws: Flaws) -> Scene:
-    return make_scene(category, rng, split, flaw if flaw.random() < flaws.unclear_pictures else None)
+    return Sample(f"{split}-{seed}-{index:06d}", category, source, turns, tuple(scene.image for scene in scenes))
 
 
 def make_samples(num_samples: int, split: Split, seed: int, flaws: Flaws = CLEAN) -> Iterator[Sample]:
     """A data set in memory, without files."""
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: expected one of {SPLITS}")
     return (make_sample(index, split, seed, flaws) for index in range(num_samples))
 
 

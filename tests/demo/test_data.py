@@ -1,5 +1,6 @@
 """The demo's data and the tokenizers of its shipped models."""
 
+import hashlib
 import json
 import pathlib
 import random
@@ -9,13 +10,11 @@ import pytest
 import transformers
 from PIL import Image
 
-import genrecal.demo
 from genrecal.demo import data
+from genrecal.demo.pipeline import ASSETS
 from genrecal.vlm.loading import without_video_processors
 
-ASSETS = pathlib.Path(next(iter(genrecal.demo.__path__))) / "assets"
 ANY_TEXT = [
-    "What is the sum of the digits?",
     " leading and  double   spaces ",
     "TOTAL\tRM 12.50\r\nCASH\n\n\n  20.00 *** 5% off!",
     "收据 总计：１２元。こんにちは 안녕",
@@ -24,45 +23,34 @@ ANY_TEXT = [
 ]
 
 
-def files_of(folder: pathlib.Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 @pytest.fixture(scope="module")
 def samples() -> list[data.Sample]:
     return list(data.make_samples(600, "train", seed=3))
 
 
-def test_the_same_arguments_give_the_same_bytes(tmp_path: pathlib.Path) -> None:
-    for name in ("first", "second"):
-        data.write_dataset(tmp_path / name, num_samples=60, split="train", seed=1)
-    assert files_of(tmp_path / "first") == files_of(tmp_path / "second")
+def written(folder: pathlib.Path, count: int, split: data.Split = "train", seed: int = 1) -> dict[str, bytes]:
+    path = data.write_dataset(folder, num_samples=count, split=split, seed=seed)
+    assert path == folder / "data.json"
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("changed", [{"seed": 2}, {"split": "test"}])
-def test_another_seed_or_split_gives_other_pictures(tmp_path: pathlib.Path, changed: dict) -> None:
-    arguments = {"num_samples": 30, "split": "train", "seed": 1}
-    data.write_dataset(tmp_path / "first", **arguments)
-    data.write_dataset(tmp_path / "second", **(arguments | changed))
-    first, second = (set(files_of(tmp_path / name).values()) for name in ("first", "second"))
-    assert not first & second
+def test_the_questions_are_those_of_the_published_table() -> None:
+    flaws = data.Flaws(wrong_answers=0.3)
+    texts = json.dumps([sample.conversations() for sample in data.make_samples(768, "train", 0, flaws)])
+    assert hashlib.sha256(texts.encode()).hexdigest()[:16] == "1d18b5d74928183e"
 
 
-def test_a_longer_data_set_begins_with_the_shorter_one() -> None:
-    short = [sample.conversations() for sample in data.make_samples(20, "train", seed=5)]
-    long = [sample.conversations() for sample in data.make_samples(40, "train", seed=5)]
-    assert long[:20] == short
-
-
-def test_an_unknown_split_is_refused() -> None:
-    with pytest.raises(ValueError, match="validation"):
-        data.make_samples(1, "validation", seed=0)  # type: ignore[arg-type]
+def test_bytes_follow_from_the_arguments(tmp_path: pathlib.Path) -> None:
+    first, again = (written(tmp_path / name, 60) for name in ("first", "again"))
+    assert first == again
+    long = written(tmp_path / "long", 90)
+    assert [first[name] == long[name] for name in first] == [name != "data.json" for name in first]
+    for other in (written(tmp_path / "seed", 30, seed=2), written(tmp_path / "test", 30, "test")):
+        assert not set(first.values()) & set(other.values())
 
 
 def test_the_written_records_are_llava_records(tmp_path: pathlib.Path) -> None:
-    path = data.write_dataset(tmp_path, num_samples=300, split="train", seed=0)
-    records = json.loads(path.read_text(encoding="utf-8"))
-    assert path == tmp_path / "data.json"
+    records = json.loads(written(tmp_path, 300)["data.json"])
     assert len({record["id"] for record in records}) == len(records) == 300
     shown = 0
     for record in records:
@@ -78,72 +66,53 @@ def test_the_written_records_are_llava_records(tmp_path: pathlib.Path) -> None:
     assert len(list((tmp_path / "images").iterdir())) == shown
 
 
-def test_every_category_is_about_a_third(samples: list[data.Sample]) -> None:
-    counts = [sum(sample.category == category for sample in samples) for category in data.CATEGORIES]
-    assert sum(counts) == len(samples)
-    assert min(counts) > len(samples) * 0.28
+def test_categories_and_forms_of_conversation(samples: list[data.Sample]) -> None:
+    def share(found: list[bool]) -> float:
+        return sum(found) / len(samples)
 
-
-def test_all_forms_of_conversation_are_present(samples: list[data.Sample]) -> None:
-    multi_turn = sum(len(sample.turns) > 1 for sample in samples) / len(samples)
-    two_images = sum(len(sample.images) == 2 for sample in samples) / len(samples)
-    text_only = sum(not sample.images for sample in samples) / len(samples)
-    assert 0.17 < multi_turn < 0.33
-    assert 0.02 < two_images < 0.1
-    assert 0.01 < text_only < 0.1
+    assert min(share([sample.category == category for sample in samples]) for category in data.CATEGORIES) > 0.28
+    assert 0.17 < share([len(sample.turns) > 1 for sample in samples]) < 0.33
+    assert 0.02 < share([len(sample.images) == 2 for sample in samples]) < 0.1
+    assert 0.01 < share([not sample.images for sample in samples]) < 0.1
     for sample in samples:
         assert sum(turn.new_image for turn in sample.turns) == len(sample.images)
-        if len(sample.images) == 2:
-            assert sample.turns[0].new_image
-            assert sample.turns[-1].new_image
-
-
-def test_no_question_is_repeated_about_a_picture() -> None:
+        assert len(sample.images) < 2 or (sample.turns[0].new_image and sample.turns[-1].new_image)
     rng = random.Random(0)
-    for category in data.CATEGORIES:
-        for _ in range(30):
-            turns = data.dialogue([data.make_scene(category, rng, "train")], [12], rng, "train")
-            assert len({turn.question for turn in turns}) == len(turns)
-
-
-def test_pretraining_only_describes() -> None:
+    for category in data.CATEGORIES * 30:  # no question is repeated about an image
+        turns = data.dialogue([data.make_scene(category, rng, "train")], [12], rng, "train")
+        assert len({turn.question for turn in turns}) == len(turns)
     kinds = {turn.kind for sample in data.make_samples(300, "pretrain", seed=0) for turn in sample.turns}
     assert kinds == data.PRETRAIN_KINDS | {data.TEXT_KIND}
 
 
-@pytest.mark.parametrize("size", [1797, 150, 178, 442, 569])
-def test_the_test_pool_is_held_out(size: int) -> None:
-    assert data.pool(size, "train") == data.pool(size, "pretrain")
-    assert not set(data.pool(size, "train")) & set(data.pool(size, "test"))
-    assert len(data.pool(size, "train")) + len(data.pool(size, "test")) == size
-    assert len(data.pool(size, "test")) == size // data.HELD_OUT_EVERY
-
-
 def test_no_test_digit_is_drawn_for_training(monkeypatch: pytest.MonkeyPatch) -> None:
     images, labels = data.digit_images()
-    visible = np.array([not data.held_out(index) for index in range(len(labels))])
-    monkeypatch.setattr(data, "digit_images", lambda: (np.where(visible[:, None, None], 0, images), labels))
+    train, test = (set(data.pool(len(labels), split)) for split in ("train", "test"))
+    assert train | test == set(range(len(labels))) and not train & test and len(test) == len(labels) // 5
+    assert set(data.pool(len(labels), "pretrain")) == train
+    visible = np.isin(np.arange(len(labels)), list(test))[:, None, None]
+    monkeypatch.setattr(data, "digit_images", lambda: (np.where(visible, images, 0), labels))
     blank = data.digits_scene(random.Random(0), "train").image
     assert np.asarray(blank)[:40].min() == 255
     assert np.asarray(data.digits_scene(random.Random(0), "test").image)[:40].min() < 100
 
 
-def test_bars_have_the_height_of_their_values() -> None:
-    rng = random.Random(4)
+@pytest.mark.parametrize("unclear", [None, random.Random(5)])
+def test_bars_have_the_height_of_their_values(unclear: random.Random | None) -> None:
+    rng, errors = random.Random(4), []
     for _ in range(20):
-        scene = data.chart_scene(rng, "train")
+        scene = data.chart_scene(rng, "train", unclear)
         pixels = np.asarray(scene.image).astype(int)
         for color, value in scene.facts:
             near = np.abs(pixels - np.array(data.COLORS[color])).max(axis=-1) <= 22
-            height = near.sum(axis=0).max()
-            assert abs(height - value * data.LEVEL_PIXELS) <= 2
+            errors.append(near.sum(axis=0).max() / data.LEVEL_PIXELS - value)
+    assert max(map(abs, errors)) < (0.5 if unclear else 0) + 2.1 / data.LEVEL_PIXELS
+    assert not unclear or np.std(errors) > 0.2  # of an even spread it is 0.29
 
 
 def test_wrong_answers_are_wrong_and_leave_the_rest_as_it_is(samples: list[data.Sample]) -> None:
     spoiled = list(data.make_samples(200, "train", seed=3, flaws=data.Flaws(wrong_answers=0.3)))
-    pairs = [
-        (old, new) for a, b in zip(samples, spoiled, strict=False) for old, new in zip(a.turns, b.turns, strict=True)
-    ]
+    pairs = [(s, t) for a, b in zip(samples, spoiled, strict=False) for s, t in zip(a.turns, b.turns, strict=True)]
     wrong = [(old, new) for old, new in pairs if old.answer != new.answer]
     assert 0.23 < len(wrong) / len(pairs) < 0.37
     assert {old.kind for old, _ in wrong} > data.CAPTION_KINDS
@@ -155,94 +124,31 @@ def test_wrong_answers_are_wrong_and_leave_the_rest_as_it_is(samples: list[data.
     assert len(found) > 5 and all(answer in form for form, answer in found)
 
 
-def test_unclear_pictures_keep_their_answers(samples: list[data.Sample]) -> None:
-    for share in (0.5, 1.0):
-        spoiled = list(data.make_samples(90, "train", seed=3, flaws=data.Flaws(unclear_pictures=share)))
-        assert [b.turns for b in spoiled] == [a.turns for a in samples[:90]]
-        changed = [
-            old.tobytes() != new.tobytes()
-            for a, b in zip(samples, spoiled, strict=False)
-            for old, new in zip(a.images, b.images, strict=True)
-        ]
-        assert abs(sum(changed) / len(changed) - share) < 0.15
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_unclear_images_keep_their_answers(samples: list[data.Sample], share: float) -> None:
+    spoiled = list(data.make_samples(90, "train", seed=3, flaws=data.Flaws(unclear_images=share)))
+    assert [b.turns for b in spoiled] == [a.turns for a in samples[:90]]
+    pairs = [(s, t) for a, b in zip(samples, spoiled, strict=False) for s, t in zip(a.images, b.images, strict=True)]
+    assert abs(np.mean([old.tobytes() != new.tobytes() for old, new in pairs]) - share) < 0.15
 
 
-def test_unclear_bars_end_within_half_a_value() -> None:
-    rng, unclear = random.Random(4), random.Random(5)
-    errors = []
-    for _ in range(20):
-        scene = data.chart_scene(rng, "train", unclear)
-        pixels = np.asarray(scene.image).astype(int)
-        for color, value in scene.facts:
-            near = np.abs(pixels - np.array(data.COLORS[color])).max(axis=-1) <= 22
-            errors.append(near.sum(axis=0).max() / data.LEVEL_PIXELS - value)
-    assert max(map(abs, errors)) < 0.5 + 2 / data.LEVEL_PIXELS
-    assert np.std(errors) > 0.2  # of an even spread it is 0.29
-
-
-@pytest.fixture(scope="module", params=["teacher", "student"])
-def tokenizer(request: pytest.FixtureRequest) -> transformers.PreTrainedTokenizerBase:
-    return transformers.AutoTokenizer.from_pretrained(ASSETS / request.param)
-
-
-@pytest.mark.parametrize("text", ANY_TEXT)
-def test_any_text_survives_the_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, text: str) -> None:
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
-    assert tokenizer.decode(ids, skip_special_tokens=True) == text
-
-
-def test_every_answer_survives_the_tokenizer(
-    tokenizer: transformers.PreTrainedTokenizerBase, samples: list[data.Sample]
-) -> None:
-    answers = sorted({turn.answer for sample in samples for turn in sample.turns})
-    lengths = []
-    for answer in answers:
-        ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-        assert tokenizer.decode(ids) == answer
-        lengths.append(len(ids))
-    assert min(lengths) == 1
-    assert 14 <= max(lengths) <= 30
-
-
-def test_both_models_close_a_turn_with_their_end_token(tokenizer: transformers.PreTrainedTokenizerBase) -> None:
-    text = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in text]
-    answered = [*text, {"role": "assistant", "content": "yes"}]
-    prompt = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
-    assert prompt == tokenizer.apply_chat_template(parts, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(answered, tokenize=False)
-    assert whole.startswith(prompt)
-    assert whole[len(prompt) :].startswith("yes" + tokenizer.eos_token)
-
-
-def test_the_two_models_split_text_differently() -> None:
-    teacher, student = (transformers.AutoTokenizer.from_pretrained(ASSETS / name) for name in ("teacher", "student"))
-    assert len(teacher) != len(student)
-    shared = set(teacher.get_vocab()) & set(student.get_vocab())
-    assert any(teacher.get_vocab()[token] != student.get_vocab()[token] for token in shared)
-    text = "The digits are 8 and 9, so the sum is 17. It is called yosti."
-    assert len(teacher.tokenize(text)) != len(student.tokenize(text))
-
-
-def test_the_folders_are_complete_and_small() -> None:
-    expected = {"config.json", "generation_config.json", "model.safetensors", "processor_config.json"}
-    expected |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    total = 0
-    for name in ("teacher", "student"):
-        files = {path.name: path.stat().st_size for path in (ASSETS / name).iterdir()}
-        assert set(files) == expected
-        total += sum(files.values())
-        config = json.loads((ASSETS / name / "processor_config.json").read_text(encoding="utf-8"))
-        assert config["video_processor"]["video_processor_type"].endswith("VideoProcessor")
-        assert config["video_processor"]["size"] == config["image_processor"]["size"]
-    assert total < 8_000_000
+@pytest.mark.parametrize("name", ["teacher", "student"])
+def test_any_text_and_every_answer_survive_the_tokenizers(name: str, samples: list[data.Sample]) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ASSETS / name)
+    for text in [*ANY_TEXT, *sorted({turn.answer for sample in samples for turn in sample.turns})]:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    chat = [{"role": "user", "content": "Hi"}]
+    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": "yes"}], tokenize=False)
+    assert whole.startswith(prompt + "yes" + tokenizer.eos_token)
 
 
 @pytest.mark.parametrize(
     ("name", "small", "large"), [("teacher", range(4, 5), range(32, 65)), ("student", range(6, 7), range(6, 7))]
 )
-def test_a_large_picture_stays_affordable(name: str, small: range, large: range) -> None:
+def test_a_large_image_stays_affordable(name: str, small: range, large: range) -> None:
     with without_video_processors():
         processor = transformers.AutoProcessor.from_pretrained(ASSETS / name)
     for size, expected in (((data.SIZE, data.SIZE), small), ((1000, 2000), large)):
