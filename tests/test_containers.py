@@ -28,7 +28,7 @@ from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.errors import DataError, FormatError, UsageError
 from genrecal.samples import BadRecord, FieldMap, ImageRef, Sample, SampleSet, Selection, open_samples, parse_split
-from genrecal.samples.table_file import SPOOLS
+from genrecal.samples.table_file import MAX_GROUPS
 from genrecal.shards.reader import open_cache
 from genrecal.shards.verify import verify_cache
 
@@ -278,7 +278,7 @@ def test_a_table_of_question_and_answer_pairs(tmp_path: Path) -> None:
         assert (sample.key, sample.source) == (f"{i:08d}", "vqa")
         assert sample.location == f"{tmp_path / 't.parquet'} row {i}"
         assert sample.messages[0].parts == (ImageRef(0), f"q{i}")
-    assert len(samples.files[0].spools.last) == SPOOLS
+    assert len(samples.files[0].groups.last) == MAX_GROUPS
 
 
 PART = pa.struct([("index", pa.int64()), ("text", pa.string()), ("type", pa.string())])

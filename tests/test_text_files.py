@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 import random
-import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from conftest import png
 
 from genrecal.errors import DataError
 from genrecal.samples import BadRecord, Sample, open_samples
-from genrecal.samples.text_file import CHUNK
 
 RECORDS: list[dict[str, Any]] = [
     {
@@ -112,29 +110,6 @@ def test_fields_beside_the_list_are_named(folder: Path) -> None:
     assert opened(folder, "e.json", pretty(RECORDS)).files[0].unread == ()
     [bad] = opened(folder, "f.json", pretty({"columns": ["question", "answer"], "data": [["q", "a"]]}))
     assert isinstance(bad, BadRecord) and "its fields are 'columns, data'" in bad.reason
-
-
-@pytest.mark.parametrize("size", [10, CHUNK - 3, CHUNK, 3 * CHUNK + 1])
-def test_records_over_the_bounds_of_what_is_read_at_once(folder: Path, size: int) -> None:
-    """Characters of two, three and four bytes and numbers are cut anywhere."""
-    texts = ["é" * size, "中🙂" * size, '\\"' * size, "x"]
-    records = [
-        {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "a"}], "n": -(10**30) - i}
-        for i, text in enumerate(texts)
-    ]
-    for content in (pretty(records), "".join(map(pretty, records)), pretty({"data": records})):
-        assert [sample.messages[0].text for sample in opened(folder, "d.json", content)] == texts
-
-
-def test_an_array_is_indexed_in_bounded_memory(folder: Path) -> None:
-    """However many records it has: LLaVA's is a gigabyte in one file."""
-    text = pretty([record | {"more": "x" * 15_000} for record in RECORDS * 400])
-    (folder / "d.json").write_text(text)
-    tracemalloc.start()
-    samples = open_samples([folder / "d.json"])
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert len(samples) == 2800 and peak < 16 * CHUNK < len(text) / 2
 
 
 def test_lines_that_are_lists_are_lines(folder: Path) -> None:

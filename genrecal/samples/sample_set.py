@@ -18,7 +18,7 @@ from genrecal.samples.data_files import DATA_SUFFIXES, Source, find_sources
 from genrecal.samples.fields import FieldMap
 from genrecal.samples.record import parse_record, record_names
 from genrecal.samples.sample import BadRecord, Sample
-from genrecal.samples.table_file import TABLE_SUFFIXES, Spools, open_table
+from genrecal.samples.table_file import TABLE_SUFFIXES, RowGroups, open_table
 from genrecal.samples.tar_file import TarFile
 from genrecal.samples.text_file import TEXT_SUFFIXES, TextFile, data_suffix
 
@@ -207,7 +207,7 @@ def open_samples(
     if nothing is selected.
     """
     sources = [source for path in paths for source in find_sources(str(path))]
-    openers, spools = [_opener(source.path) for source in sources], Spools()
+    openers, groups = [_opener(source.path) for source in sources], RowGroups()
     remote = sum(source.remote for source in sources)
     progress = Progress("fetch", remote, "files", shown=remote > 0)
 
@@ -218,7 +218,7 @@ def open_samples(
             path.open("rb").close()
         except OSError as error:
             raise DataError(f"{path}: {error.strerror or error}") from None
-        return opener(path, spools)
+        return opener(path, groups)
 
     enough = limit if limit is not None and (selection or Selection()).takes_all else math.inf
     opened: list[RecordFile] = []
@@ -243,7 +243,7 @@ def open_samples(
     return samples
 
 
-Opener = Callable[[Path, Spools], RecordFile]
+Opener = Callable[[Path, RowGroups], RecordFile]
 
 
 def _opener(path: PurePath) -> Opener:

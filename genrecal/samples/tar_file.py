@@ -1,16 +1,17 @@
-"""WebDataset tars: a record is `KEY.json` and its pictures `KEY.jpg`, `KEY.0.png` and so on, one after another.
+"""WebDataset tars: a record is `KEY.json` and its images `KEY.jpg`, `KEY.0.png` and so on, one after another.
 
-A tar is walked once for the place of each member; members are then read from where they stand, and nothing is extracted.
+A tar is walked once for the place of each record; members are then read from where they stand, and nothing is extracted.
 """
 
 import hashlib
+import itertools
 import re
 import tarfile
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -20,73 +21,76 @@ from genrecal.samples.sample import ImageSource, read_part
 from genrecal.samples.shapes import parse_json
 from genrecal.samples.sources import MEMBERS, Members, printable
 
-MOST_HEADER_BYTES = 2**20  # of a long name or pax records, which are read whole
-MOST_JSON_BYTES = 2**26
+MAX_JSON_BYTES = 2**26
 BLOCK = 512
 TAR_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError, MemoryError)
 
 
 @dataclass
 class TarFile:
-    """One tar with the place of every member of a record, in 24 bytes a member and the length of its key a record."""
+    """One tar with the place of each record's first member."""
 
     path: Path
-    keys: bytes  # one after another
-    key_ends: np.ndarray  # int64 [records]
-    member_ends: np.ndarray  # int64 [records], of rows of `members`
-    members: np.ndarray  # int64 [members, 3]: number of the extension, first byte, bytes
-    extensions: list[str]
+    starts: np.ndarray  # int64 [records], in bytes
     digest: str
 
     def __len__(self) -> int:
-        return len(self.key_ends)
+        return len(self.starts)
 
     def location(self, row: int) -> str:
         """The tar and the record's key."""
-        return f"{self.path}:{self._key(row)}"
+        return f"{self.path}:{next(self._headers(row))[0]}"
 
     def record(self, row: int) -> Any:
         """The record's JSON, with what stands beside it under MEMBERS. Raises SampleError if it is missing or broken."""
-        members = self._members(row)
-        record = self._json(row, members)
+        key, members = self._members(row)
+        record = self._json(key, members)
         if isinstance(record, dict):
             images = self._images(members)
             others = tuple(name for name in members if name not in images and name != "json")
-            record[MEMBERS] = Members(key=self._key(row), images=images, others=others)
+            record[MEMBERS] = Members(key=key, images=images, others=others)
         return record
 
     def labels(self) -> Iterator[Any]:
         """The JSON members alone; None for a broken one."""
         for row in range(len(self)):
             try:
-                yield self._json(row, self._members(row))
+                yield self._json(*self._members(row))
             except SampleError:
                 yield None
 
     def sha256(self) -> str:
-        """Of the members' names and sizes and the JSON members' bytes: all but what the pictures show."""
+        """Of the members' names and sizes and the JSON members' bytes: all but what the images show."""
         return self.digest
 
-    def _key(self, row: int) -> str:
-        start = int(self.key_ends[row - 1]) if row else 0
-        return self.keys[start : int(self.key_ends[row])].decode("utf-8", "surrogateescape")
+    def _headers(self, row: int) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+        """Key, extension and header of each of a record's members."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(int(self.starts[row]))
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    found = _regular_members(tar)
+                    first = next(found)
+                    yield first
+                    yield from itertools.takewhile(lambda header: header[0] == first[0], found)
+        except TAR_ERRORS as error:
+            raise DataError(f"{self.path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
-    def _members(self, row: int) -> dict[str, tuple[int, int]]:
-        """First byte and size of each member, by extension."""
-        start = int(self.member_ends[row - 1]) if row else 0
-        rows = self.members[start : int(self.member_ends[row])].tolist()
-        members = {self.extensions[number]: (first, size) for number, first, size in rows}
-        if len(members) < len(rows):
-            raise SampleError(f"two members of {printable(self._key(row))} have the same extension")
-        return members
+    def _members(self, row: int) -> tuple[str, dict[str, tuple[int, int]]]:
+        """A record's key; and by extension the first byte and the size of each member."""
+        headers = list(self._headers(row))
+        members = {extension: (member.offset_data, member.size) for _, extension, member in headers}
+        if len(members) < len(headers):
+            raise SampleError(f"two members of {printable(headers[0][0])} have the same extension")
+        return headers[0][0], members
 
-    def _json(self, row: int, members: dict[str, tuple[int, int]]) -> Any:
-        key = printable(self._key(row))
+    def _json(self, key: str, members: dict[str, tuple[int, int]]) -> Any:
+        key = printable(key)
         if "json" not in members:
             raise SampleError(f"no {key}.json beside its other members")
         start, size = members["json"]
-        if size > MOST_JSON_BYTES:
-            raise SampleError(f"{key}.json of {size} bytes is over the limit of {MOST_JSON_BYTES}")
+        if size > MAX_JSON_BYTES:
+            raise SampleError(f"{key}.json of {size} bytes is over the limit of {MAX_JSON_BYTES}")
         try:
             record = parse_json(read_part(self.path, start, size))
         except OSError as error:
@@ -123,56 +127,33 @@ def _numbers_by_value(name: str) -> list[Any]:
     return [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", name)]
 
 
-# ------------------------------------------------------------------------------------------------------------- the walk
-
-
-class _Member(tarfile.TarInfo):
-    """A member whose headers are of a bounded size."""
-
-    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        if self.type not in tarfile.REGULAR_TYPES and self.size > MOST_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {self.size} bytes; the limit is {MOST_HEADER_BYTES}")
-        return cast(tarfile.TarInfo, super()._proc_member(tar))  # type: ignore[misc]
+def _regular_members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Key, extension and header of each file whose name has both, as the webdataset library splits names."""
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined]  # it would keep every one
+        match = re.match(r"((?:.*/|)[^/.]+)\.([^/]*)$", member.name, re.DOTALL)
+        if match and member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and member.sparse is None:
+            yield match[1], match[2].lower(), member
 
 
 def _walk(path: Path, file: BinaryIO) -> TarFile:
-    """Group the members as the webdataset library does: what has the same name up to its first dot, and stands together."""
+    """Group the members as the webdataset library does: what has the same key and stands together."""
     size = file.seek(0, 2)
     file.seek(0)
-    digest = hashlib.sha256()
-    keys, key_ends, member_ends, members = bytearray(), array("q"), array("q"), array("q")
-    numbers: dict[str, int] = {}
-    current: str | None = None
-    with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as tar:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # it would keep every one
-            match = re.match(r"((?:.*/|)[^/.]+)\.([^/]*)$", member.name, re.DOTALL)
-            if match is None or member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.sparse is not None:
-                continue
-            key, extension = match[1], match[2].lower()
+    digest, starts, current = hashlib.sha256(), array("q"), None
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for key, extension, member in _regular_members(tar):
             if member.offset_data + member.size > size:
                 raise tarfile.ReadError(f"it breaks off in {printable(member.name)}; copy it again")
             if key != current:
                 current = key
-                keys += key.encode("utf-8", "surrogateescape")
-                key_ends.append(len(keys))
-                member_ends.append(len(members) // 3)
-            members.extend((numbers.setdefault(extension, len(numbers)), member.offset_data, member.size))
-            member_ends[-1] += 1
+                starts.append(member.offset)
             digest.update(f"{member.name!a} {member.size}\n".encode())
-            if extension == "json" and member.size <= MOST_JSON_BYTES:
+            if extension == "json" and member.size <= MAX_JSON_BYTES:
                 file.seek(member.offset_data)
                 digest.update(file.read(member.size))
         _check_end(file, tar.offset)
-    return TarFile(
-        path=path,
-        keys=bytes(keys),
-        key_ends=np.array(key_ends, np.int64),
-        member_ends=np.array(member_ends, np.int64),
-        members=np.array(members, np.int64).reshape(-1, 3),
-        extensions=list(numbers),
-        digest=digest.hexdigest(),
-    )
+    return TarFile(path, np.array(starts, np.int64), digest.hexdigest())
 
 
 def _check_end(file: BinaryIO, offset: int) -> None:

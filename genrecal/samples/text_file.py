@@ -1,6 +1,6 @@
 """JSON and CSV files, plain or compressed. Opening one keeps the place of each record, not the records.
 
-The content of a JSON file decides how it is read, not its suffix: an array, `{"data": [...]}`, one value a line, or one
+The content of a JSON file decides how it is read, not its suffix: an array, `{"data": [...]}`, one value per line, or one
 value after another.
 """
 
@@ -9,6 +9,7 @@ import csv
 import hashlib
 import io
 import json
+import mmap
 import os
 import re
 import sys
@@ -28,31 +29,30 @@ from genrecal.samples.shapes import parse_json
 CSV_SUFFIXES = (".csv", ".tsv")
 TEXT_SUFFIXES = (".json", ".jsonl", ".ndjson", *CSV_SUFFIXES)
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-CHUNK = 2**20  # bytes or characters that are read at a time
-LONGEST_LITERAL = 16  # characters of what JSON errors point to the start of, such as -Infinity or \uXXXX
+CHUNK = 2**20  # bytes that are unpacked at a time
 NO_UTF8 = "not UTF-8 text"
+JSON_ERRORS = (ValueError, RecursionError)
 
 
 @dataclass
 class TextFile:
-    """One open data file with the byte range and the first line of each record."""
+    """One open data file with the place of each record."""
 
     path: Path
     stream: BinaryIO
-    ranges: np.ndarray  # int64 [records, 2]: first byte, end
-    lines: np.ndarray  # int64 [records]: 1-based
+    places: np.ndarray  # int64 [records, 3]: first byte, end, line counted from 1
     unread: tuple[str, ...] = ()  # fields beside the list of records
 
     def __len__(self) -> int:
-        return len(self.ranges)
+        return len(self.places)
 
     def location(self, row: int) -> str:
-        """Where a record begins."""
-        return f"{self.path}:{int(self.lines[row])}"
+        """The file and the line where a record begins."""
+        return f"{self.path}:{int(self.places[row, 2])}"
 
     def record(self, row: int) -> Any:
         """One record. Raises SampleError if it is no JSON, DataError if the file cannot be read."""
-        start, end = (int(value) for value in self.ranges[row])
+        start, end, _ = self.places[row].tolist()
         try:
             data = os.pread(self.stream.fileno(), end - start, start)  # by several threads at once
         except OSError as error:
@@ -60,7 +60,7 @@ class TextFile:
         return parse_json(data)
 
     def labels(self) -> Iterator[Any]:
-        """Of every record what it is called by: here the record itself, or None for a broken one."""
+        """All records, or None for a broken one."""
         for row in range(len(self)):
             try:
                 yield self.record(row)
@@ -68,7 +68,7 @@ class TextFile:
                 yield None
 
     def sha256(self) -> str:
-        """Of the file as it is."""
+        """Digest of the file as it is."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -76,16 +76,18 @@ class TextFile:
     def open(cls, path: Path) -> "TextFile":
         """Find every record's place. Raises DataError for a file that is not UTF-8 text, or an array that breaks off."""
         stream = _plain(path)
-        start, places = _encoding_mark(path, stream), _Places()
-        if data_suffix(path).startswith(CSV_SUFFIXES):
+        start, places, beside = _encoding_mark(path, stream), array("q"), list[str]()
+        is_csv = data_suffix(path).startswith(CSV_SUFFIXES)
+        if is_csv:
             stream = spooled(path, _csv_as_json(path, stream, places))
-            return CsvFile(path, stream, *places.arrays())
-        places = _json_places(path, stream, start)
-        return cls(path, stream, *places.arrays(), tuple(places.unread))
+        else:
+            places = _json_places(path, stream, start, beside)
+        table = np.array(places, np.int64).reshape(-1, 3)
+        return (CsvFile if is_csv else cls)(path, stream, table, tuple(beside))
 
 
 class CsvFile(TextFile):
-    """A CSV file, whose rows lie as JSON objects in a temporary file; in place of a bad row, the reason as a string."""
+    """A CSV file, whose rows are JSON objects in a temporary file; in place of a bad row, the reason as a string."""
 
     def record(self, row: int) -> Any:
         """The row's text by column, without the empty cells. Raises SampleError for a bad row."""
@@ -95,21 +97,6 @@ class CsvFile(TextFile):
         return record
 
 
-class _Places:
-    """Where records are, in 24 bytes a record."""
-
-    def __init__(self) -> None:
-        self.ranges, self.lines = array("q"), array("q")
-        self.unread: list[str] = []
-
-    def add(self, start: int, end: int, line: int) -> None:
-        self.ranges.extend((start, end))
-        self.lines.append(line)
-
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.array(self.ranges, np.int64).reshape(-1, 2), np.array(self.lines, np.int64)
-
-
 def data_suffix(path: PurePath) -> str:
     """The suffix that says what a file holds, in lower case, with that of its compression: ".jsonl.gz"."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
@@ -117,11 +104,9 @@ def data_suffix(path: PurePath) -> str:
 
 
 def _plain(path: Path) -> BinaryIO:
-    """The file, or its content in a temporary file if it is compressed: records are read from where they stand."""
+    """The file, or its content in a temporary file if it is compressed."""
     compression = COMPRESSIONS.get(path.suffix.lower())
-    if compression is None:
-        return path.open("rb")
-    return spooled(path, _unpacked(path, compression))
+    return path.open("rb") if compression is None else spooled(path, _unpacked(path, compression))
 
 
 def _unpacked(path: Path, compression: str) -> Iterator[bytes]:
@@ -141,14 +126,19 @@ def spooled(path: Path, pieces: Iterator[bytes]) -> BinaryIO:
             file.write(piece)
         file.seek(0)
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be unpacked into {tempfile.gettempdir()}: {error.strerror or error}; set TMPDIR to another folder"
-        ) from None
+        raise no_room(path, error) from None
     return file
 
 
+def no_room(path: Path, error: OSError) -> DataError:
+    """The error of a temporary folder that is full or missing."""
+    return DataError(
+        f"{path}: cannot be unpacked into {tempfile.gettempdir()}: {error.strerror or error}; set TMPDIR to another folder"
+    )
+
+
 def _encoding_mark(path: Path, stream: BinaryIO) -> int:
-    """How many bytes UTF-8's byte order mark takes. Raises DataError for UTF-16 and UTF-32."""
+    """The size of UTF-8's byte order mark, in bytes. Raises DataError for UTF-16 and UTF-32."""
     start = stream.read(4)
     stream.seek(0)
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in start:
@@ -159,64 +149,65 @@ def _encoding_mark(path: Path, stream: BinaryIO) -> int:
 # ------------------------------------------------------------------------------------------------------------------- JSON
 
 
-def _json_places(path: Path, stream: BinaryIO, start: int) -> _Places:
-    """Where the records of a JSON file are, whichever way it is written."""
-    places, first = None, _Text(stream, start).skip()
-    if first == "[":
+def _json_places(path: Path, stream: BinaryIO, start: int, beside: list[str]) -> "array[int]":
+    """First byte, end and line of each record; `beside` gets the names of fields beside the list of records."""
+    stream.seek(start)
+    first_line = next((line.strip() for line in stream if line.strip()), b"")
+    places = None
+    if first_line.startswith(b"["):
         places = _array_places(path, _Text(stream, start))
-    elif not _first_line_is_json(stream, start):
+    elif first_line and not _is_json(first_line):
         places = _value_places(_Text(stream, start))
-    places = places or _line_places(stream, start)
-    if first == "{" and len(places.lines) == 1:
-        places = _data_places(path, _Text(stream, start)) or places
+    if places is None:
+        places = _line_places(stream, start)
+    if first_line.startswith(b"{") and len(places) == 3:
+        places = _data_places(_Text(stream, start), beside) or places
     return places
 
 
-def _first_line_is_json(stream: BinaryIO, start: int) -> bool:
-    stream.seek(start)
+def _is_json(text: bytes) -> bool:
     try:
-        json.loads(next((line for line in stream if line.strip()), b""))
-    except (ValueError, RecursionError):
+        json.loads(text)
+    except JSON_ERRORS:
         return False
     return True
 
 
-def _line_places(stream: BinaryIO, start: int) -> _Places:
-    """A value on each line, where a broken one costs only itself."""
-    places = _Places()
+def _line_places(stream: BinaryIO, start: int) -> "array[int]":
+    """One value per line, where a broken one costs only itself."""
+    places = array("q")
     stream.seek(start)
     for number, line in enumerate(stream, start=1):
         if line.strip():
-            places.add(start, start + len(line), number)
+            places.extend((start, start + len(line), number))
         start += len(line)
     return places
 
 
-def _value_places(text: "_Text") -> _Places | None:
+def _value_places(text: "_Text") -> "array[int] | None":
     """One value after another, each over any number of lines; None where they break off."""
-    places = _Places()
+    places = array("q")
     try:
         while text.skip():
-            text.value()
-            places.add(*text.place)
-    except (ValueError, RecursionError):
+            text.value(places)
+    except JSON_ERRORS:
         return None
     return places
 
 
-def _array_places(path: Path, text: "_Text") -> _Places | None:
+def _array_places(path: Path, text: "_Text") -> "array[int] | None":
     """The elements of a JSON array; None where the array, whole or broken, is the first line of several."""
-    places = _Places()
+    places = array("q")
     text.take("[")
     first_line = text.line
     try:
-        _add_elements(text, places)
-    except (ValueError, RecursionError) as error:
+        text.elements(places)
+    except JSON_ERRORS as error:
         if text.line == first_line and text.has_more_lines():
             return None
         raise DataError(
-            f"{path}:{text.line}: the JSON array breaks off in record {len(places.lines) + 1}: "
-            f"{getattr(error, 'msg', error)}; mend the file, or write one record a line, where only the broken line is lost"
+            f"{path}:{text.line}: the JSON array breaks off in record {len(places) // 3 + 1}: "
+            f"{getattr(error, 'msg', error)}; mend the file, or write one record per line, where only the broken line is lost"
         ) from None
     one_line = text.line == first_line
     if rest := text.skip():
@@ -226,9 +217,9 @@ def _array_places(path: Path, text: "_Text") -> _Places | None:
     return places
 
 
-def _data_places(path: Path, text: "_Text") -> _Places | None:
+def _data_places(text: "_Text", beside: list[str]) -> "array[int] | None":
     """The elements of the list `data` of the file's only object; None if it has no such list."""
-    places = _Places()
+    places, names = array("q"), []
     try:
         text.take("{")
         while text.skip(",") != "}":
@@ -238,92 +229,70 @@ def _data_places(path: Path, text: "_Text") -> _Places | None:
                 text.take("[")
                 if text.skip() != "{":
                     return None
-                _add_elements(text, places)
+                text.elements(places)
             else:
                 text.value()
-                places.unread.append(name)
-    except (ValueError, RecursionError):
+                names.append(name.encode("latin-1").decode("utf-8", "replace"))
+    except JSON_ERRORS:
         return None
-    return places if len(places.lines) else None
-
-
-def _add_elements(text: "_Text", places: _Places) -> None:
-    """The elements up to the array's end, which is taken too."""
-    while text.skip(",") != "]":
-        text.value()
-        places.add(*text.place)
-    text.take("]")
+    if places:
+        beside += names
+    return places or None
 
 
 class _Text:
-    """A stream's text, decoded a piece at a time, with the byte and the line that is read next.
+    """A file's JSON with one character per byte (Latin-1), so that places in the text are places in the file.
 
     Raises ValueError or RecursionError for what is no JSON; bytes that are no UTF-8 are left to whoever reads the record.
     """
 
     def __init__(self, stream: BinaryIO, start: int):
-        stream.seek(start)
-        self.stream, self.byte, self.line = stream, start, 1
-        self.text, self.at = "", 0
-        self.place = (start, start, 1)  # of the value that was read last: first byte, end, line
-        self._decoder, self._parser = codecs.getincrementaldecoder("utf-8")("surrogateescape"), json.JSONDecoder()
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            self.text = str(data, "latin-1")
+        self.at, self.line = start, 1
+        self._parser = json.JSONDecoder()
 
     def skip(self, characters: str = "") -> str:
-        """Go past white space and these characters; the next character, or "" at the end."""
-        while True:
-            self._go_to(re.compile(rf"[ \t\r\n{characters}]*").match(self.text, self.at).end())  # type: ignore[union-attr]
-            if self.at < len(self.text):
-                return self.text[self.at]
-            if not self._read_on():
-                return ""
+        """Move past white space and these characters; the next character, or "" at the end."""
+        self._move(re.compile(rf"[ \t\r\n{characters}]*").match(self.text, self.at).end())  # type: ignore[union-attr]
+        return self.text[self.at : self.at + 1]
 
     def take(self, character: str) -> None:
-        """Go past this one, and white space before it."""
+        """Move past white space and this character."""
         if (found := self.skip()) != character:
             raise ValueError(f"expected {character!r}, got {found!r}")
-        self._go_to(self.at + 1)
+        self._move(self.at + 1)
 
-    def value(self) -> Any:
-        """The next JSON value."""
+    def value(self, places: "array[int] | None" = None) -> Any:
+        """The next JSON value, whose place is added to `places`."""
         self.skip()
-        while True:
-            try:
-                value, end = self._parser.raw_decode(self.text, self.at)
-            except json.JSONDecodeError as error:
-                cut_off = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - LONGEST_LITERAL
-                if cut_off and self._read_on():
-                    continue
-                raise
-            if end == len(self.text) and self._read_on():
-                continue  # a number may go on
-            start, line = self.byte, self.line
-            self._go_to(end)
-            self.place = (start, self.byte, line)
-            return value
+        start, line = self.at, self.line
+        value, end = self._parser.raw_decode(self.text, start)
+        self._move(end)
+        if places is not None:
+            places.extend((start, end, line))
+        return value
+
+    def elements(self, places: "array[int]") -> None:
+        """The elements up to the array's end, and the end."""
+        while self.skip(",") != "]":
+            self.value(places)
+        self.take("]")
 
     def has_more_lines(self) -> bool:
-        """Whether anything stands on a later line."""
-        self.stream.seek(self.byte)
-        self.stream.readline()
-        return any(line.strip() for line in self.stream)
+        """Whether a later line has any content."""
+        return re.compile(r"\n[ \t\r\n]*[^ \t\r\n]").search(self.text, self.at) is not None
 
-    def _go_to(self, at: int) -> None:
-        passed, self.at = self.text[self.at : at], at
-        self.byte += len(passed.encode("utf-8", "surrogateescape"))
-        self.line += passed.count("\n")
-
-    def _read_on(self) -> bool:
-        """Read as much again as there is, so that a long value is not parsed too often; False at the end."""
-        data = self.stream.read(max(CHUNK, len(self.text) - self.at))
-        self.text, self.at = self.text[self.at :] + self._decoder.decode(data, final=not data), 0
-        return bool(data)
+    def _move(self, at: int) -> None:
+        self.line += self.text.count("\n", self.at, at)
+        self.at = at
 
 
 # -------------------------------------------------------------------------------------------------------------------- CSV
 
 
-def _csv_as_json(path: Path, stream: BinaryIO, places: _Places) -> Iterator[bytes]:
-    """The rows as JSON; `places` gets where they come to stand, and their first lines."""
+def _csv_as_json(path: Path, stream: BinaryIO, places: "array[int]") -> Iterator[bytes]:
+    """The rows as JSON; `places` gets the place of each in it, and its line in the file."""
     csv.field_size_limit(sys.maxsize)  # an image in base64 is one cell
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
     first = text.readline()
@@ -339,7 +308,7 @@ def _csv_as_json(path: Path, stream: BinaryIO, places: _Places) -> Iterator[byte
         for cells in rows:
             if cells:
                 data = json.dumps(_csv_record(names, cells)).encode()
-                places.add(end, end + len(data), line)
+                places.extend((end, end + len(data), line))
                 end += len(data)
                 yield data
             line = rows.line_num + 1
