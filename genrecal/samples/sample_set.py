@@ -149,13 +149,6 @@ class SampleSet(Sequence[Sample | BadRecord]):
             names = record_names(record, index=place, fields=self.fields)
             return BadRecord(location=location, reason=str(error), **names)
 
-    def places_of(self, number: int, rows: range) -> range:
-        """The places of those of a file's rows that are taken."""
-        ends = int(self._starts[number]) + np.array([rows.start, rows.stop])
-        if self._taken is not None:
-            ends = np.searchsorted(self._taken, ends)
-        return range(int(ends[0]), min(int(ends[1]), len(self)))
-
     def describe_files(self) -> list[dict[str, str]]:
         """Each file's name and digest, and of a remote one its URL, which has the commit of a data set of the hub."""
         return [

@@ -11,13 +11,12 @@ from typing import Any
 
 from genrecal.errors import DataError
 from genrecal.progress import Progress
-from genrecal.samples.sample import BadRecord
+from genrecal.samples.sample import BadRecord, Sample
 from genrecal.samples.sample_set import SampleSet
-from genrecal.samples.table_file import TableFile
 from genrecal.samples.tar_file import TarFile
 
 MAX_RECORDS, MAX_BYTES = 100_000, 2e9  # that are looked at; of more, parts are drawn
-PART_ROWS, TABLE_ROWS = 256, 4096  # that are looked at together; of a table at most a row group
+PART_RECORDS = 256  # that are looked at together
 READERS = 8
 SHOWN_KINDS = 10
 SHOWN_FROM = 10_000  # records, from which on progress is shown
@@ -64,7 +63,7 @@ def reason_kind(reason: str) -> str:
 
 @dataclass
 class Survey:
-    """What a look over the records says of them; no image is opened.
+    """Counts over the records; no image is opened.
 
     Args:
         records: of the whole input. surveyed: that were looked at, in `parts` pieces; all of them, or a drawn part.
@@ -125,63 +124,35 @@ def too_many_bad(bad: int, records: int, max_skip: float, reasons: Reasons) -> D
 
 def survey(samples: SampleSet) -> Survey:
     """Parse all records, or of more than MAX_RECORDS or MAX_BYTES as many, drawn in parts that lie together."""
-    parts = list(_parts(samples))
-    random.Random(0).shuffle(parts)
-    chosen: list[range] = []
-    records, size = 0, 0.0
-    for indices, part_bytes in parts:
-        if chosen and (records + len(indices) > MAX_RECORDS or size + part_bytes > MAX_BYTES):
-            break
-        chosen.append(indices)
-        records, size = records + len(indices), size + part_bytes
-    found = Survey(records=len(samples), surveyed=records, parts=len(chosen))
+    parts = [range(len(samples))[start : start + PART_RECORDS] for start in range(0, len(samples), PART_RECORDS)]
+    read = sum(
+        file.path.stat().st_size for file in samples.files if not isinstance(file, TarFile)
+    )  # of a tar, JSON alone
+    limit = min(MAX_RECORDS, MAX_BYTES * sum(map(len, samples.files)) / max(read, 1))
+    if len(samples) > limit:
+        parts = random.Random(0).sample(parts, max(1, int(limit / PART_RECORDS)))
+    indices = [index for part in sorted(parts, key=lambda part: part.start) for index in part]
+    found = Survey(records=len(samples), surveyed=len(indices), parts=len(parts))
     for file, name in zip(samples.files, samples.names, strict=True):
         if unread := getattr(file, "unread", ()):
             found.beside[name] = unread
-    chosen.sort(key=lambda indices: indices.start)  # the first of a kind is its example
     with (
         ThreadPoolExecutor(READERS) as pool,
-        Progress("look over the data", records, "records", shown=records > SHOWN_FROM) as progress,
+        Progress("look over the data", len(indices), "records", shown=len(indices) > SHOWN_FROM) as progress,
     ):
-        for indices, part in zip(chosen, pool.map(lambda indices: _look_at(samples, indices), chosen), strict=True):
-            _add(found, part)
-            progress.advance(len(indices))
+        for reason, images, unread in pool.map(lambda index: _look_at(samples[index]), indices):
+            progress.advance(1)
+            found.with_images += images > 0
+            found.images += images
+            found.unread.update(unread)
+            if reason:
+                found.bad += 1
+                found.reasons.add(reason)
     return found
 
 
-def _parts(samples: SampleSet) -> Iterator[tuple[range, float]]:
-    """All places, in parts whose records are read together, and how many bytes of the files each takes."""
-    for number, file in enumerate(samples.files):
-        size = (
-            0.0 if isinstance(file, TarFile) else file.path.stat().st_size / max(len(file), 1)
-        )  # of a tar, JSON alone
-        bounds, step = (
-            (file.starts.tolist(), TABLE_ROWS) if isinstance(file, TableFile) else ([0, len(file)], PART_ROWS)
-        )
-        for start, end in zip(bounds, bounds[1:], strict=False):
-            for first in range(start, end, step):
-                rows = range(first, min(first + step, end))
-                if places := samples.places_of(number, rows):
-                    yield places, size * len(rows)
-
-
-def _look_at(samples: SampleSet, indices: range) -> Survey:
-    part = Survey(records=len(indices))
-    for index in indices:
-        sample = samples[index]
-        if isinstance(sample, BadRecord):
-            part.bad += 1
-            part.reasons.add(f"{sample.location}: {sample.reason}")
-        else:
-            part.with_images += bool(sample.images)
-            part.images += len(sample.images)
-            part.unread.update(sample.unread)
-    return part
-
-
-def _add(found: Survey, part: Survey) -> None:
-    for name in ("bad", "with_images", "images"):
-        setattr(found, name, getattr(found, name) + getattr(part, name))
-    found.unread.update(part.unread)
-    found.reasons.counts.update(part.reasons.counts)
-    found.reasons.examples = part.reasons.examples | found.reasons.examples
+def _look_at(sample: Sample | BadRecord) -> tuple[str, int, tuple[str, ...]]:
+    """Why a record cannot be used, or ""; how many images it has; what of it is not read."""
+    if isinstance(sample, BadRecord):
+        return f"{sample.location}: {sample.reason}", 0, ()
+    return "", len(sample.images), sample.unread

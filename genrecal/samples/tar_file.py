@@ -23,7 +23,16 @@ from genrecal.samples.sources import MEMBERS, Members, printable
 
 MAX_JSON_BYTES = 2**26
 BLOCK = 512
-TAR_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError, MemoryError)
+TAR_ERRORS = (
+    tarfile.TarError,
+    StopIteration,
+    OSError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    RecursionError,
+    MemoryError,
+)
 
 
 @dataclass
