@@ -55,7 +55,7 @@ def test_a_record_of_the_page_comes_out_as_it_says(folder: Path, record: str, re
         return
     assert not isinstance(sample, BadRecord), sample.reason
     if result.startswith("counted"):
-        assert list(sample.unread) == codes(result)
+        assert list(sample.unread) == codes(result)[:1]
         return
     images, answers = map(int, re.fullmatch(r"read: (\d) images?, (\d) answers?", result).groups())  # type: ignore[union-attr]
     assert (len(sample.images), len(sample.answers), sample.unread) == (images, answers, ())

@@ -1,6 +1,5 @@
 """Input files -> samples: every accepted shape, every refused one with its place and reason, and image decoding."""
 
-import base64
 import io
 import json
 from collections.abc import Callable
@@ -9,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import zstandard
 from conftest import SROIE, picture, png
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,163 +68,20 @@ def only(folder: Path, record: Record) -> Sample:
     return sample
 
 
-# ----------------------------------------------------------------------------------------------------- shapes of a record
-
-
-def test_a_llava_array_and_llava_lines_hold_the_same_samples(folder: Path) -> None:
-    records = [llava("<image>\nWhat?", "a cat", image="a.png", category="C", source="S"), llava("q", "a", id=7)]
-    from_lines = list(opened(folder, jsonl(*records)))
-    from_array = list(opened(folder, json.dumps(records, indent=1), "data.json"))
-    lines_named_json = list(opened(folder, jsonl(*records), "lines.json"))
-
-    first = from_lines[0]
-    assert first.messages == (
-        Message(role="user", parts=(ImageRef(0), "What?")),
-        Message(role="assistant", parts=("a cat",)),
-    )
-    assert (first.sample_id, first.category, first.source, first.answers) == ("one", "C", "S", ("a cat",))
-    assert first.images[0].read() == (folder / "a.png").read_bytes()
-    assert (
-        [s.to_json() for s in from_array]
-        == [s.to_json() for s in from_lines]
-        == [s.to_json() for s in lines_named_json]
-    )
-    assert [s.key for s in from_array] == [s.key for s in from_lines] == ["00000000-one", "00000001-7"]
-    assert [s.location for s in from_lines] == [f"{folder / 'data.jsonl'}:1", f"{folder / 'data.jsonl'}:2"]
-
-
-DATA_URI = "data:image/png;base64," + base64.b64encode(png(0)).decode()
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        chat("<image>\nWhat?", "a cat", images=["a.png"]),
-        chat([{"type": "image"}, {"type": "text", "text": "What?"}], "a cat", images=["a.png"]),
-        chat([{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}], "a cat"),
-        chat([{"type": "image", "image": DATA_URI}, {"type": "text", "text": "What?"}], "a cat"),
-        chat([{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "What?"}], "a cat"),
-        chat([{"type": "image_url", "image_url": {"url": DATA_URI}}, {"type": "text", "text": "What?"}], "a cat"),
-        chat(
-            [{"type": "image", "image": DATA_URI.replace("png;", "png;charset=utf-8;")}, {"type": "text", "text": "What?"}],
-            [{"type": "text", "text": "a "}, {"type": "text", "text": "cat"}],
-        ),
-        chat("What?", "a cat", image=None, images=["a.png"], conversations=None),
-        chat(
-            [{"type": "image", "image": None, "image_url": {"url": "a.png"}}, {"type": "text", "text": "What?"}],
-            "a cat",
-            images=None,
-        ),
-    ],
-    ids=["tag", "part", "path", "data", "url", "data-url", "charset", "null-image", "null-part"],
-)  # fmt: skip
-def test_every_way_of_placing_a_picture_gives_the_same_sample(folder: Path, record: Record) -> None:
-    sample = only(folder, record)
-    assert sample.messages[0].parts == (ImageRef(0), "What?")
-    assert sample.answers == ("a cat",)
-    assert [(image.read(), image.suffix) for image in sample.images] == [(png(0), "png")]
-
-
-def test_a_system_message_several_turns_and_a_picture_in_a_later_turn(folder: Path) -> None:
-    record = chat("One?", "1", "Two <image> or <image>?", "2", "Three <image>", "3", images=["a.png", "b.png", "c.png"])
-    record["messages"].insert(0, {"role": "system", "content": "Be <b>brief</b>."})
-    sample = only(folder, record)
-    assert [message.role for message in sample.messages] == ["system"] + ["user", "assistant"] * 3
-    assert sample.messages[0].text == "Be <b>brief</b>."
-    assert sample.messages[3].parts == ("Two ", ImageRef(0), " or ", ImageRef(1), "?")
-    assert sample.messages[5].parts == ("Three ", ImageRef(2))
-    assert sample.answers == ("1", "2", "3")
-    assert [image.read() for image in sample.images] == [png(0), png(1), png(2)]
-
-
-@pytest.mark.parametrize(
-    ("question", "parts"),
-    [
-        ("<image>\nWhat?", (ImageRef(0), "What?")),
-        ("What?\n<image>", ("What?", ImageRef(0))),
-        ("<image>What?", (ImageRef(0), "What?")),
-        ("<image>", (ImageRef(0),)),
-        ("Look:\n<image>\n\nWhat?\n", ("Look:", ImageRef(0), "\nWhat?\n")),
-        ("What?", (ImageRef(0), "What?")),  # no tag: before the first question
-    ],
-)
-def test_the_newline_beside_a_tag_is_the_tags(folder: Path, question: str, parts: tuple[str | ImageRef, ...]) -> None:
-    assert only(folder, llava(question, "a", image="a.png")).messages[0].parts == parts
-
-
-def test_pictures_without_any_tag_stand_before_the_first_question(folder: Path) -> None:
-    sample = only(folder, llava("One?", "1", "Two?", "2", image=["a.png", "b.png"]))
-    assert sample.messages[0].parts == (ImageRef(0), ImageRef(1), "One?")
-    assert sample.messages[2].parts == ("Two?",)
-
-
-def test_an_answer_keeps_its_tags_and_spaces(folder: Path) -> None:
-    assert only(folder, llava("q", "\n <image> \n")).answers == ("\n <image> \n",)
-
-
-def test_text_only_and_other_names_of_the_fields(folder: Path) -> None:
-    sample = only(folder, chat("q", "a", id=0, category=None, data_source="web", image=""))
-    assert (sample.images, sample.sample_id, sample.category, sample.source) == ((), "0", "", "web")
-    assert only(folder, chat("q", "a", id=None)).key == "00000000"
-
-
 # ------------------------------------------------------------------------------------------------- records that are none
 
 
-def without(record: Record, turn: int) -> Record:
-    return record | {"conversations": record["conversations"][:turn] + record["conversations"][turn + 1 :]}
-
-
-def role(name: Any) -> Record:
-    return {"conversations": [{"from": name, "value": "q"}, {"from": "gpt", "value": "a"}]}
-
-
-BAD = {
-    "missing image": (llava("q", "a", image="gone.png"), r"image .*gone\.png does not exist"),
-    "web address": (llava("q", "a", image="https://a.b/c.jpg"), "https://a.b/c.jpg is a web address; download"),
-    "name too long": (llava("q", "a", image="x" * 999), "File name too long"),
-    "bare base64": (
-        llava("q", "a", image="QUJD" * 5000),
-        "'QUJD.*' of 20000 characters: expected a path, or an image as base64",
-    ),
-    "data of no image": (llava("q", "a", image="data:text/plain,hello"), "expected a path or data:image"),
-    "bad base64": (llava("q", "a", image="data:image/png;base64,@@@"), "not valid base64"),
-    "base64 not ascii": (llava("q", "a", image="data:image/png;base64,äöü"), "not valid base64"),
-    "image a number": (llava("q", "a", image=5), "expected an image path, got int"),
-    "no turns": ({"id": "x"}, "non-empty list under 'conversations'"),
-    "turns no list": ({"conversations": "hello"}, "non-empty list"),
-    "no assistant": (llava("q"), "no assistant turn"),
-    "empty answer": (llava("q", "a", "q", " \n"), "turn 4: empty answer"),
-    "two questions": (without(llava("q", "a", "q", "a"), 1), "turn 2 is of role 'user', expected 'assistant'"),
-    "answer first": (without(llava("q", "a", "q", "a"), 0), "turn 1 is of role 'assistant', expected 'user'"),
-    "unknown role": (role("robot"), "unknown role 'robot'; expected one of ai, assistant, .*--role NAME=user"),
-    "role a list": (role(["human"]), r"unknown role \['human'\]"),
-    "turn no object": ({"conversations": ["q", "a"]}, "each turn to be an object, got str"),
-    "turn without text": ({"messages": [{"role": "user"}]}, "'user' has no text"),
-    "more tags": (llava("<image> <image>", "a", image="a.png"), "more image places than the 1 images"),
-    "fewer tags": (llava("<image>", "a", image=["a.png", "b.png"]), "2 images but 1 image places"),
-    "unknown part": (chat([{"type": "audio"}], "a"), "parts of type 'text' or 'image', got 'audio'"),
-    "text part empty": (chat([{"type": "text"}], "a"), "no string under 'text'"),
-    "image in an answer": (chat("q", [{"type": "image", "image": "a.png"}]), "assistant turn holds an image"),
-    "half a surrogate pair": (llava("q", "\ud83d"), "surrogates not allowed"),
-    "no object": ([1, 2], r"expected a record \(a JSON object\), got list"),
-    "null": (None, "got NoneType"),
-}
-
-
-@pytest.mark.parametrize(("record", "reason"), BAD.values(), ids=BAD.keys())
-def test_a_bad_record_keeps_its_place_and_costs_no_other(folder: Path, record: Any, reason: str) -> None:
+def test_a_bad_record_keeps_its_place_and_costs_no_other(folder: Path) -> None:
+    bad_record = llava("q", id="x/1", category="C", data_source="S")
     for text, name, line in (
-        (jsonl(GOOD, record, GOOD), "data.jsonl", 2),
-        (jsonl(record, GOOD, GOOD), "first.jsonl", 1),
-        (json.dumps([GOOD, record, GOOD], indent=0), "data.json", json.dumps([GOOD], indent=0).count("\n") + 1),
+        (jsonl(GOOD, bad_record, GOOD), "data.jsonl", 2),
+        (jsonl(bad_record, GOOD, GOOD), "first.jsonl", 1),
+        (json.dumps([GOOD, bad_record, GOOD], indent=0), "data.json", json.dumps([GOOD], indent=0).count("\n") + 1),
     ):
         samples = opened(folder, text, name)
-        bad = [sample for sample in samples if isinstance(sample, BadRecord)]
-        assert len(samples) == 3 and len(bad) == 1
-        assert bad[0].location == f"{folder / name}:{line}"
-        with pytest.raises(SampleError, match=reason):
-            raise SampleError(bad[0].reason)
+        [bad] = [sample for sample in samples if isinstance(sample, BadRecord)]
+        assert len(samples) == 3 and bad.location == f"{folder / name}:{line}" and bad.reason == "no assistant turn"
+        assert (bad.key[8:], bad.sample_id, bad.category, bad.source) == ("-x-1", "x/1", "C", "S")
 
 
 @pytest.mark.parametrize(
@@ -243,34 +98,7 @@ def test_a_broken_line_is_named_and_costs_no_other(folder: Path, line: str | byt
     assert broken.reason.startswith("broken JSON: ") and broken.key == "00000000"
 
 
-def test_a_bad_record_keeps_its_names(folder: Path) -> None:
-    [bad] = opened(folder, jsonl(llava("q", id="x/1", category="C", data_source="S")))
-    assert (bad.key, bad.sample_id, bad.category, bad.source) == ("00000000-x-1", "x/1", "C", "S")
-
-
 # ------------------------------------------------------------------------------------------------------------ containers
-
-
-def one_frame(data: bytes) -> bytes:
-    return zstandard.compress(data)
-
-
-def frame_a_line(data: bytes) -> bytes:
-    return b"".join(zstandard.compress(line) for line in data.splitlines(keepends=True))
-
-
-@pytest.mark.parametrize("compress", [one_frame, frame_a_line])
-@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
-def test_a_compressed_file_gives_the_plain_files_samples(
-    folder: Path, name: str, compress: Callable[[bytes], bytes]
-) -> None:
-    records = [llava(f"<image>\n{i} 中文?", "🙂", id=i, image="a.png") for i in range(5)]
-    text = (jsonl(*records) if name.endswith("l") else json.dumps(records, indent=1, ensure_ascii=False)).encode()
-    plain, packed = opened(folder, text, name), opened(folder, compress(text), name + ".zst")
-    assert len(packed) == 5
-    assert [(s.key, s.messages, s.images) for s in packed] == [(s.key, s.messages, s.images) for s in plain]
-    assert [s.location.replace(".zst", "") for s in packed] == [s.location for s in plain]
-
 
 ARRAY = json.dumps([GOOD, GOOD], indent=1)
 REFUSED = {
@@ -281,14 +109,6 @@ REFUSED = {
     "empty": ("data.jsonl", "", r"no records in .*data\.jsonl"),
     "blank lines": ("data.jsonl", "\n \n", "no records"),
     "empty array": ("data.json", "[ ]", "no records"),
-    "wrong suffix": ("data.xlsx", "a,b", r"data\.xlsx: expected one of \.json, \.jsonl"),
-    "wrong suffix inside": ("data.xml.zst", "a,b", "expected one of .json, .jsonl"),
-    "not zstd": ("data.jsonl.zst", jsonl(GOOD), "not a whole zstd file: .*copy or download it again"),
-    "zstd cut": (
-        "data.jsonl.zst",
-        zstandard.compress(jsonl(GOOD, GOOD).encode())[:-3],
-        "not a whole zstd file: Truncated",
-    ),
 }
 
 
@@ -363,10 +183,6 @@ def test_keys_are_stable_unique_and_name_files(ids: list[str], start: int) -> No
     assert keys == [make_key(start + i, sample_id) for i, sample_id in enumerate(ids)]
     assert len(set(keys)) == len(ids)
     assert all(key.replace("-", "").replace("_", "").isalnum() and key.isascii() and len(key) <= 60 for key in keys)
-
-
-def test_keys_are_the_same_in_a_second_opening(ten: SampleSet) -> None:
-    assert [s.key for s in open_samples([file.path for file in ten.files])] == [s.key for s in ten]
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)

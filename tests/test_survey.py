@@ -16,7 +16,7 @@ import genrecal.samples.survey as module
 from genrecal.cli import main
 from genrecal.demo.pipeline import ASSETS
 from genrecal.errors import DataError
-from genrecal.samples import BadRecord, open_samples
+from genrecal.samples import open_samples
 from genrecal.samples.survey import Reasons, Survey, reason_kind, survey
 
 
@@ -211,8 +211,3 @@ def test_cache_and_inspect_begin_with_the_images(made: Path, tmp_path: Path, cap
     assert "15 samples cached, 16 skipped" in out
     assert run("inspect", tmp_path / "c") == 0
     assert capfd.readouterr().out.split("\n")[0].split() == "images 6 of 15 samples have images (7 images)".split()
-
-
-def test_bad_records_are_those_of_the_input(made: Path) -> None:
-    """What these tests count from."""
-    assert sum(isinstance(sample, BadRecord) for sample in open_samples([made])) == 16

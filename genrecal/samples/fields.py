@@ -187,7 +187,7 @@ class Fields:
         self.left = {name: value for name, value in values.items() if not _is_null(value) and name not in ignored}
         self.by_lower = {name.lower(): name for name in self.left}
         self.names, self.where, self.given = names, where, given
-        self.refused = REFUSED
+        self.refused, self.notes = REFUSED, list[str]()  # notes are counted too
 
     def called(self, name: str) -> list[str]:
         """The fields that may be `name` and are not empty; those alone that the user called so, if any are."""
@@ -218,6 +218,7 @@ class Fields:
 
     def finish(self, *, has_images: bool) -> Iterator[str]:
         """Names of fields that are not read, to be counted. Raises SampleError for content that must not be passed over."""
+        yield from self.notes
         for name, value in self.left.items():
             if not has_content(value) or value in EMPTY_JSON:
                 continue

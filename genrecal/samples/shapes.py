@@ -124,7 +124,11 @@ def _question_and_answer(fields: Fields) -> list[Any]:
             f"question and an answer; its fields are {names!r} (--field question=NAME --field answer=NAME)"
         )
     asked = _asked(fields.left.pop(questions[0]), fields.left.pop(more[0]) if more else "", questions[0])
-    answered = _answered(fields.left.pop(answers[0]), answers[0])
+    answer = fields.left.pop(answers[0])
+    said = answer if answers[0].lower() == "label" else _in_words(answer)  # a label's number may be that of a class
+    if said != answer:
+        fields.notes.append(f"a number under {answers[0]!r}")
+    answered = _answered(said, answers[0])
     if reasoning := fields.take("reasoning"):
         answered[-1] = {**answered[-1], "reasoning_content": reasoning}
     return _history(fields.take("history")) + asked + answered
@@ -142,6 +146,14 @@ def _asked(question: Any, more: Any, name: str) -> list[Any]:
     if more:
         question = f"{question}\n{more}" if isinstance(question, str) else [*question, more]
     return [{"role": "user", "content": question}]
+
+
+def _in_words(answer: Any) -> Any:
+    """Numbers as their text, where there is one way to write them: 7.0 may stand for "7", and 1e+20 for anything."""
+    if isinstance(answer, list):
+        return list(map(_in_words, answer))
+    plain = type(answer) is int or (type(answer) is float and not answer.is_integer() and "e" not in repr(answer))
+    return str(answer) if plain else answer
 
 
 def _answered(answer: Any, name: str) -> list[Any]:

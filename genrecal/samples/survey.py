@@ -93,7 +93,8 @@ class Survey:
         yield f"{self.with_images} of {self.surveyed - self.bad} samples have images ({self.images} images){drawn}"
         for what, count in self.unread.most_common(SHOWN_KINDS):
             verb = "are" if what.startswith("turns") else "is"
-            yield f"{count} record{'s have' if count > 1 else ' has'} {what}, which {verb} not read"
+            result = "is read as its text" if what.startswith("a number under") else f"{verb} not read"
+            yield f"{count} record{'s have' if count > 1 else ' has'} {what}, which {result}"
         if rest := self.unread.most_common()[SHOWN_KINDS:]:
             yield f"{len(rest)} other fields are not read: {', '.join(what for what, _ in rest)[:400]}"
         for name, fields in self.beside.items():
