@@ -19,7 +19,7 @@ import genrecal
 from genrecal.cli import main
 from genrecal.shards.reader import open_cache
 
-COMMAND = [sys.executable, "-m", "genrecal.cli"]
+COMMAND = [sys.executable, "-m", "genrecal"]
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ def test_ctrl_c_says_what_to_do_and_ends_with_130(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------------- errors
 
 
+CONFIG_JSON = str(Path(genrecal.__file__).parent / "demo/assets/student/config.json")
 TRAIN = ["train", "--cache", "gone", "--student", "gone", "--out", "run"]
 CACHE = ["cache", "--teacher", "gone", "--data", "gone.json", "--out", "out"]
 
@@ -137,9 +138,10 @@ CACHE = ["cache", "--teacher", "gone", "--data", "gone.json", "--out", "out"]
         ([*TRAIN, "--set", "objective=\n\n"], 2, ["objective"]),
         ([*TRAIN, "--objective", "kd"], 2, ["objective 'kd'", "genrecal, genrecal-aligned, sft"]),
         ([*TRAIN, "--config", "gone.toml"], 2, ["--config gone.toml", "No such file"]),
+        ([*TRAIN, "--config", CONFIG_JSON], 2, [f"--config {CONFIG_JSON}: expected TOML"]),
         ([*TRAIN, "--teacher", "gone"], 2, ["--teacher 'gone'", "expected live:MODEL"]),
         (TRAIN, 1, ["gone: not a cache", "genrecal cache"]),
-        (["inspect", "gone"], 1, ["gone: not a cache: it has no cache.json"]),
+        (["inspect", "gone"], 1, ["gone: not a cache: there is nothing at this path"]),
         (["inspect", __file__], 1, [f"{__file__}: not a cache: it has no cache.json"]),
         (["export", "gone", "--out", "x"], 2, ["gone: not a run", "run.json"]),
         (CACHE, 1, ["gone.json: No such file"]),
@@ -160,7 +162,7 @@ CACHE = ["cache", "--teacher", "gone", "--data", "gone.json", "--out", "out"]
         (
             ["evaluate", "--model", "m", "--harness", "lmms-eval", "--tasks", "t", "--split", "0:0.5"],
             2,
-            ["--split: it is not for --harness"],
+            ["--split: expected no --harness with it"],
         ),
         ([*CACHE, "--split", "0.5"], 2, ["--split '0.5'", "expected two shares such as 0.0:0.95"]),
         ([*CACHE, "--split", "0.9:0.1"], 2, ["--split 0.9:0.1", "the first below the second"]),
@@ -306,7 +308,7 @@ def test_a_finished_cache_is_found_again(run: Run, tiny: Callable[[str], Path], 
     ended = run(*cache_args(tiny("qwen2_vl"), data, cache))
     assert ended.status == 0
     assert ": turn 4: empty answer" in ended.out  # by an earlier run, and still true
-    assert "7 samples cached, 1 skipped; 0 shards written, 3 were there" in ended.out
+    assert "7 samples cached, 1 skipped; 0 shards written, 3 found" in ended.out
     assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
 
 

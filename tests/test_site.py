@@ -186,7 +186,7 @@ def test_tutorial(tmp_path):
             (tmp_path / block.split()[1]).write_text(block)
     programs = tmp_path / "programs"
     programs.mkdir()
-    for name, words in (("python", ""), ("genrecal", "-m genrecal.cli ")):
+    for name, words in (("python", ""), ("genrecal", "-m genrecal ")):
         (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words}"$@"\n')
         (programs / name).chmod(0o755)
     script = "set -eu -o pipefail\n" + "\n".join(blocks(page, "sh"))

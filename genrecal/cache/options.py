@@ -9,7 +9,7 @@ import xxhash
 
 from genrecal.cache.draws import MOST_DRAWS
 from genrecal.errors import UsageError
-from genrecal.shards.answer_source import AnswerSource
+from genrecal.shards.answer_source import GREEDY, SAMPLED, AnswerSource
 from genrecal.shards.codecs import check_codec_option
 
 MOST_THREADS = 16  # that are taken without being asked for
@@ -137,3 +137,28 @@ class RayOptions:
             raise UsageError(
                 f"--ray-gpus {self.gpus}: expected a share of a GPU from 0 to 1, or a whole number of them"
             )
+
+
+def parse_targets(text: str | None, top_k: int | None) -> tuple[int, int]:
+    """`--targets` and `--top-k` -> logits and draws to store per row. Raises UsageError for text of another form, or two k."""
+    widths: dict[str, int] = {}
+    for part in text.split(",") if text is not None else []:
+        kind, _, width = part.strip().partition(":")
+        if kind not in ("topk", "sample") or kind in widths or not width.isdecimal() or not int(width):
+            raise UsageError(f"--targets {text!r}: expected topk:K, sample:K or both, such as topk:64,sample:50")
+        widths[kind] = int(width)
+    if top_k is not None and widths.get("topk", top_k) != top_k:
+        raise UsageError(f"--targets topk:{widths['topk']} and --top-k {top_k}: expected the same k; leave one out")
+    return widths.get("topk", 64 if top_k is None else top_k), widths.get("sample", 0)
+
+
+def written_answers(generate: bool, temperature: float, top_p: float, seed: int, max_tokens: int) -> AnswerSource:
+    """The options of `--generate` as an answer source. Raises UsageError for an option without it."""
+    if not generate:
+        for name, value, default in (("temperature", temperature, 0), ("top-p", top_p, 1), ("seed", seed, 0)):
+            if value != default:
+                raise UsageError(f"--generate-{name} {value}: expected --generate with it")
+        return AnswerSource()
+    if temperature == 0:
+        return AnswerSource(kind=GREEDY, max_tokens=max_tokens)
+    return AnswerSource(kind=SAMPLED, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)

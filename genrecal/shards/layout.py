@@ -53,7 +53,8 @@ def read_cache_json(store: Store) -> dict[str, Any]:
     try:
         content = strict_json(store.read(CACHE_FILE, 0, MOST_CACHE_FILE_BYTES + 1), MOST_CACHE_FILE_BYTES)
     except (FileNotFoundError, NotADirectoryError):
-        raise FormatError(f"{store.url}: not a cache: it has no {CACHE_FILE}; `genrecal cache` makes one") from None
+        missing = f"it has no {CACHE_FILE}" if store.present("") else "there is nothing at this path"
+        raise FormatError(f"{store.url}: not a cache: {missing}; `genrecal cache` writes one") from None
     except (OSError, ValueError) as error:
         raise FormatError(f"{path}: cannot be read: {error}") from None
     version = content.get("format_version") if isinstance(content, dict) else None

@@ -237,7 +237,12 @@ def read_settings(file: Path | None = None, settings: Sequence[str] = (), *, opt
             values = tomllib.loads(found.read_text())
         except FileNotFoundError:
             raise UsageError(f"--config {file}: No such file, nor a recipe: {', '.join(sorted(recipes))}") from None
-        except (OSError, ValueError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"--config {file}: expected TOML, as in `lr = 2e-4` under `[stage1]`: {error}; run.json and config.json "
+                "cannot be read as settings"
+            ) from None
+        except OSError as error:
             raise UsageError(f"--config {file}: {error}") from None
     for setting in settings:
         key, equals, text = setting.partition("=")

@@ -132,6 +132,11 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def placement(name: str) -> torch.device | str:
+    """A device by its name, or "split" as it is, for `load_vlm`. Raises UsageError as `resolve_device` does."""
+    return SPLIT if name == SPLIT else resolve_device(name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class VLM:
     """A model split where genrecal needs it: `transform(head(body(x))) == model(x).logits`, bit for bit.

@@ -319,7 +319,7 @@ def test_batches_hold_like_lengths_within_the_budget():
 def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(data, tmp_path, tiny):
     """A real process, killed -9 as its first, second and third shard appear; another then finishes."""
     command = [
-        sys.executable, "-m", "genrecal.cli", "cache", "--teacher", str(tiny("qwen2_vl")), "--data", str(data),
+        sys.executable, "-m", "genrecal", "cache", "--teacher", str(tiny("qwen2_vl")), "--data", str(data),
         "--dtype", "float32", "--samples-per-shard", "4", "--out",
     ]  # fmt: skip
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)

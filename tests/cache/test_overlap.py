@@ -380,7 +380,8 @@ def test_workers_at_the_command_line(teacher, data, tmp_path, capsys):
             main([*words, "--samples-per-shard", "6", "--workers", "2", "--worker", worker])
         assert stop.value.code == 0
         said.append(" ".join(capsys.readouterr().out.split()))
-    assert "worker 1 of 2 is done: 18 samples cached, 0 skipped; 3 shards written, 0 were there. 4 shards of" in said[0]
+    assert "worker 1 of 2 is done: 18 samples cached, 0 skipped; 3 shards written, 0 found" in said[0]
+    assert "Other workers still have 4 shards to finish" in said[0]
     assert "the last worker completes the cache" in said[0]
-    assert said[1].endswith("40 samples cached, 0 skipped; 4 shards written, 0 were there")
+    assert said[1].endswith("40 samples cached, 0 skipped; 4 shards written, 0 found")
     assert open_cache(tmp_path / "c").is_complete

@@ -141,7 +141,7 @@ def test_reasoning_that_the_template_does_not_write_is_counted(tiny, tmp_path, r
     data.write_text("".join(json.dumps({"id": str(n), "messages": messages}) + "\n" for n in range(3)))
     status, out, err = run("cache", "--teacher", tiny("qwen2"), "--data", data, "--out", tmp_path / "c")
     assert status == 0, err
-    assert "3 records have reasoning_content, which this model's chat template does not write" in " ".join(out.split())
+    assert "3 records with reasoning_content, which this model's chat template does not write" in " ".join(out.split())
     on = ["--template-arg", "enable_thinking=true"]
     status, out, err = run("cache", "--teacher", tiny("qwen3"), "--data", data, "--out", tmp_path / "on", *on)
     assert status == 0 and "reasoning_content" not in out, err

@@ -262,7 +262,7 @@ def test_blank_check_on_the_command_line(tiny, tmp_path, capsys):
     output = capsys.readouterr().out
     assert stopped.value.code == 0
     assert "blank check: with grey pictures the log-probability of an answer token falls from" in output
-    assert "warning: the answers do not depend on the pictures" in output  # this one's weights are random
+    assert "warning: the answers do not depend on the images" in output  # this one's weights are random
 
 
 def test_backends_are_compared_row_by_row(load, tiny, monkeypatch):

@@ -545,7 +545,7 @@ def test_two_workers_give_the_same_cache(tiny, tmp_path, words):
     data = write_llava(tmp_path / "data", mixed_samples(8))
     out = tmp_path / "cache"
     command = [
-        sys.executable, "-m", "genrecal.cli", "cache", "--teacher", str(path), "--data", str(data), "--out", str(out),
+        sys.executable, "-m", "genrecal", "cache", "--teacher", str(path), "--data", str(data), "--out", str(out),
         "--backend", "vllm", "--dtype", "float32", "--answer-codec", "bf16", *words,
     ]  # fmt: skip
     for name, value in SMALL.items():

@@ -116,7 +116,7 @@ def test_a_cache_of_data_in_s3_is_resumed_where_the_same_lies(
         for data in (url, f"{made}/repo:train"):  # fetched before, and at another place
             capfd.readouterr()
             assert cache(made, data, tmp_path / "c") == 0
-            assert "0 shards written, 3 were there" in capfd.readouterr().out
+            assert "0 shards written, 3 found" in capfd.readouterr().out
         changed = pq.read_table(made / "repo/data/train-00001-of-00002.parquet").to_pylist()
         pq.write_table(
             pa.Table.from_pylist([*changed[:-1], changed[-1] | {"gold": "four"}]), tmp_path / "changed.parquet"

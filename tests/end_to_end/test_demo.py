@@ -22,9 +22,7 @@ STUDENTS = {
 @pytest.mark.slow
 def test_demo(tmp_path):
     out = tmp_path / "demo"
-    done = subprocess.run(
-        [sys.executable, "-m", "genrecal.cli", "demo", "--out", str(out)], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "genrecal", "demo", "--out", str(out)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = (out / "report.md").read_text()
     files = {"teacher": "predictions/teacher.jsonl", "student before": "predictions/student-before.jsonl"}

@@ -146,7 +146,7 @@ def test_killed_process_goes_on(tiny, cache, tmp_path):
     command = [
         sys.executable,
         "-m",
-        "genrecal.cli",
+        "genrecal",
         "train",
         "--cache",
         str(cache),
