@@ -46,16 +46,28 @@ REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 @dataclass(frozen=True)
 class Source:
-    """One data file: where it lies, for people, and how to have it on this machine."""
+    """One data file: its path or URL, and how to copy it to this machine if it is remote."""
 
     name: str
-    fetch: Callable[[], Path]
-    remote: bool = True
+    get: Callable[[], Path] | None = None
+
+    @property
+    def remote(self) -> bool:
+        return self.get is not None
 
     @property
     def path(self) -> PurePosixPath:
         """Its name without what a web address may hold after it."""
         return PurePosixPath(re.sub(r"^(https?://[^?#]*).*", r"\1", self.name))
+
+    def fetch(self) -> Path:
+        """The file, or its copy. Raises DataError if there is none, StorageError if it cannot be fetched."""
+        try:
+            return Path(self.name) if self.get is None else self.get()
+        except FileNotFoundError:
+            raise DataError(f"{self.name}: no such file") from None
+        except Exception as error:
+            raise StorageError(f"{self.name}: cannot be fetched: {_words(error)}; run the same command again") from None
 
 
 def find_sources(text: str) -> list[Source]:
@@ -92,7 +104,7 @@ def _expanded(text: str) -> list[str]:
 
 
 def _local(paths: Iterable[Path]) -> list[Source]:
-    return [Source(str(path), lambda path=path: path, remote=False) for path in paths]  # type: ignore[misc]
+    return [Source(str(path)) for path in paths]
 
 
 def _of_path(path: Path) -> list[Path]:
@@ -233,7 +245,7 @@ def _of_hub(
             _check_shards(text, chosen)
     urls = [f"hf://datasets/{repo}@{commit}/{name}" for name in chosen]
     return [
-        Source(url, _fetching(url, lambda name=name: Path(download(name, revision=commit))))  # type: ignore[misc]
+        Source(url, lambda name=name: Path(download(name, revision=commit)))  # type: ignore[misc]
         for url, name in zip(urls, chosen, strict=True)
     ]
 
@@ -275,11 +287,7 @@ def _of_url(url: str) -> list[Source]:
             paths = [path]
         if not paths:
             raise DataError(f"{url}: no file matches")
-        return [
-            Source(name, _fetching(name, partial(_copy, fs, each, name)))
-            for each in paths
-            for name in [fs.unstrip_protocol(each)]
-        ]
+        return [Source(name, partial(_copy, fs, each, name)) for each in paths for name in [fs.unstrip_protocol(each)]]
     except GenrecalError:
         raise
     except Exception as error:
@@ -301,20 +309,6 @@ def _copy(fs: Any, path: str, name: str) -> Path:
                 raise OSError(f"expected {info['size']} bytes, got {part.stat().st_size}")
             put_in_place(part, copy)
     return copy
-
-
-def _fetching(name: str, fetch: Callable[[], Path]) -> Callable[[], Path]:
-    """Fetching with errors of one line."""
-
-    def fetched() -> Path:
-        try:
-            return fetch()
-        except FileNotFoundError:
-            raise DataError(f"{name}: no such file") from None
-        except Exception as error:
-            raise StorageError(f"{name}: cannot be fetched: {_words(error)}; run the same command again") from None
-
-    return fetched
 
 
 def _words(error: Exception) -> str:

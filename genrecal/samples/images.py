@@ -1,4 +1,4 @@
-"""Encoded pictures -> pixels, within bounds."""
+"""Encoded images -> pixels, within bounds."""
 
 import functools
 import io
@@ -17,7 +17,7 @@ BACKGROUND = "white"  # of transparent images, as Qwen's own code and vLLM have 
 
 
 def open_image(data: bytes) -> Image.Image:
-    """A picture whose pixels are not decoded yet. Raises one of Pillow's many errors."""
+    """An image whose pixels are not decoded yet. Raises one of Pillow's many errors."""
     return Image.open(io.BytesIO(data), formats=_known_formats())
 
 
@@ -71,7 +71,7 @@ def decode_image(data: bytes, max_pixels: int = 178_956_970) -> Image.Image:
     except UnidentifiedImageError:  # its own words hold a memory address, and a reason must be the same in every run
         formats = ", ".join(IMAGE_FORMATS)
         raise SampleError(f"image cannot be decoded: of no format that is read here ({formats})") from None
-    except Exception as error:  # Pillow raises many kinds for damaged files
+    except Exception as error:  # Pillow raises many kinds for corrupt files
         reason = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(str(error).split())) or type(error).__name__
         raise SampleError(f"image cannot be decoded: {reason}") from None
 
@@ -83,8 +83,8 @@ def _is_blank(image: Image.Image) -> bool:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF data say; as it is where they cannot be read, as every viewer shows it."""
-    image.load()  # damaged pixels are no matter of the EXIF data
+    """The image turned as its EXIF data say; unchanged if they cannot be read, as viewers show it."""
+    image.load()  # raise for corrupt pixels here, not in the EXIF step
     try:
         return ImageOps.exif_transpose(image)
     except Exception:

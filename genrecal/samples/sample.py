@@ -1,4 +1,4 @@
-"""What a sample is: one conversation with its pictures, wherever it was read from."""
+"""What a sample is: one conversation with its images, wherever it was read from."""
 
 import os
 from collections.abc import Sequence

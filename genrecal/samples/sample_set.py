@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -18,7 +18,7 @@ from genrecal.samples.data_files import DATA_SUFFIXES, Source, find_sources
 from genrecal.samples.fields import FieldMap
 from genrecal.samples.record import parse_record, record_names
 from genrecal.samples.sample import BadRecord, Sample
-from genrecal.samples.table_file import TABLE_SUFFIXES, RowGroups, open_table
+from genrecal.samples.table_file import TABLE_SUFFIXES, RowGroups, TableFile, open_table
 from genrecal.samples.tar_file import TarFile
 from genrecal.samples.text_file import TEXT_SUFFIXES, TextFile, data_suffix
 
@@ -26,25 +26,7 @@ OPENERS = 8  # files that are indexed at once
 SHOWN_CATEGORIES = 20
 
 
-class RecordFile(Protocol):
-    """One input file: its records in a fixed order, each read when it is asked for, by several threads at once."""
-
-    @property
-    def path(self) -> Path: ...
-
-    def __len__(self) -> int: ...
-
-    def location(self, row: int) -> str:
-        """Where a record stands, for people."""
-
-    def record(self, row: int) -> Any:
-        """The record, for `parse_record`. Raises SampleError if it is broken, DataError if the file is."""
-
-    def labels(self) -> Iterator[Any]:
-        """Of every record, in order, at least the fields that name it; anything but a dict for a broken one."""
-
-    def sha256(self) -> str:
-        """A digest by which other data under the same name are told apart."""
+RecordFile = TextFile | TarFile | TableFile  # its records in a fixed order; each may be read by several threads at once
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,6 +122,7 @@ class EvaluateConfig:
 
     Args:
         data: data files, as for `genrecal evaluate`; none for no evaluation. image_root: where relative image paths start.
+        fields, roles: other names of their fields and roles, as `--field` and `--role` take them.
         every: share of a stage between evaluations (paper, Figure 10: 20 %).
         limit: records that are asked, the first ones; 0 for all.
         metric: auto, exact, number, relaxed, anls, prose, vqa or choice.
@@ -132,6 +133,8 @@ class EvaluateConfig:
 
     data: tuple[str, ...] = ()
     image_root: str = ""
+    fields: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
     every: float = 0.2
     limit: int = 0
     metric: str = "auto"

@@ -10,7 +10,7 @@ import torch
 from genrecal.errors import DataError, UsageError
 from genrecal.evaluate.evaluate import Evaluation, Prediction, ask, evaluation_of, explain_oom
 from genrecal.evaluate.scores import check_metric
-from genrecal.samples import BadRecord, SampleSet, open_samples
+from genrecal.samples import BadRecord, FieldMap, SampleSet, open_samples
 from genrecal.train.advice import evaluation_ways
 from genrecal.train.config import EvaluateConfig, TrainConfig
 from genrecal.train.ranks import Ranks
@@ -43,7 +43,10 @@ class Midway:
             )
         check_metric(settings.metric, "evaluate.metric")
         samples = open_samples(
-            list(settings.data), image_root=settings.image_root or None, limit=settings.limit or None
+            list(settings.data),
+            image_root=settings.image_root or None,
+            limit=settings.limit or None,
+            fields=FieldMap.parse(settings.fields, settings.roles),
         )
         first = samples[0]
         if isinstance(first, BadRecord) and all(isinstance(sample, BadRecord) for sample in samples):

@@ -175,6 +175,16 @@ def test_data_that_hold_nothing_to_ask(run_of, tmp_path):
         Midway.of(run_of(f'evaluate.data=["{tmp_path}/bad.jsonl"]').config)
 
 
+def test_fields_and_roles_of_the_questions_may_have_other_names(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"q": "q", "gold": 7}\n')
+    config = load_config(
+        None, [f'evaluate.data=["{tmp_path}/d.jsonl"]', 'evaluate.fields=["question=q", "answer=gold"]']
+    )
+    assert Midway.of(config).samples[0].answers == ("7",)
+    with pytest.raises(UsageError, match="--role Tutor=robot: expected user, assistant or system"):
+        Midway.of(load_config(None, [f'evaluate.data=["{tmp_path}/d.jsonl"]', 'evaluate.roles=["Tutor=robot"]']))
+
+
 @pytest.mark.parametrize("every", ["0.0", "1.5"])
 def test_a_share_that_is_none_is_refused(every):
     with pytest.raises(UsageError, match="evaluate.every"):
