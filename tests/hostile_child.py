@@ -11,7 +11,7 @@ import genrecal.shards.inspect_record
 from genrecal.errors import GenrecalError
 from genrecal.samples import decode_image
 from genrecal.shards.reader import open_cache
-from genrecal.shards.verify import TAR_ERRORS, _Hashing, _walk, verify_cache
+from genrecal.shards.verify import verify_cache
 
 GIB = 2**30
 MOST_MORE = 4 * GIB  # address space for the child beyond what it has: a bomb that goes off fails, and the machine lives
@@ -106,13 +106,3 @@ def decode(data):
         yield str(decode_image(data).size)
     except GenrecalError as error:
         yield f"error: {error}"
-
-
-def walk(path):
-    """Verify's way through a tar."""
-    with open(path, "rb") as file:
-        try:
-            for member, data in _walk(_Hashing(file), os.path.getsize(path)):
-                yield f"{member.name} {len(data)}"
-        except TAR_ERRORS as error:
-            yield f"error: {error}"

@@ -13,7 +13,7 @@ from genrecal.cache.draws import count_draws, draw, uniforms
 from genrecal.samples import BadRecord, ImageRef, ImageSource, Message, Sample
 from genrecal.shards.codecs import CODECS, round_to_bf16
 from genrecal.shards.head import HEAD_FILE, FrozenHead
-from genrecal.shards.index import INDEX_FILE, index_bytes, scan
+from genrecal.shards.index import complete_cache
 from genrecal.shards.layout import write_cache_json
 from genrecal.shards.record import NO_TARGET, AnswerRows, QuestionRows, Record, SampledTargets
 from genrecal.shards.storage import open_store
@@ -22,7 +22,6 @@ from genrecal.shards.writer import ShardWriter
 WIDTH, VOCABULARY, TOP_K, DRAWS = 16, 60, 4, 5
 SAMPLES, PER_SHARD, SKIPPED = 11, 4, 5
 FRACTION, SEED = 0.6, 3
-TOTALS = ("turns", "images", "question_tokens", "answer_tokens")
 
 
 def make_head() -> FrozenHead:
@@ -130,17 +129,16 @@ def make_cache(cache: Path, *, codec: str = "bf16", hidden=lambda states: states
     (cache / "teacher").mkdir()
     for name, text in (("config.json", '{"model_type": "made"}\n'), ("chat_template.jinja", "{{ messages }}\n")):
         (cache / "teacher" / name).write_text(text)
-    rows = [row for shard in range(3) for row in write_shard(cache, shard, head, codec=codec, hidden=hidden)]
-    totals = {name: sum(getattr(row, name) or 0 for row in rows) for name in TOTALS}
-    totals |= {"cached": SAMPLES - 1, "skipped": 1}
-    write_cache_json(open_store(cache), description(cache, codec) | {"totals": totals})
-    write_index(cache)
+    for shard in range(3):
+        write_shard(cache, shard, head, codec=codec, hidden=hidden)
+    write_cache_json(open_store(cache), description(cache, codec))
+    finish(cache)
     return cache
 
 
-def write_index(cache: Path) -> None:
-    store = open_store(cache)
-    store.write(INDEX_FILE, index_bytes(scan(store, range(3))))
+def finish(cache: Path) -> None:
+    """Write the index and totals of what the shards are now."""
+    complete_cache(open_store(cache), 3)
 
 
 def description(cache: Path, codec: str) -> dict:

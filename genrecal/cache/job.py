@@ -30,10 +30,11 @@ from genrecal.folders import KINDS, refuse_other_content
 from genrecal.samples import SampleSet
 from genrecal.samples.images import BACKGROUND
 from genrecal.shards.head import HEAD_FILE
-from genrecal.shards.index import INDEX_FILE, READERS, index_bytes, scan, totals_of
+from genrecal.shards.index import INDEX_FILE, READERS, complete_cache
 from genrecal.shards.layout import (
     CACHE_FILE,
     FORMAT_VERSION,
+    LATER,
     TEACHER_FOLDER,
     TIERS,
     read_cache_json,
@@ -334,7 +335,8 @@ def _write_head(teacher: Teacher, store: Store) -> str:
 
 def _refuse_another_job(store: Store, wanted: dict[str, Any]) -> None:
     found, wanted = dict(read_cache_json(store)), dict(wanted)
-    found.pop("totals", None)
+    for name in LATER:
+        found.pop(name, None)
     different = _changed_files(found.pop("data", []), wanted.pop("data"))
     different += [
         f"{name} was {found.get(name)!r}, now {wanted.get(name)!r}"
@@ -363,10 +365,4 @@ def _complete(store: Store, num_shards: int) -> None:
     """Every shard is finished: write the index, then the totals, which say so. Any number of workers may do it."""
     for tier in TIERS:
         store.discard_temporaries(tier)  # of workers that were lost, or do a finished shard again
-    scanned = scan(store, range(num_shards))
-    description = read_cache_json(store)
-    index, totals = index_bytes(scanned), totals_of(scanned)
-    if description.get("totals") == totals and store.exists(INDEX_FILE) and store.read(INDEX_FILE) == index:
-        return
-    store.write(INDEX_FILE, index)
-    write_cache_json(store, description | {"totals": totals})
+    complete_cache(store, num_shards)

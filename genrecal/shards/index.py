@@ -5,6 +5,7 @@ each manifest. Keys, reasons and members stay in the manifests, which are read w
 It is made when a cache is finished, from the manifests alone; without it the manifests are read.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,10 +18,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from genrecal.errors import DamageError, FormatError
-from genrecal.shards.layout import FORMAT_VERSION, manifest_name
+from genrecal.shards.layout import (
+    DIGEST,
+    FORMAT_VERSION,
+    manifest_name,
+    read_raw_cache_json,
+    sealed,
+    write_cache_json,
+)
 from genrecal.shards.manifest import (
     CACHED,
-    DIGEST,
     METADATA_KEY,
     MOST_FILE_BYTES,
     READ_ERRORS,
@@ -195,38 +202,20 @@ def _facts(store: Store) -> dict[str, Any]:
         raise DamageError(f"{store.where(INDEX_FILE)}: not this cache's index: {error}; {AGAIN}") from None
 
 
-def index_difference(store: Store, scanned: Scan | None) -> str:
-    """What the index file says otherwise than the manifests; empty if nothing. Of unreadable ones: why.
-
-    Args:
-        scanned: every manifest; None if some cannot be read: then the file must be readable, and no more is asked.
-    """
-    try:
-        facts = _facts(store)
-        columns = {name: _read_column(store, name) for name in SCHEMA.names}
-    except DamageError as error:
-        return str(error).removeprefix(f"{store.where(INDEX_FILE)}: ").removesuffix(f"; {AGAIN}")
-    if scanned is None:
-        return ""
-    if facts != {"format_version": FORMAT_VERSION, "manifests": list(scanned.digests.values())}:
-        return "its metadata is not the manifests'"
-    expected = scanned.table
-    for name, its in columns.items():
-        ours = expected.column(name)
-        if SCHEMA.field(name).type == TEXT:  # whatever their dictionaries' order
-            ours, its = ours.cast(pa.string()), its.cast(pa.string())
-        if not ours.equals(its) and not _same_with_nan(ours, its):
-            return f"column {name} is not the manifests'"
-    return ""
+def index_digests(store: Store) -> dict[int, str]:
+    """The manifests' digests by shard, as the index file has them. Raises DamageError if it is not readable."""
+    return dict(enumerate(map(str, _facts(store)["manifests"])))
 
 
-def _same_with_nan(a: pa.ChunkedArray, b: pa.ChunkedArray) -> bool:
-    """Whether floats are the same, NaN being equal to NaN."""
-    return (
-        pa.types.is_floating(a.type)
-        and len(a) == len(b)
-        and bool(np.array_equal(a.to_numpy(), b.to_numpy(), equal_nan=True))
-    )
+def complete_cache(store: Store, num_shards: int) -> None:
+    """Write the index and the totals of a cache whose shards are all finished; any number of workers may do it."""
+    scanned = scan(store, range(num_shards))
+    index, description = index_bytes(scanned), read_raw_cache_json(store)
+    totals = {"totals": totals_of(scanned), "index_sha256": hashlib.sha256(index).hexdigest()}
+    if sealed(description | totals) == description and store.exists(INDEX_FILE) and store.read(INDEX_FILE) == index:
+        return
+    store.write(INDEX_FILE, index)
+    write_cache_json(store, description | totals)
 
 
 def _read_column(store: Store, name: str) -> pa.ChunkedArray:

@@ -10,15 +10,13 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
 from genrecal.errors import DamageError
-from genrecal.shards.layout import FORMAT_VERSION, TIERS
+from genrecal.shards.layout import DIGEST, FORMAT_VERSION, TIERS, json_digest
 from genrecal.shards.strict_json import strict_json
 
 CACHED, SKIPPED = "cached", "skipped"
 METADATA_KEY = b"genrecal"
-DIGEST = "content_xxh3"  # the fact that covers all others, and the rows
 MOST_ROWS = 2**22
 MOST_FILE_BYTES, MAX_FOOTER_BYTES = 2**28, 2**20
 MAX_LISTED = 256  # row groups, columns, or anything else that a footer lists
@@ -104,7 +102,7 @@ def manifest_bytes(rows: Sequence[ManifestRow], shard_facts: dict[str, Any]) -> 
 def content_digest(table: pa.Table, facts: dict[str, Any]) -> str:
     """XXH3-64, in hex, of all that a manifest says: its facts and its rows as JSON with sorted keys."""
     said = [{name: value for name, value in facts.items() if name != DIGEST}, table.select(SCHEMA.names).to_pylist()]
-    return xxhash.xxh3_64_hexdigest(json.dumps(said, sort_keys=True, ensure_ascii=False).encode())
+    return json_digest(said)
 
 
 @contextmanager

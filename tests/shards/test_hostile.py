@@ -3,6 +3,7 @@
 Bombs are real ones. Each is read in a child process that may not take more than 4 GiB, and its peak is measured.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -31,10 +32,10 @@ from genrecal.samples import decode_image
 from genrecal.shards import arrow_file
 from genrecal.shards.codecs import CODECS
 from genrecal.shards.head import HEAD_FILE, MOST_HEADER_BYTES
-from genrecal.shards.index import INDEX_FILE, index_bytes, scan
+from genrecal.shards.index import INDEX_FILE
 from genrecal.shards.inspect import run_sql
 from genrecal.shards.inspect_record import save_images
-from genrecal.shards.layout import manifest_name, tar_name
+from genrecal.shards.layout import manifest_name, tar_name, write_cache_json
 from genrecal.shards.manifest import METADATA_KEY, ManifestRow, Member, manifest_bytes, read_manifest
 from genrecal.shards.reader import open_cache
 from genrecal.shards.record import QuestionRows, answer_rows, read_table, to_arrow
@@ -49,10 +50,7 @@ SMALL = 260 * MIB  # what a refusal may take; reading this cache takes a few MiB
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    cache = make_cache(tmp_path_factory.mktemp("hostile") / "cache")
-    opened = open_store(cache)
-    opened.write(INDEX_FILE, index_bytes(scan(opened, range(3))))
-    return tree(cache)
+    return tree(make_cache(tmp_path_factory.mktemp("hostile") / "cache"))
 
 
 @pytest.fixture
@@ -353,62 +351,39 @@ def parquet(table, **options):
     return sink.getvalue().to_pybytes()
 
 
-def repeated(data, times):
-    """A Parquet file whose footer has its row group that many times, each at the same place."""
-    footer = pq.read_metadata(pa.BufferReader(data))
-    again = pq.read_metadata(pa.BufferReader(data))
-    for _ in range(times - 1):
-        footer.append_row_groups(again)
-    sink = io.BytesIO()
-    footer.write_metadata_file(sink)
-    end = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
-    return data[:end] + sink.getvalue()[4:]
-
-
 @pytest.mark.parametrize(
-    ("what", "error"),
-    [
-        ("a footer beyond the file", "its footer claims 2147483647 bytes"),
-        ("a footer of thousands of columns", "not a readable manifest"),
-        ("metadata of megabytes", "its footer claims"),
-        ("hundreds of row groups", "not a readable manifest"),
-        ("a page header that goes on and on", "not a readable manifest"),
-    ],
+    "what", ["a footer beyond the file", "metadata that is no JSON", "a page header without an end"]
 )
-def test_footers_and_pages_that_no_manifest_has(cache, what, error):
-    table = manifest_table(cache)
+def test_footers_and_pages_that_no_manifest_has(cache, what):
     data = (cache / manifest_name(0)).read_bytes()
-    if what.startswith("a footer beyond"):
+    if what.startswith("a footer"):
         data = data[:-8] + struct.pack("<i", 2**31 - 1) + b"PAR1"
-    elif what.startswith("a footer of"):
-        for i in range(300):
-            table = table.append_column(f"c{i}", pa.nulls(len(table), pa.int8()))
-        data = parquet(table)
     elif what.startswith("metadata"):
-        data = parquet(table.replace_schema_metadata({METADATA_KEY: "[" * 2**20}))
-    elif what.startswith("hundreds"):
-        data = repeated(data, 300)
+        data = parquet(manifest_table(cache).replace_schema_metadata({METADATA_KEY: "[" * 2**20}))
     else:
         data = data[:4] + b"\x1c" * 200 + data[204:]
     (cache / manifest_name(0)).write_bytes(data)
     (cache / INDEX_FILE).unlink()
-    refused(cache, error)
+    refused(cache, "not a readable manifest")
 
 
-def test_facts_of_any_kind_give_a_named_error(cache):
+@pytest.mark.parametrize(
+    "value", [None, -1, "\ud800", {"samples": 1}, [1], 10**400, {"answer": {"rows": float("inf")}}]
+)
+def test_facts_of_any_kind_give_a_named_error(cache, value):
     table, facts = read_manifest((cache / manifest_name(0)).read_bytes(), where="x")
     (cache / INDEX_FILE).unlink()
-    wrong = [None, -1, "\ud800", {}, {"samples": 1}, [1], 10**400, {"answer": {"rows": float("inf")}}]
-    texts = [json.dumps(facts | {name: value}) for name in facts for value in wrong]
-    texts += ["[" * 100_000, "NaN", "1e400", "{", "", "null", json.dumps({"format_version": 1})]
-    for text in texts:
+    for text in (
+        *(json.dumps(facts | {name: value}) for name in facts),
+        "NaN",
+        "{",
+        "",
+        json.dumps({"format_version": 1}),
+    ):
         data = parquet(table.replace_schema_metadata({METADATA_KEY: text}))
         (cache / manifest_name(0)).write_bytes(data)
-        try:
-            opened = open_cache(cache)
-            opened[0].record()
-        except GenrecalError:
-            pass
+        with contextlib.suppress(GenrecalError):
+            open_cache(cache)[0].record()
         verify_cache(cache)
 
 
@@ -416,13 +391,13 @@ def test_facts_of_any_kind_give_a_named_error(cache):
 
 
 def change(cache, **settings):
-    content = json.loads((cache / "cache.json").read_text()) | settings
-    (cache / "cache.json").write_text(json.dumps(content))
+    """Write cache.json with other settings and the digest that fits them."""
+    write_cache_json(open_store(cache), json.loads((cache / "cache.json").read_text()) | settings)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["[" * 10**6, '{"a":' * 10**5, "{" + " " * 2**24 + "}", '{"format_version": 1e400}', '{"format_version": NaN}', "nul",
+    ["[" * 10**6, "{" + " " * 2**24 + "}", '{"format_version": 1e400}', '{"format_version": NaN}', "nul",
      '{"format_version": ' + "1" * 5000 + "}", '"' + "\\ud800" + '"', "\xff", "1", "[]", "{}"],
     ids=lambda text: text[:20],
 )  # fmt: skip
@@ -439,39 +414,28 @@ def test_a_cache_json_of_a_terabyte_is_not_read(cache):
     refused(cache, "the limit is 8388608")
 
 
-WRONG = [None, -1, 1.5, 10**30, "\x00", [[]], {}, True]
-
-
 @pytest.mark.parametrize("name", [
     "format_version", "teacher", "image_backend", "hidden_size", "head_rows", "vocab_size", "top_k", "answer_codec",
     "question_codec", "question_fraction", "question_seed", "samples_per_shard", "num_samples", "num_shards", "totals",
-    "software", "data", "batch_tokens", "max_tokens",
+    "data", "answers", "content_xxh3", "index_sha256",
 ])  # fmt: skip
 def test_every_field_of_cache_json_of_any_type(cache, name):
     before = json.loads((cache / "cache.json").read_text())
-    for number, value in enumerate(WRONG):
-        change(cache, **before | {name: value})
-        try:
+    for value in (None, -1, 1.5, 10**30, "\x00", [[]], {}, True, ...):
+        content = {key: kept for key, kept in before.items() if key != name} | ({} if value is ... else {name: value})
+        (cache / "cache.json").write_text(json.dumps(content))
+        with contextlib.suppress(FormatError, DamageError):
             opened = open_cache(cache)
             assert opened[0].record()
             opened.head()
-        except (FormatError, DamageError):
-            pass
-        if number % 3 == 0:
-            verify_cache(cache)
-    content = dict(before)
-    del content[name]
-    (cache / "cache.json").write_text(json.dumps(content))
-    try:
-        open_cache(cache)
-    except (FormatError, DamageError):
-        pass
-    verify_cache(cache)
+        assert content == before or not verify_cache(cache).whole
 
 
 def test_a_million_million_shards_are_not_counted_one_by_one(cache):
     change(cache, num_shards=10**12, num_samples=10**12, samples_per_shard=1)
-    refused(cache, "num_shards in cache.json: expected at most 10000000, got 1000000000000", "num_shards")
+    refused(
+        cache, "num_shards in cache.json: expected a whole number from 0 to 10000000, got 1000000000000", "num_shards"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- members
@@ -479,16 +443,16 @@ def test_a_million_million_shards_are_not_counted_one_by_one(cache):
 
 @pytest.mark.parametrize(("offset", "size"), [(-1, 10), (0, -1), (2**63 - 1, 2**63 - 1), (512, 2**40), (0, 2**32 + 1)])
 def test_places_that_no_member_has(cache, offset, size):
-    (cache / INDEX_FILE).unlink()
     table, facts = read_manifest((cache / manifest_name(0)).read_bytes(), where="x")
     rows = table.to_pylist()
     rows[0]["members"][0] |= {"offset": offset, "size": size}
     write_manifest(cache, rows, facts)
-    os.truncate(
-        cache / tar_name("samples", 0), 2**40 if size == 2**40 else os.path.getsize(cache / tar_name("samples", 0))
-    )
-    outcome = hostile_child.run(hostile_child.read, str(cache))
-    assert "member 00000000-s0." in outcome.errors[0] and outcome.peak < SMALL
+    if size == 2**40:
+        os.truncate(cache / tar_name("samples", 0), 2**40)
+    with pytest.raises(DamageError, match="member 00000000-s0."):
+        open_cache(cache)[0].record()
+    if size != 2**40:  # which takes its time to hash
+        assert any("member 00000000-s0.json" in str(finding) for finding in verify_cache(cache).findings)
 
 
 def test_members_that_lie_over_each_other_are_refused(cache):
@@ -498,7 +462,9 @@ def test_members_that_lie_over_each_other_are_refused(cache):
         return rows
 
     rebuild(cache, edit=edit)
-    refused(cache, "expected members one after another", "offset")
+    with pytest.raises(DamageError, match="expected members one after another"):
+        open_cache(cache)[2].record()
+    assert any("bytes at offset" in str(finding) for finding in verify_cache(cache).findings)
 
 
 @pytest.mark.parametrize(
@@ -515,8 +481,8 @@ def test_names_that_lead_elsewhere_are_neither_read_nor_written(cache, tmp_path,
     with pytest.raises(DamageError):
         assert record.sample
     with pytest.raises(DamageError, match="expected a name such as"):
-        save_images(record, tmp_path / "pictures")
-    assert not verify_cache(cache).whole
+        save_images(record, tmp_path / "images")
+    assert any("name of a member" in str(finding) for finding in verify_cache(cache).findings)
     assert tree(tmp_path) == before
 
 
@@ -531,7 +497,7 @@ def test_keys_that_lead_elsewhere_write_nothing(cache, tmp_path, key):
     rebuild(cache, edit=edit)
     record = open_cache(cache)[1]
     with pytest.raises(DamageError, match="expected a name such as"):
-        save_images(record, tmp_path / "pictures")
+        save_images(record, tmp_path / "images")
     assert not verify_cache(cache).whole
 
 
@@ -679,7 +645,8 @@ def test_a_head_that_is_none(cache, what):
     change(cache, teacher=teacher | {"head_sha256": hashlib.sha256(HEADS[what]).hexdigest()})
     with pytest.raises((FormatError, DamageError), match=r"head\.safetensors: expected"):
         open_cache(cache).head()
-    assert any("not a head written by genrecal" in str(finding) for finding in verify_cache(cache).findings)
+    (finding,) = verify_cache(cache, deep=True).findings
+    assert str(finding).startswith("head.safetensors: expected a head written by genrecal")
     assert MOST_HEADER_BYTES < 80_000_000
 
 
@@ -886,41 +853,6 @@ def test_what_is_no_file_is_not_waited_for(cache, name, kind):
     assert not verify_cache(cache).whole
 
 
-# ------------------------------------------------------------------------------------------------------- the tar's walk
-
-
-def tar_header(kind, size, name="x"):
-    info = tarfile.TarInfo(name)
-    info.type, info.size = kind, size
-    return info.tobuf(tarfile.GNU_FORMAT)
-
-
-@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
-def test_a_header_of_gigabytes_is_not_read(cache, kind):
-    path = cache / tar_name("samples", 0)
-    path.write_bytes(tar_header(kind, 2**33))
-    os.truncate(path, 2**33 + 2048)
-    outcome = hostile_child.run(hostile_child.walk, str(path))
-    assert outcome.errors == [f"a header of {2**33} bytes; the limit is 65536"] and outcome.peak < SMALL
-
-
-@pytest.mark.parametrize(
-    "kind", [tarfile.GNUTYPE_SPARSE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE]
-)
-def test_members_that_are_no_plain_files_are_findings(cache, kind):
-    path = cache / tar_name("samples", 0)
-    path.write_bytes(tar_header(kind, 0) + path.read_bytes())
-    assert any("is not a plain file" in str(finding) for finding in verify_cache(cache).findings)
-
-
-def test_a_member_of_gigabytes_of_nothing_is_not_read(cache):
-    path = cache / tar_name("samples", 0)
-    path.write_bytes(tar_header(tarfile.REGTYPE, 2**33))
-    os.truncate(path, 2**33 + 2048)
-    outcome = hostile_child.run(hostile_child.walk, str(path))
-    assert "does not fit" in outcome.errors[0] and outcome.peak < SMALL
-
-
 # -------------------------------------------------------------------------------------------------- what is shown of it
 
 
@@ -948,17 +880,13 @@ def test_sql_takes_a_bounded_memory_and_no_disk(cache, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
 
 
-def test_what_is_printed_moves_no_cursor(cache, capsys):
+@pytest.mark.parametrize("settings", [{"hidden_size": "\x1b[2J\u202e\x00"}, {"top_k": "\x1b[2J"}])
+def test_what_is_printed_moves_no_cursor(cache, capsys, settings):
     from genrecal.cli import main
 
-    teacher = json.loads((cache / "cache.json").read_text())["teacher"]
-    change(
-        cache,
-        teacher=teacher | {"files_sha256": {"\x1b[2Jx\u202e": "00", "a\x00b": "1", "../x": 2}},
-        hidden_size="\x1b[2J",
-    )
-    for words in (["verify", str(cache)], ["inspect", str(cache)]):
+    change(cache, **settings)
+    for command in ("verify", "inspect"):
         with pytest.raises(SystemExit, match="1"):
-            main(words)
+            main([command, str(cache)])
         out, err = capsys.readouterr()
         assert "x1b[2J" in out + err and not {"\x1b", "\u202e", "\x00"} & set(out + err)
