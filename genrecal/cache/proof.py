@@ -13,6 +13,7 @@ What is checked, and which silent mistake of caches it finds:
 import dataclasses
 import io
 import math
+import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from genrecal.cache.teacher import Evidence, States, Teacher
 from genrecal.errors import ModelError, SampleError
 from genrecal.samples import BadRecord, ImageSource, Sample, decode_image
 from genrecal.shards.record import AnswerRows
+from genrecal.vlm.batch_proof import off_share
 from genrecal.vlm.checkpoint import FinalNorm
 from genrecal.vlm.rendering import Encoded
 
@@ -47,18 +49,21 @@ GREY = (127, 127, 127)
 
 
 class Proof:
-    """The checks of one run: made on the shortest conversation of the first ones, and again on the first with a picture."""
+    """The checks of one run: on the shortest conversation of the first ones, again on the first with an image, and on a batch
+    of unequal ones."""
 
     def __init__(self) -> None:
-        self.text = self.pictures = False
+        self.text = self.pictures = self.batch = False
 
-    def check(self, teacher: Teacher, items: Sequence[tuple[Sample, Encoded]]) -> None:
-        """Check the teacher on one of these conversations, if it has to be. Raises ModelError with the reason."""
+    def check(self, teacher: Teacher, items: Sequence[tuple[Sample, Encoded]], *, batch_tokens: int = 0) -> None:
+        """Check the teacher on some of these conversations, if it has to be. Raises ModelError with the reason."""
         with_pictures = [item for item in items if item[1].num_images]
         if with_pictures and not self.pictures:
             self.text = self.pictures = prove(teacher, *min(with_pictures, key=lambda item: len(item[1])))
         elif items and not self.text:
             self.text = prove(teacher, *min(items, key=lambda item: len(item[1])))
+        if not self.batch:
+            self.batch = prove_batch(teacher, [encoded for _, encoded in items], batch_tokens)
 
 
 def prove(teacher: Teacher, sample: Sample, encoded: Encoded) -> bool:
@@ -86,6 +91,41 @@ def prove(teacher: Teacher, sample: Sample, encoded: Encoded) -> bool:
     return True
 
 
+def prove_batch(teacher: Teacher, items: Sequence[Encoded], batch_tokens: int) -> bool:
+    """Check that the shortest conversation, the longest that fits and the one with most images have the same states in one
+    batch as each alone. A teacher of the hf backend for which they have not runs each conversation alone from then on.
+
+    Returns False if these conversations do not tell. Raises ModelError for a teacher of another backend.
+    """
+    fitting = sorted((item for item in items if 3 * len(item) <= batch_tokens), key=len)
+    chosen = {
+        item.key: item for item in (*fitting[:1], *fitting[-1:], *sorted(fitting, key=lambda i: i.num_images)[-1:])
+    }
+    batch = list(chosen.values())
+    if len(batch) < 2 or len(batch[0]) == len(batch[1]) or teacher.renderer.alone:
+        return bool(teacher.renderer.alone)
+    together = _all_states(teacher, batch)
+    alone = [state for item in batch for state in _all_states(teacher, [item])]
+    for item, states, expected in zip(batch, together, alone, strict=True):
+        if states is None or expected is None:
+            return False
+        if share := off_share(states, expected.to(teacher.head.weight.dtype)):
+            reason = f"a batch changes {share:.0%} of the states of sample {item.key} ({len(item)} tokens)"
+            if teacher.backend != "hf":
+                raise ModelError(f"{teacher.path} ({teacher.backend} backend): {reason}; use --backend hf")
+            teacher.renderer.alone = teacher.renderer.writes_alone = reason
+            sys.stderr.write(f"genrecal: {teacher.path}: each conversation runs alone, which is slower: {reason}\n")
+            return True
+    return True
+
+
+def _all_states(teacher: Teacher, batch: Sequence[Encoded]) -> list[torch.Tensor | None]:
+    """Every stored state of each conversation `[R, D]`; None for one whose states cannot be used."""
+    found = teacher.states(batch, questions=[True] * len(batch), top_k=1)
+    rows = [(s.answer.hidden, s.question.hidden) if isinstance(s, States) and s.question else None for s in found]
+    return [None if pair is None else torch.from_numpy(np.concatenate(pair)) for pair in rows]
+
+
 class _WrongError(Exception):
     """What a check found."""
 
@@ -99,16 +139,19 @@ def _check_ids(teacher: Teacher, sample: Sample, encoded: Encoded) -> None:
     renderer, messages = teacher.renderer, sample.messages
     images = [decode_image(image.read()) for image in sample.images]
     prompt = encoded.input_ids[: len(encoded) - encoded.answer_lengths[-1]]
-    pairs = [("prompt", prompt, renderer.own_ids(messages[:-1], images, prompt=True))]
+    pairs = [("prompt", prompt, renderer.own_inputs(messages[:-1], images, prompt=True))]
     joined = (
         any(answer[:1].isspace() for answer in sample.answers) or renderer.tokenizer.decode(prompt[-1:])[-1:] == " "
     )
     if renderer.marks.reopened is None and not joined:
         closed = renderer.marks.tail.startswith(renderer.marks.end_of_turn)
         ids = encoded.input_ids if closed else encoded.input_ids[:-1]
-        pairs.append(("conversation", ids, renderer.own_ids(messages, images)))
-    for what, ids, expected in pairs:
-        if expected is None or np.array_equal(ids, expected[: len(ids)]):
+        pairs.append(("conversation", ids, renderer.own_inputs(messages, images)))
+    for what, ids, own in pairs:
+        if own is None:
+            continue
+        expected = own["input_ids"][0].numpy()
+        if np.array_equal(ids, expected[: len(ids)]):
             continue
         place = next(i for i in range(len(ids)) if i >= len(expected) or ids[i] != expected[i])
         tokens = [renderer.tokenizer.decode(part[place : place + 1].tolist()) for part in (ids, expected)]

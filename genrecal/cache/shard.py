@@ -97,7 +97,7 @@ def _run_window(
     """Run the window's batches; by place in the window, the coded record to come, or why there is none."""
     lengths = {number: len(item.encoded) for number, item in enumerate(window) if item.encoded is not None}
     usable = [(item.sample, item.encoded) for item in window if isinstance(item.sample, Sample) and item.encoded]
-    watch.prove(teacher, usable)
+    watch.prove(teacher, usable, batch_tokens=options.batch_tokens)
     samples = {number: item.sample for number, item in enumerate(window) if isinstance(item.sample, Sample)}
     results: dict[int, Any] = {}
     uncoded: deque[list[Future[CodedRecord]]] = deque()

@@ -143,7 +143,7 @@ class HFTeacher:
         """See `Teacher.write`. Raises ModelError as `states` does."""
         results: list[str | SampleError] = [SampleError("")] * len(batch)
         lengths = {number: len(encoded) + how.max_tokens for number, encoded in enumerate(batch)}
-        for numbers in batches_by_length(lengths, batch_tokens):
+        for numbers in batches_by_length(lengths, 0 if self.renderer.writes_alone else batch_tokens):
             together = [batch[number] for number in numbers]
             try:
                 written = write_batch(self.vlm, together, turn=turn, how=how)
@@ -169,7 +169,7 @@ class HFTeacher:
     def _states(
         self, batch: Sequence[Encoded], questions: Sequence[bool], top_k: int, draws: int
     ) -> list[States | SampleError]:
-        hidden = self.vlm.hidden(self.vlm.renderer.collate(batch))
+        hidden = self.vlm.states(batch)
         results: list[States | SampleError] = []
         answers = extract_answers(batch, hidden, self.head, top_k=top_k, draws=draws)
         for encoded, rows, answer, wants_question in zip(batch, hidden, answers, questions, strict=True):

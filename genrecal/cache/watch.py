@@ -124,10 +124,10 @@ class Watch:
         self.count(**counts)
         check_skipped(self.counts["skipped"], self.num_samples, self.max_skip, self.reasons)
 
-    def prove(self, teacher: Teacher, items: Sequence[tuple[Sample, Encoded]]) -> None:
-        """Have the teacher prove itself on one of these conversations, if it has not yet. Raises ModelError."""
+    def prove(self, teacher: Teacher, items: Sequence[tuple[Sample, Encoded]], *, batch_tokens: int = 0) -> None:
+        """Have the teacher prove itself on some of these conversations, if it has not yet. Raises ModelError."""
         with self._proving:
-            self._proof.check(teacher, items)
+            self._proof.check(teacher, items, batch_tokens=batch_tokens)
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:

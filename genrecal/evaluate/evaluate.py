@@ -237,7 +237,7 @@ def answer_log_losses(model: VLM, batch: Sequence[Any]) -> list[list[float]]:
 
     Summed over the answer, so that models with other tokenizers can be compared.
     """
-    hidden = model.hidden(model.renderer.collate(batch))
+    hidden = model.states(batch)
     losses = []
     for encoded, states in zip(batch, hidden, strict=True):
         turns = []

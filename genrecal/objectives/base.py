@@ -42,6 +42,7 @@ class Batch:
     Args:
         keys: the samples.
         student_inputs: collated tensors of the student's own rendering, text padded on the right to `[B, L]`.
+        student_passes: of a student that must run each conversation alone, every conversation's own tensors; else empty.
         student_rows: int64 `[M]`, flat in B * L: the student's positions that predict an answer token.
         student_ids: int64 `[M]`, the token each predicts. student_first: bool `[M]`, the first of a turn's answer.
         filler: whether it only keeps this rank in step with the others: it is computed, and counts nothing.
@@ -52,15 +53,19 @@ class Batch:
     student_rows: torch.Tensor
     student_ids: torch.Tensor
     student_first: torch.Tensor
+    student_passes: list[dict[str, torch.Tensor]] = dataclasses.field(default_factory=list)
     filler: bool = False
 
     def to(self: "B", device: torch.device, student_dtype: torch.dtype) -> "B":
         """Move to a device; floating student inputs (images) take the student's dtype."""
-        inputs = {
-            name: value.to(device, student_dtype if value.is_floating_point() else None)
-            for name, value in self.student_inputs.items()
-        }
-        return dataclasses.replace(map_tensors(self, lambda x: x.to(device, non_blocking=True)), student_inputs=inputs)
+
+        def move(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            dtypes = {name: student_dtype if x.is_floating_point() else None for name, x in inputs.items()}
+            return {name: x.to(device, dtypes[name], non_blocking=True) for name, x in inputs.items()}
+
+        moved = map_tensors(self, lambda x: x.to(device, non_blocking=True))
+        passes = [move(inputs) for inputs in self.student_passes]
+        return dataclasses.replace(moved, student_inputs=move(self.student_inputs), student_passes=passes)
 
 
 B = TypeVar("B", bound=Batch)
@@ -71,6 +76,8 @@ def map_tensors(value: T, function: Any) -> T:
     """`function` on every tensor of a dataclass, its dataclasses and dicts."""
     if isinstance(value, torch.Tensor):
         return function(value)  # type: ignore[no-any-return]
+    if isinstance(value, list):
+        return [map_tensors(item, function) for item in value]  # type: ignore[return-value]
     if isinstance(value, dict):
         return {name: map_tensors(item, function) for name, item in value.items()}  # type: ignore[return-value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

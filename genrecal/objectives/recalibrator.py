@@ -1,11 +1,12 @@
-"""The Recalibrator: two of the student's decoder blocks between two projections, up to the teacher's head."""
+"""The Recalibrator: two decoder blocks of the student's sizes between two projections, up to the teacher's head."""
 
-import copy
 import logging
 from typing import Any
 
 import torch
 from torch import nn
+
+from genrecal.vlm.config_file import layer_config
 
 
 class Recalibrator(nn.Module):
@@ -13,8 +14,8 @@ class Recalibrator(nn.Module):
 
         rec_norm(rec_proj_post(rec_body(splice)))
 
-    (paper, section 3.2, section 4.1(a) and Figure 3(c)). The blocks take the student's text configuration, are causal,
-    and have a rotary embedding and consecutive position ids of their own. Dropped at export.
+    (paper, section 3.2, section 4.1(a) and Figure 3(c)). The blocks are Qwen2's for every student, in the student's sizes:
+    causal full attention, a dense MLP, a rotary embedding and consecutive position ids of their own. Dropped at export.
 
     Args:
         student_config: the student's config, whose text part shapes the blocks.
@@ -33,14 +34,15 @@ class Recalibrator(nn.Module):
         takes_teacher: bool = True,
     ):
         super().__init__()
-        from transformers import AutoModel
+        from transformers import Qwen2Model
 
         config = recalibrator_config(student_config, num_blocks)
         student_size = config.hidden_size
         self.rec_proj_pre = nn.Linear(teacher_size, student_size) if takes_teacher else None
         self.rec_body: Any = None
         if num_blocks:
-            self.rec_body = AutoModel.from_config(config, attn_implementation=attention, dtype=torch.float32)
+            config._attn_implementation = attention
+            self.rec_body = Qwen2Model(config).float()
             self.rec_body.embed_tokens = None  # it is given states, never ids
             # The paper's blocks end without a norm; rec_norm comes after the projection.
             self.rec_body.norm = nn.Identity()
@@ -70,15 +72,51 @@ class Recalibrator(nn.Module):
 
 
 def recalibrator_config(student_config: Any, num_blocks: int) -> Any:
-    """The student's text config with `num_blocks` layers of full attention and no vocabulary of its own."""
-    config = copy.deepcopy(student_config.get_text_config())
-    config.num_hidden_layers = num_blocks
-    if getattr(config, "layer_types", None):
-        config.layer_types = ["full_attention"] * num_blocks  # its length must match; a window would cut the question
-    config.vocab_size = 1
-    config.pad_token_id = None
-    config.use_cache = False
-    return config
+    """A Qwen2 config of `num_blocks` plain blocks in the sizes of a student's text config, without a vocabulary."""
+    from transformers import Qwen2Config
+
+    text = layer_config(student_config.get_text_config())
+    heads = text.num_attention_heads
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    # Latent attention (MLA) has heads of several widths and as many keys as queries.
+    latent = getattr(text, "kv_lora_rank", None) is not None
+    head_dim = None if latent else getattr(text, "head_dim", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)  # Gemma's has one for each kind of layer
+    return Qwen2Config(
+        hidden_size=text.hidden_size,
+        intermediate_size=active_width(text),
+        num_hidden_layers=num_blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=heads if latent or heads % key_heads else key_heads,
+        head_dim=head_dim or text.hidden_size // heads // 2 * 2,
+        rms_norm_eps=_first(text, "rms_norm_eps", "norm_eps", "layer_norm_epsilon") or 1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": float(rope.get("rope_theta") or 10_000.0)},
+        max_position_embeddings=text.max_position_embeddings,
+        initializer_range=getattr(text, "initializer_range", 0.02),
+        vocab_size=1,
+        pad_token_id=None,
+        use_cache=False,
+    )
+
+
+def active_width(text: Any) -> int:
+    """The width of the MLP that a token meets: of experts, the chosen ones side by side, and the shared ones."""
+    used = _first(text, "num_experts_per_tok", "moe_k", "top_k_experts", "experts_per_token")
+    experts = _first(text, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    width = _first(text, "moe_intermediate_size", "expert_ffn_hidden_size") if experts else None
+    dense = _first(text, "intermediate_size", "ffn_dim") or 4 * text.hidden_size
+    if not (experts and used):
+        return dense
+    width = width or dense
+    shared = _first(text, "shared_expert_intermediate_size", "shared_intermediate_size")
+    return used * width + (shared or width * (_first(text, "n_shared_experts", "moe_num_shared_experts") or 0))
+
+
+def _first(text: Any, *names: str) -> Any:
+    """The first of these fields that is set; of one value for each layer, the first layer's."""
+    values = [value for name in names if (value := getattr(text, name, None))]
+    return next((value[0] if isinstance(value, list | tuple) else value for value in values), None)
 
 
 def checkpoint_activations(model: Any) -> None:

@@ -167,7 +167,8 @@ class BatchBuilder(Dataset[Loaded]):
 
 def student_batch(encoded: Sequence[Encoded], renderer: Renderer, *, beside: Sequence[Encoded] = ()) -> Batch:
     """The student's part. `beside` goes through the student too, after the samples; no row of it is read."""
-    inputs = renderer.collate([*encoded, *beside])
+    passes = renderer.batches([*encoded, *beside]) if renderer.alone else []
+    inputs = renderer.collate([*encoded, *beside], text_only=bool(passes))
     length = inputs["input_ids"].shape[1]
     answers = [
         (start + number * length, end + number * length)
@@ -179,6 +180,7 @@ def student_batch(encoded: Sequence[Encoded], renderer: Renderer, *, beside: Seq
     return Batch(
         keys=[item.key for item in encoded],
         student_inputs=inputs,
+        student_passes=passes,
         student_rows=rows,
         student_ids=inputs["input_ids"].flatten()[rows + 1],
         student_first=torch.from_numpy(first_of([end - start for start, end in answers])),

@@ -97,7 +97,7 @@ def take_snapshot(
                 encoded = student.renderer.encode(sample, max_tokens=max_tokens or None)
             except SampleError:
                 continue
-            states = student.hidden(student.renderer.collate([encoded]))[0]  # [L, D_s]
+            states = student.states([encoded])[0]  # [L, D_s]
             found.samples += 1
             found.add("student", *_student_losses(student, states, encoded, distiller.objective.loss.chunk_rows))
             found.add("teacher", *_teacher_losses(record))

@@ -10,7 +10,7 @@ from torch import nn
 from genrecal.errors import ModelError
 from genrecal.objectives.base import Batch, Objective, Term
 from genrecal.train.config import LoraConfig
-from genrecal.vlm.loading import VLM
+from genrecal.vlm.loading import VLM, pad_states
 
 VISION_PARTS = ("visual", "vision_tower", "vision_model", "image_tower", "vision_encoder")
 PROJECTOR_PARTS = ("merger", "merger_list", "deepstack_merger_list", "multi_modal_projector", "connector", "projector")
@@ -70,12 +70,12 @@ class Distiller(nn.Module):
     def _student_states(self, batch: Batch) -> torch.Tensor:
         """The student's body over a batch, `[B, L, D_s]`.
 
-        Without its attention mask: no position looks at padding on its right, and without a mask the attention kernels
-        take their causal path.
+        Without its attention mask: no position looks at padding on its right, as `batch_proof.py` has tried, and without a
+        mask the attention kernels take their causal path.
         """
-        inputs = {name: value for name, value in batch.student_inputs.items() if name != "attention_mask"}
-        states: torch.Tensor = self.student.body(**inputs, use_cache=False).last_hidden_state
-        return states
+        passes = batch.student_passes or [batch.student_inputs]
+        unmasked = [{name: value for name, value in inputs.items() if name != "attention_mask"} for inputs in passes]
+        return pad_states([self.student.body(**inputs, use_cache=False).last_hidden_state for inputs in unmasked])
 
 
 def _logged(terms: Sequence[Term]) -> tuple[dict[str, torch.Tensor], dict[str, int]]:

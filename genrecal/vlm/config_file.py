@@ -16,3 +16,9 @@ def read_json(file: Path) -> dict[str, Any]:
         return content
     except (OSError, ValueError) as error:
         raise ModelError(f"{file}: {error}; expected a model folder") from None
+
+
+def layer_config(text_config: Any) -> Any:
+    """The config of the first decoder layer: itself, but for families whose layers differ in their sizes (Gemma 4)."""
+    layers = getattr(text_config, "per_layer_config", None)
+    return layers[0] if layers else text_config

@@ -32,6 +32,9 @@ def generate_ids(
     """
     from transformers import GenerationConfig
 
+    if model.renderer.writes_alone and len(prompts) > 1:
+        each = [generate_ids(model, [prompt], settings, logits_processor=logits_processor)[0] for prompt in prompts]
+        return torch.nn.utils.rnn.pad_sequence(each, batch_first=True, padding_value=settings.pad_token_id)
     inputs = model.on_device(model.renderer.collate(prompts, padding_side="left"))
     own = model.model.generation_config
     model.model.generation_config = GenerationConfig()

@@ -5,8 +5,9 @@ import contextlib
 import hashlib
 import itertools
 import logging
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from torch import nn
 from genrecal.errors import ModelError, SampleError, UsageError
 from genrecal.samples import ImageRef, Message
 from genrecal.shards.head import FrozenHead, LogitTransform
+from genrecal.vlm.batch_proof import why_alone
 from genrecal.vlm.internvl_chat import load_original_processor, original_layout
-from genrecal.vlm.rendering import PromptOptions, Renderer
+from genrecal.vlm.rendering import Encoded, PromptOptions, Renderer
 
 # What families call the numbers that follow their head, by what is done with them.
 SOFTCAP_NAMES = ("final_logit_softcapping", "final_logit_softcap", "logits_soft_cap")
@@ -183,6 +185,11 @@ class VLM:
         """The body's output `[B, L, D]` for a collated batch, on the model's device."""
         return self.body(**self.on_device(inputs), use_cache=False).last_hidden_state
 
+    def states(self, batch: Sequence[Encoded]) -> torch.Tensor:
+        """The body's output `[B, L, D]` for conversations, which run together or each alone; rows past a conversation's end
+        mean nothing."""
+        return pad_states([self.hidden(inputs) for inputs in self.renderer.batches(batch)])
+
     def on_device(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Move a batch; floating tensors take the model's dtype."""
         dtype = self.head.weight.dtype
@@ -274,7 +281,21 @@ def split_vlm(model: Any, renderer: Renderer, *, path: str = "") -> VLM:
     if body is model or not isinstance(head, nn.Linear):
         raise ModelError(f"{path}: {type(model).__name__} has no language-model head apart from its body")
     transform = find_logit_transform(model, body, head, renderer)
-    return VLM(path=path, model=model, body=body, head=head, transform=transform, renderer=renderer)
+    vlm = VLM(path=path, model=model, body=body, head=head, transform=transform, renderer=renderer)
+    try:
+        renderer.alone, renderer.writes_alone = why_alone(vlm.text_config, renderer, vlm.hidden, device=vlm.device.type)
+    except (ModelError, SampleError) as error:
+        raise ModelError(f"{path}: {type(model).__name__}: {error}") from None
+    if renderer.writes_alone:
+        what = "conversation runs" if renderer.alone else "answer is written"
+        sys.stderr.write(f"genrecal: {path}: each {what} alone, which is slower: {renderer.writes_alone}\n")
+    return vlm
+
+
+def pad_states(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """States `[B, L, D]` of several forward passes -> one tensor, padded on the right with zeros."""
+    rows = [row for part in parts for row in part]
+    return parts[0] if len(parts) == 1 else torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 @torch.no_grad()

@@ -139,6 +139,8 @@ class Renderer:
         if not getattr(processor, "chat_template", None) and not self.tokenizer.chat_template:
             raise ModelError("the model has no chat template; copy the one it was trained with into its folder")
         self.template_args = self._template_args(options)
+        # Why the model must run one conversation at a time, and write one answer; found where it is loaded (batch_proof.py).
+        self.alone = self.writes_alone = ""
         self._content_lists = self.takes_pictures
         self._written_tokens: set[str] = set()
         self._refused = self._refused_in_answers = re.compile(r"(?!)")
@@ -195,10 +197,10 @@ class Renderer:
         answer = Message(role="assistant", parts=("a",))
         return self.without_last_answer(self.encode_messages([*messages, answer], images)).inputs
 
-    def own_ids(
+    def own_inputs(
         self, messages: Sequence[Message], images: Sequence[Image.Image], *, prompt: bool = False
-    ) -> np.ndarray | None:
-        """The ids int64 `[L]` of the model's own `apply_chat_template(tokenize=True)`; None if it has none that does it.
+    ) -> dict[str, torch.Tensor] | None:
+        """The tensors of the model's own `apply_chat_template(tokenize=True)`; None if it has none that does it.
 
         Args:
             images: of all the messages that `ImageRef` counts through.
@@ -209,10 +211,9 @@ class Renderer:
             return None  # a processor of genrecal's own, for a checkpoint that comes without one
         options = {"tokenize": True, "return_dict": True, "add_generation_prompt": prompt, "return_tensors": "pt"}
         try:
-            found = self.processor.apply_chat_template([chat], **options, **self.template_args)
+            return dict(self.processor.apply_chat_template([chat], **options, **self.template_args))
         except Exception as error:  # Jinja raises what the template tells it to
             raise SampleError(f"the chat template cannot render this conversation: {error}") from None
-        return np.asarray(found["input_ids"], np.int64)[0]
 
     def settle(self, sample: Sample) -> Sample:
         """The sample as this model's template has it, which is how a teacher's cache keeps it.
@@ -422,13 +423,23 @@ class Renderer:
 
     # ------------------------------------------------------------------------------------------------------- batches
 
+    def batches(self, items: Sequence[Encoded], *, padding_side: str = "right") -> list[dict[str, torch.Tensor]]:
+        """What goes through the model at once: all together, or each conversation by itself where it must run `alone`."""
+        groups = [[item] for item in items] if self.alone else [items]
+        return [self.collate(group, padding_side=padding_side) for group in groups]
+
     def collate(
-        self, batch: Sequence[Encoded | dict[str, torch.Tensor]], *, padding_side: str = "right"
+        self,
+        batch: Sequence[Encoded | dict[str, torch.Tensor]],
+        *,
+        padding_side: str = "right",
+        text_only: bool = False,
     ) -> dict[str, Any]:
         """Conversations -> one batch, as the processor itself would have made of them all.
 
         Text tensors are padded to `[B, L]`. Pictures' tensors are either joined along their first axis (those that have
-        one row a picture, tile or patch) or padded to one row a conversation; which of the two was found by probing.
+        one row a picture, tile or patch) or padded to one row a conversation; which of the two was found by probing. With
+        `text_only` they are left out.
         """
         rows = [item.inputs if isinstance(item, Encoded) else item for item in batch]
         length = max(row["input_ids"].shape[1] for row in rows)
@@ -442,6 +453,8 @@ class Renderer:
                     0
                 ]
             result[name] = padded
+        if text_only:
+            return result
         for name in dict.fromkeys(name for row in rows for name in row if name not in self.text_keys):
             result[name] = self._join([row.get(name) for row in rows], per_sample=name in self._per_sample_keys)
         return result

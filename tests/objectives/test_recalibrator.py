@@ -3,7 +3,16 @@
 import pytest
 import tiny_models
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from torch.nn import Linear
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    DeepseekV3Config,
+    Gemma3nTextConfig,
+    GptOssConfig,
+    Qwen3MoeConfig,
+)
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from genrecal.objectives.recalibrator import Recalibrator
 
@@ -11,19 +20,44 @@ FAMILIES = sorted(set(tiny_models.FAMILIES) - {"qwen2_vl_padded_head"})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_blocks_are_the_students_decoder_blocks(tiny, family):
+def test_blocks_are_plain_and_of_the_students_sizes(tiny, family):
     config = AutoConfig.from_pretrained(tiny(family))
     recalibrator = Recalibrator(config, 48)
     student = AutoModelForImageTextToText.from_pretrained(tiny(family)).get_decoder()
     blocks = list(recalibrator.rec_body.layers)
-    assert len(blocks) == 2
+    assert [type(block) for block in blocks] == [Qwen2DecoderLayer] * 2
+    own = {
+        name: module.weight.shape for name, module in student.layers[0].named_modules() if isinstance(module, Linear)
+    }
     for block in blocks:
-        assert type(block) is type(student.layers[0])
-        shapes = {name: parameter.shape for name, parameter in block.named_parameters()}
-        assert shapes == {name: parameter.shape for name, parameter in student.layers[0].named_parameters()}
+        assert own == {n: m.weight.shape for n, m in block.named_modules() if isinstance(m, Linear)}
     names = {name.split(".")[0] for name, _ in recalibrator.named_parameters()}
     assert names == {"rec_proj_pre", "rec_body", "rec_proj_post", "rec_norm"}
     assert not any("embed_tokens" in name for name, _ in recalibrator.named_parameters())
+
+
+MOE = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48, intermediate_size=999, head_dim=8)
+
+
+@pytest.mark.parametrize(
+    ("config", "widths"),
+    [
+        (Qwen3MoeConfig(**MOE, hidden_size=32, num_attention_heads=4, num_key_value_heads=2), (96, 4, 2, 8)),
+        (DeepseekV3Config(hidden_size=48, num_attention_heads=4, moe_intermediate_size=16, n_shared_experts=1,
+                          num_experts_per_tok=2, n_routed_experts=4, kv_lora_rank=8), (48, 4, 4, 12)),
+        (GptOssConfig(hidden_size=32, intermediate_size=24, num_local_experts=4, num_experts_per_tok=2,
+                      num_attention_heads=4, num_key_value_heads=2, head_dim=16), (48, 4, 2, 16)),
+        (Gemma3nTextConfig(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=8),
+         (64, 4, 2, 8)),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_blocks_of_experts_latent_attention_and_other_kinds_are_dense_too(config, widths):
+    recalibrator = Recalibrator(config, 48)
+    made = recalibrator.rec_body.config
+    assert (made.intermediate_size, made.num_attention_heads, made.num_key_value_heads, made.head_dim) == widths
+    states = recalibrator(torch.randn(2, 5, config.hidden_size))
+    assert states.shape == (2, 5, 48) and states.isfinite().all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
