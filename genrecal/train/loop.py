@@ -1,4 +1,4 @@
-"""The training loop, from top to bottom: for each stage, set up, step through the samples, keep the result."""
+"""The training loop, from top to bottom: for each stage, set up, step through the samples, save the result."""
 
 import gc
 import json
@@ -59,11 +59,28 @@ from genrecal.train.ranks import Ranks, StopSignals, check_devices, joined, own_
 from genrecal.train.run import Run
 from genrecal.train.snapshot import take_snapshot
 from genrecal.train.stages import Distiller, StepOutput, add_lora, select_trainable
-from genrecal.vlm.loading import VLM, resolve_device
+from genrecal.vlm.loading import resolve_device
+
+FILLERS = 64  # samples that are tried for `BatchBuilder.fillers`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A run on this rank. `begun` is the content of run.json."""
+
+    run: Run
+    cache: Mixture
+    ranks: Ranks
+    device: torch.device
+    signals: StopSignals
+    begun: dict[str, Any]
+    midway: Midway | None
+    wandb: Wandb | None
+    clock: Clock
 
 
 def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = None, profile: bool = False) -> None:
-    """Train the stages asked for, going on from where an earlier call of the same run stopped.
+    """Train the stages asked for, resuming where an earlier call of the same run stopped.
 
     Under a launcher every process calls this, and each trains on its share of every global batch.
 
@@ -76,51 +93,58 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
         UsageError: settings, student or cache are not those the run's folder was begun with.
         TrainingError: a loss or gradient is not finite, or an earlier stage's result is missing.
         StoppedError: a signal asked the run to stop.
-        OtherRankError: on the ranks that leave it to another to say what is wrong.
+        OtherRankError: on all ranks but the one that reports the error.
     """
+    objective = objective_named(run.config.objective)
     with all_ranks(run.config) as ranks, StopSignals() as signals, ExitStack() as held:
-        if ranks.first and (left_out := sorted(set(stages) - set(objective_named(run.config.objective).stages))):
+        if ranks.first and (missing := sorted(set(stages) - set(objective.stages))):
             sys.stderr.write(
-                f"genrecal: objective {run.config.objective} has no stage {left_out[0]}, which trains the Recalibrator alone; "
-                "it has none\n"
+                f"genrecal: objective {run.config.objective} has no stage {missing[0]}: it has no Recalibrator to train\n"
             )
         device = ranks.together(lambda: own_device(run.config.device))
         check_devices(ranks, device)
         if device.index is not None:
             torch.cuda.set_device(device)
-        cache = ranks.together(lambda: open_for(run, stages))
-        midway = ranks.together(lambda: Midway.of(run.config))
-        ranks.together(lambda: _check(run, cache, stages, ranks) if ranks.first else None)
-        held.enter_context(
-            ranks.together(lambda: FolderLock(run.path / LOCK_FILE, "training in") if ranks.first else nullcontext())
-        )
-        begun = ranks.gather(ranks.together(lambda: _begin(run, cache, ranks) if ranks.first else {}))[0]
+
+        def begin() -> tuple[Mixture, Midway | None, dict[str, Any], Wandb | None]:
+            cache, midway = open_for(run, stages), Midway.of(run.config)
+            if not ranks.first:
+                return cache, midway, {}, None
+            check_stages(run, cache, stages, run.check(cache, ranks.size)["global_batch"])
+            check_layout(run.student, trust_remote_code=run.trust_remote_code)
+            held.enter_context(FolderLock(run.path / LOCK_FILE, "training in"))
+            begun = run.begin(cache, ranks.size)
+            if not (run.path / CACHE_FACTS).exists():
+                write_whole(run.path / CACHE_FACTS, (json.dumps(cache_facts(cache), indent=2) + "\n").encode())
+            project = run.config.wandb
+            wandb = held.enter_context(Wandb(project, run.path, asdict(run.config))) if project else None
+            return cache, midway, begun, wandb
+
+        cache, midway, begun, wandb = ranks.together(begin)
+        begun = ranks.gather(begun)[0]
         ranks.wait_for(run.path / RUN_FILE)
         ranks.together(lambda: run.check_files(begun, cache))
-        with ranks.together(lambda: _wandb_of(run) if ranks.first else nullcontext()) as wandb:
-            for stage in stages_to_train(run.config, stages):
-                if received := next((name for name in ranks.gather(signals.received) if name), None):
-                    ranks.stop(
-                        StoppedError(f"{received}: stopped before stage {stage}; run the same command to resume")
-                    )
-                if not ranks.gather(run.stage_result(stage).exists())[0]:
-                    source = LiveSource(cache, live_teacher) if live_teacher else ShardSource(cache)
-                    job = StageJob(
-                        run=run,
-                        cache=cache,
-                        stage=stage,
-                        ranks=ranks,
-                        device=device,
-                        begun=begun,
-                        midway=midway,
-                        wandb=wandb,
-                        clock=Clock(device if profile else None),
-                    )
-                    with explain_failures(stage, run.config):
-                        _train_stage(job, source, signals)
-                ranks.wait_for(run.stage_result(stage))
-                if ranks.first:
-                    remove_checkpoints(run.checkpoints, stage)
+        session = Session(
+            run=run,
+            cache=cache,
+            ranks=ranks,
+            device=device,
+            signals=signals,
+            begun=begun,
+            midway=midway,
+            wandb=wandb,
+            clock=Clock(device if profile else None),
+        )
+        for stage in stages_to_train(run.config, stages):
+            if received := next((name for name in ranks.gather(signals.received) if name), None):
+                ranks.stop(StoppedError(f"{received}: stopped before stage {stage}; run the same command to resume"))
+            if not ranks.gather(run.stage_result(stage).exists())[0]:
+                source = LiveSource(cache, live_teacher) if live_teacher else ShardSource(cache)
+                with explain_failures(stage, run.config):
+                    StageTrainer(session, stage, source).train()
+            ranks.wait_for(run.stage_result(stage))
+            if ranks.first:
+                remove_checkpoints(run.checkpoints, stage)
 
 
 def profile(run: Run, steps: int, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = None) -> str:
@@ -132,25 +156,12 @@ def profile(run: Run, steps: int, *, stages: Sequence[int] = (1, 2, 3), live_tea
         return profile_text(read_metrics(short.path)) if first else ""
 
 
+# ------------------------------------------------------------------------------------------- before anything is trained
+
+
 def stages_to_train(config: TrainConfig, stages: Sequence[int]) -> list[int]:
     """In order; an objective without a Recalibrator has no stage 1."""
     return [stage for stage in sorted(set(stages)) if stage in objective_named(config.objective).stages]
-
-
-def _wandb_of(run: Run) -> AbstractContextManager[Wandb | None]:
-    return Wandb(run.config.wandb, run.path, asdict(run.config)) if run.config.wandb else nullcontext()
-
-
-def _check(run: Run, cache: Mixture, stages: Sequence[int], ranks: Ranks) -> None:
-    check_stages(run, cache, stages, run.check(cache, ranks.size)["global_batch"])
-    check_layout(run.student, trust_remote_code=run.trust_remote_code)
-
-
-def _begin(run: Run, cache: Mixture, ranks: Ranks) -> dict[str, Any]:
-    begun = run.begin(cache, ranks.size)
-    if not (run.path / CACHE_FACTS).exists():
-        write_whole(run.path / CACHE_FACTS, (json.dumps(cache_facts(cache), indent=2) + "\n").encode())
-    return begun
 
 
 def check_stages(run: Run, cache: Mixture, stages: Sequence[int], global_batches: dict[str, int]) -> None:
@@ -236,29 +247,6 @@ def objective_of(run: Run, stage: int) -> Objective[Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageJob:
-    """One stage of a run on this rank. `begun` is the content of run.json; `midway` what is asked between its steps."""
-
-    run: Run
-    cache: Mixture
-    stage: int
-    ranks: Ranks
-    device: torch.device
-    begun: dict[str, Any]
-    midway: Midway | None = None
-    wandb: Wandb | None = None
-    clock: Clock = field(default_factory=Clock)
-
-    @property
-    def settings(self) -> StageConfig:
-        return self.run.config.stage(self.stage)
-
-    @property
-    def global_batch(self) -> int:
-        return int(self.begun["global_batch"][f"stage{self.stage}"])
-
-
-@dataclass(frozen=True, kw_only=True)
 class StagePlan:
     """Which samples a stage sees, in how many steps."""
 
@@ -304,249 +292,7 @@ def plan_stage(config: StageConfig, cache: Mixture, *, global_batch: int | None 
     )
 
 
-def _train_stage(job: StageJob, source: RecordSource, signals: StopSignals) -> None:
-    run, stage, ranks, config, settings = job.run, job.stage, job.ranks, job.run.config, job.settings
-    plan, engine, distiller, builder, data, first_step = _prepare(job, source)
-    if stage == 1 and first_step == 0:
-        _measure(job, distiller, source, plan, "start")
-    # A live teacher stays in this process.
-    workers = config.data.workers if isinstance(source, ShardSource) else 0
-    stream = micro_batch_stream(builder, data, range(first_step, plan.num_steps), workers=workers)
-    with (
-        few_to_collect(),
-        closing(stream),  # type: ignore[type-var]
-        RunLog(run.path, stage, first_step=first_step, writes=ranks.first, wandb=job.wandb) as log,
-        Progress(f"stage {stage}", plan.num_steps, "steps", done=first_step, shown=ranks.first) as progress,
-    ):
-        skipped, damaged = (ranks.gather(log.left_out)[0][name] for name in ("skipped", "damaged"))
-        points = job.midway.points(stage, plan.num_steps) - ranks.gather(log.evaluations)[0] if job.midway else set()
-        for step in range(first_step, plan.num_steps):
-            if step in points:
-                _evaluate(job, distiller.student, plan, step, log)
-            started = time.perf_counter()
-            tokens, rate = data.answer_tokens(step), learning_rate(settings, step, plan.num_steps)
-            seed_step(config.seed, stage, step, ranks.rank)
-            own = micro_steps(engine, stream, builder, data.micro_steps(step), tokens, job)
-            own.signal = signals.received
-            shares = ranks.gather(own)
-            _check_shares(shares, job, engine)
-            left_out = {
-                name: texts
-                for name in ("skipped", "damaged")
-                if (texts := [text for share in shares for text in getattr(share, name)])
-            }
-            skipped += len(left_out.get("skipped", ()))
-            damaged += len(left_out.get("damaged", ()))
-            if skipped + damaged > config.data.max_skip * plan.num_samples:
-                ranks.stop(
-                    too_many_left_out(
-                        stage,
-                        config,
-                        skipped=skipped,
-                        damaged=damaged,
-                        seen=min((step + 1) * plan.global_batch, plan.num_samples),
-                        total=plan.num_samples,
-                        examples=[text for texts in left_out.values() for text in texts],
-                    )
-                )
-            values = update(engine, rate, shares, ranks)
-            seconds = time.perf_counter() - started
-            student_tokens = sum(share.student_tokens for share in shares)
-            values |= {
-                "lr": rate, "samples": sum(len(share.keys) for share in shares), "teacher_tokens": tokens,
-                "student_tokens": student_tokens, "seconds": seconds,
-                "data_wait": max(share.waited for share in shares) / seconds,
-                "tokens_per_second": student_tokens / seconds, "memory_gb": max(share.memory for share in shares) / 1e9,
-            }  # fmt: skip
-            values |= left_out | job.clock.read()
-            last = step + 1 == plan.num_steps
-            if step % config.log_every == 0 or last or left_out:
-                log.write(step, values)
-            received = next((share.signal for share in shares if share.signal), None)
-            due = settings.checkpoint_every and (step + 1) % settings.checkpoint_every == 0
-            if (due or received) and not last:
-                _save(job, engine, step + 1)
-            if received and not last:
-                ranks.stop(
-                    StoppedError(
-                        f"{received}: saved a checkpoint at stage {stage}, step {step + 1}; run the same command to resume"
-                    )
-                )
-            progress.advance(1, _in_words(values, distiller.objective))
-        if plan.num_steps in points:
-            _evaluate(job, distiller.student, plan, plan.num_steps, log)
-    if damaged and ranks.first:
-        sys.stderr.write(
-            f"genrecal: stage {stage}: {damaged} of {plan.num_samples} samples were skipped since they are damaged; "
-            f"metrics.jsonl names them under damaged, and `genrecal verify CACHE` the shards of {job.cache.path}\n"
-        )
-    if stage < 3:
-        _measure(job, distiller, source, plan, "end")
-    state = engine.state(moments=False)
-    engine.close()
-    ranks.together(lambda: run.save_result(stage, state.weights) if state is not None else None)
-
-
-@contextmanager
-def few_to_collect() -> Iterator[None]:
-    """What is there before the steps is left out of Python's garbage collection until they are done.
-
-    Half a million objects, nearly all of them modules', take it half a second, in the middle of a step and on each rank at
-    another one; and in a forked process it writes to every page that it looks at, which copies them.
-    """
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-def _in_words(values: dict[str, Any], objective: Objective[Any]) -> str:
-    """A step's values, for the line of progress."""
-    terms = [f"{name} {values[name]:.3f}" for name in ("loss", "sft", *objective.logs) if name in values]
-    return (
-        f"{', '.join(terms)}, {values['tokens_per_second']:.0f} tokens/s, {values['data_wait']:.0%} waiting for data, "
-        f"{values['memory_gb']:.1f} GB"
-    )
-
-
-def _evaluate(job: StageJob, student: VLM, plan: StagePlan, step: int, log: RunLog) -> None:
-    """Ask the student as `step` steps have left it."""
-    assert job.midway is not None
-    config = job.run.config
-    evaluation = job.midway.ask(student, job.ranks, compute_dtype=resolve_precision(config), seed=config.seed)
-    log.evaluated(step, evaluation, done=step / plan.num_steps, shown=config.evaluate.shown)
-
-
-def _measure(job: StageJob, distiller: Distiller, source: RecordSource, plan: StagePlan, moment: str) -> None:
-    """A snapshot for the report, which rank 0 takes; the others wait. Not with zero3, where no process has the whole
-    student."""
-    config = job.run.config
-    if not hasattr(distiller, "recalibrator") or not config.measure.samples or config.engine == "zero3":
-        return
-
-    def measure() -> None:
-        if job.ranks.first:
-            take_snapshot(
-                distiller,
-                source,
-                job.cache,
-                plan.indices,
-                samples=config.measure.samples,
-                moment=moment,
-                compute_dtype=resolve_precision(config),
-                max_tokens=config.max_tokens,
-            ).write(job.run.path)
-
-    job.ranks.together(measure)
-
-
-def _prepare(job: StageJob, source: RecordSource) -> tuple[StagePlan, Engine, Distiller, BatchBuilder, StageData, int]:
-    """The stage's plan; its engine, where the newest checkpoint left it; what it trains; its samples; and the first step."""
-    run, cache, stage, ranks, config, settings = job.run, job.cache, job.stage, job.ranks, job.run.config, job.settings
-    compute_dtype = resolve_precision(config)
-
-    def build() -> tuple[StagePlan, Distiller]:
-        plan = plan_stage(settings, cache, global_batch=job.global_batch)
-        torch.manual_seed(config.seed * 4 + stage)
-        return plan, build_distiller(run, cache, stage, job.device, compute_dtype, samples=plan.indices)
-
-    plan, distiller = ranks.together(build)
-
-    if ranks.first:
-        remove_unfinished(run.checkpoints)
-    paths = ranks.gather(find_checkpoints(run.checkpoints, stage)[-1:])[0]
-    for path in paths:
-        ranks.wait_for(path)
-
-    def newest() -> Checkpoint | None:
-        """The newest checkpoint, its weights in place."""
-        if not paths:
-            return None
-        checkpoint = read_checkpoint(paths[-1])
-        run.check_checkpoint(checkpoint, stage, job.begun)
-        checkpoint.put_weights(trained_parameters(distiller))
-        return checkpoint
-
-    checkpoint = ranks.together(newest)
-    micro_steps = -(-plan.global_batch // (settings.batch_size * ranks.size))
-    engine = start_engine(
-        config,
-        settings,
-        distiller,
-        ranks,
-        device=job.device,
-        compute_dtype=compute_dtype,
-        micro_steps=micro_steps,
-        clock=job.clock,
-    )
-    if ranks.first and ranks.size > 1:
-        sys.stderr.write(
-            f"genrecal: stage {stage}: {ranks.size} processes, engine {resolve_engine(config.engine, ranks.size)}; a global "
-            f"batch of {plan.global_batch} samples is {micro_steps} micro-steps of {settings.batch_size} on each\n"
-        )
-    if checkpoint is not None:
-        engine.load_moments(checkpoint.state, where=str(checkpoint.path))
-    first_step = checkpoint.step if checkpoint is not None else 0
-    builder = ranks.together(lambda: _builder(job, source, plan, distiller, engine))
-    data = StageData(
-        order=cache.order(plan.indices, seed=config.seed * 4 + stage, window=config.data.window),
-        lengths=(cache.column("question_tokens") + cache.column("answer_tokens"))[plan.indices],
-        tokens=cache.column("answer_tokens")[plan.indices],
-        global_batch=plan.global_batch,
-        last_sample=plan.num_samples,
-        batch_size=settings.batch_size,
-        conversations=cache.conversations()[plan.indices] if len(cache.caches) > 1 else None,
-        rank=ranks.rank,
-        world_size=ranks.size,
-    )
-    return plan, engine, distiller, builder, data, first_step
-
-
-FILLERS = 64  # samples that are tried for `BatchBuilder.fillers`
-
-
-def _builder(
-    job: StageJob, source: RecordSource, plan: StagePlan, distiller: Distiller, engine: Engine
-) -> BatchBuilder:
-    config, renderer = job.run.config, distiller.student.renderer
-    fillers, beside = np.empty(0, np.int64), None
-    if job.ranks.size > 1 or engine.same_modules:
-        images = job.cache.column("images")[plan.indices]
-        fillers = np.arange(min(FILLERS, len(images)))
-        if engine.same_modules and images.any():
-            fillers, beside = np.flatnonzero(images)[:FILLERS], image_beside(renderer)
-    builder = BatchBuilder(
-        _Subset(source, plan.indices),
-        renderer,
-        distiller.objective,
-        max_tokens=config.max_tokens,
-        on_damage=config.data.on_damage,
-        beside=beside,
-        fillers=fillers.tolist(),
-    )
-    if len(fillers):
-        builder.filler()
-    return builder
-
-
-def _save(job: StageJob, engine: Engine, step: int) -> None:
-    """A checkpoint, which rank 0 writes; the others wait, and stop too if it cannot be written."""
-    state, run = engine.state(), job.run
-
-    def write() -> None:
-        if state is not None:
-            save_checkpoint(
-                run.checkpoints,
-                job.stage,
-                step,
-                state,
-                run=job.begun,  # nothing is asked of the cache's store here: it may be away when a signal comes
-                keep=run.config.keep_checkpoints,
-            )
-
-    job.ranks.together(write)
+# ------------------------------------------------------------------------------------------------------------ one stage
 
 
 @dataclass(kw_only=True)
@@ -555,7 +301,7 @@ class Share:
 
     Args:
         loss: its part of the step's. sums: of its terms. bad: losses that are not finite, with their samples.
-        keys: its samples. student_tokens: of them. waited: seconds for data. memory: bytes of its device, the most so far.
+        keys: its samples. student_tokens: of them. waited: seconds for data. memory: peak bytes of its device.
         skipped, damaged: why samples were left out. error: what stopped its loading. signal: what told it to stop.
     """
 
@@ -572,44 +318,275 @@ class Share:
     signal: str | None = None
 
 
-def micro_steps(
-    engine: Engine, stream: Iterator[Loaded], builder: BatchBuilder, count: int, tokens: int, job: StageJob
-) -> Share:
-    """Forward and backward of this rank's micro-batches of a step, as they come. An error is kept for later, and the other
-    ranks' micro-steps are gone through with fillers: they wait for this one's."""
-    share, losses = Share(), []
-    outputs: list[StepOutput] = []
-    for number in range(1, count + 1):
-        waiting = time.perf_counter()
-        loaded = next(stream) if share.error is None else Loaded()
-        share.waited += time.perf_counter() - waiting
-        share.error = share.error or loaded.error
-        share.skipped += loaded.skipped
-        share.damaged += loaded.damaged
-        batch = loaded.batch
-        if batch is None and builder.fillers:
-            batch = builder.filler()
-        if batch is None:
-            continue
-        with explain_failures(job.stage, job.run.config, longest=batch.student_inputs["input_ids"].shape[1]):
-            output = engine.micro_step(batch, tokens, last=number == count)
-        outputs.append(StepOutput(loss=output.loss.detach(), sums=output.sums, counts=output.counts))
-        losses.append((outputs[-1].loss, batch.keys))
-        share.keys += batch.keys
-        share.student_tokens += int(batch.student_inputs["attention_mask"][: len(batch.keys)].sum())
-    values = [(loss.item(), keys) for loss, keys in losses]
-    share.loss, share.sums = sum(loss for loss, _ in values), term_sums(outputs)
-    share.bad = [(loss, keys) for loss, keys in values if not math.isfinite(loss)]
-    share.memory = most_memory()
-    return share
+class StageTrainer:
+    """One stage of a run on this rank, from its newest checkpoint or its beginning to its result."""
+
+    def __init__(self, session: Session, stage: int, source: RecordSource):
+        self.session, self.stage, self.source = session, stage, source
+        self.run, self.ranks, self.config = session.run, session.ranks, session.run.config
+        self.settings, self.dtype = self.config.stage(stage), resolve_precision(self.config)
+        self.plan, self.distiller = self.ranks.together(self._build)
+        self.engine, self.first_step = self._start_engine()
+        self.builder = self.ranks.together(self._builder)
+        cache, indices = session.cache, self.plan.indices
+        self.data = StageData(
+            order=cache.order(indices, seed=self.config.seed * 4 + stage, window=self.config.data.window),
+            lengths=(cache.column("question_tokens") + cache.column("answer_tokens"))[indices],
+            tokens=cache.column("answer_tokens")[indices],
+            global_batch=self.plan.global_batch,
+            last_sample=self.plan.num_samples,
+            batch_size=self.settings.batch_size,
+            conversations=cache.conversations()[indices] if len(cache.caches) > 1 else None,
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
+        )
+
+    def _build(self) -> tuple["StagePlan", Distiller]:
+        cache, global_batch = self.session.cache, self.session.begun["global_batch"][f"stage{self.stage}"]
+        plan = plan_stage(self.settings, cache, global_batch=int(global_batch))
+        torch.manual_seed(self.config.seed * 4 + self.stage)
+        device = self.session.device
+        return plan, build_distiller(self.run, cache, self.stage, device, self.dtype, samples=plan.indices)
+
+    def _start_engine(self) -> tuple[Engine, int]:
+        """The engine, where the newest checkpoint left it, and the first step."""
+        run, ranks = self.run, self.ranks
+        if ranks.first:
+            remove_unfinished(run.checkpoints)
+        paths = ranks.gather(find_checkpoints(run.checkpoints, self.stage)[-1:])[0]
+        for path in paths:
+            ranks.wait_for(path)
+
+        def newest() -> Checkpoint | None:
+            """The newest checkpoint, its weights in place."""
+            if not paths:
+                return None
+            checkpoint = read_checkpoint(paths[-1])
+            run.check_checkpoint(checkpoint, self.stage, self.session.begun)
+            checkpoint.put_weights(trained_parameters(self.distiller))
+            return checkpoint
+
+        checkpoint = ranks.together(newest)
+        micro_steps = -(-self.plan.global_batch // (self.settings.batch_size * ranks.size))
+        engine = start_engine(
+            self.config,
+            self.settings,
+            self.distiller,
+            ranks,
+            device=self.session.device,
+            compute_dtype=self.dtype,
+            micro_steps=micro_steps,
+            clock=self.session.clock,
+        )
+        if ranks.first and ranks.size > 1:
+            name, batch_size = resolve_engine(self.config.engine, ranks.size), self.settings.batch_size
+            sys.stderr.write(
+                f"genrecal: stage {self.stage}: {ranks.size} processes, engine {name}; a global batch of "
+                f"{self.plan.global_batch} samples is {micro_steps} micro-steps of {batch_size} on each\n"
+            )
+        if checkpoint is None:
+            return engine, 0
+        engine.load_moments(checkpoint.state, where=str(checkpoint.path))
+        return engine, checkpoint.step
+
+    def _builder(self) -> BatchBuilder:
+        renderer, same_modules = self.distiller.student.renderer, self.engine.same_modules
+        fillers, beside = np.empty(0, np.int64), None
+        if self.ranks.size > 1 or same_modules:
+            images = self.session.cache.column("images")[self.plan.indices]
+            fillers = np.arange(min(FILLERS, len(images)))
+            if same_modules and images.any():
+                fillers, beside = np.flatnonzero(images)[:FILLERS], image_beside(renderer)
+        builder = BatchBuilder(
+            _Subset(self.source, self.plan.indices),
+            renderer,
+            self.distiller.objective,
+            max_tokens=self.config.max_tokens,
+            on_damage=self.config.data.on_damage,
+            beside=beside,
+            fillers=fillers.tolist(),
+        )
+        if len(fillers):
+            builder.filler()
+        return builder
+
+    def train(self) -> None:
+        run, stage, plan, ranks, session = self.run, self.stage, self.plan, self.ranks, self.session
+        if stage == 1 and self.first_step == 0:
+            self._measure("start")
+        # A live teacher stays in this process.
+        workers = self.config.data.workers if isinstance(self.source, ShardSource) else 0
+        steps = range(self.first_step, plan.num_steps)
+        stream = micro_batch_stream(self.builder, self.data, steps, workers=workers)
+        with (
+            frozen_gc(),
+            closing(stream),  # type: ignore[type-var]
+            RunLog(run.path, stage, first_step=steps.start, writes=ranks.first, wandb=session.wandb) as log,
+            Progress(f"stage {stage}", plan.num_steps, "steps", done=steps.start, shown=ranks.first) as progress,
+        ):
+            left_out = ranks.gather(log.left_out)[0]
+            points = session.midway.points(stage, plan.num_steps) if session.midway else set()
+            points -= ranks.gather(log.evaluations)[0]
+            for step in steps:
+                if step in points:
+                    self._evaluate(step, log)
+                values, received = self._step(step, stream, left_out)
+                last = step + 1 == plan.num_steps
+                if step % self.config.log_every == 0 or last or "skipped" in values or "damaged" in values:
+                    log.write(step, values)
+                due = self.settings.checkpoint_every and (step + 1) % self.settings.checkpoint_every == 0
+                if (due or received) and not last:
+                    self._save(step + 1)
+                if received and not last:
+                    ranks.stop(
+                        StoppedError(
+                            f"{received}: saved a checkpoint at stage {stage}, step {step + 1}; run the same command to "
+                            "resume"
+                        )
+                    )
+                progress.advance(1, self._in_words(values))
+            if plan.num_steps in points:
+                self._evaluate(plan.num_steps, log)
+        if left_out["damaged"] and ranks.first:
+            sys.stderr.write(
+                f"genrecal: stage {stage}: {left_out['damaged']} of {plan.num_samples} samples were skipped since they are "
+                "damaged; metrics.jsonl names them under damaged, and `genrecal verify CACHE` the shards of "
+                f"{session.cache.path}\n"
+            )
+        if stage < 3:
+            self._measure("end")
+        state = self.engine.state(moments=False)
+        self.engine.close()
+        ranks.together(lambda: run.save_result(stage, state.weights) if state is not None else None)
+
+    def _step(self, step: int, stream: Iterator[Loaded], left_out: dict[str, int]) -> tuple[dict[str, Any], str | None]:
+        """One optimizer step: what is logged of it, and the name of a signal that a rank received."""
+        started = time.perf_counter()
+        ranks, plan, config = self.ranks, self.plan, self.config
+        tokens, rate = self.data.answer_tokens(step), learning_rate(self.settings, step, plan.num_steps)
+        seed_step(config.seed, self.stage, step, ranks.rank)
+        own = self._micro_steps(stream, self.data.micro_steps(step), tokens)
+        own.signal = self.session.signals.received
+        shares = ranks.gather(own)
+        if error := next((share.error for share in shares if share.error), None):
+            ranks.stop(explain_loading(error, self.stage, config))
+        if broken := next((share.bad for share in shares if share.bad), None):
+            ranks.stop(not_finite("loss", *broken[0], self.dtype))
+        texts = {name: [text for share in shares for text in getattr(share, name)] for name in ("skipped", "damaged")}
+        for name, found in texts.items():
+            left_out[name] += len(found)
+        if sum(left_out.values()) > config.data.max_skip * plan.num_samples:
+            ranks.stop(
+                too_many_left_out(
+                    self.stage,
+                    config,
+                    **left_out,
+                    seen=min((step + 1) * plan.global_batch, plan.num_samples),
+                    total=plan.num_samples,
+                    examples=[*texts["skipped"], *texts["damaged"]],
+                )
+            )
+        values = update(self.engine, rate, shares, ranks)
+        seconds, student_tokens = time.perf_counter() - started, sum(share.student_tokens for share in shares)
+        values |= {
+            "lr": rate, "samples": sum(len(share.keys) for share in shares), "teacher_tokens": tokens,
+            "student_tokens": student_tokens, "seconds": seconds,
+            "data_wait": max(share.waited for share in shares) / seconds,
+            "tokens_per_second": student_tokens / seconds, "memory_gb": max(share.memory for share in shares) / 1e9,
+        }  # fmt: skip
+        values |= {name: found for name, found in texts.items() if found} | self.session.clock.read()
+        return values, next((share.signal for share in shares if share.signal), None)
+
+    def _micro_steps(self, stream: Iterator[Loaded], count: int, tokens: int) -> Share:
+        """Forward and backward of this rank's micro-batches of a step, as they come. An error is kept for later, and the
+        other micro-steps are done with fillers: the other ranks wait for this one's."""
+        share, losses = Share(), []
+        outputs: list[StepOutput] = []
+        for number in range(1, count + 1):
+            waiting = time.perf_counter()
+            loaded = next(stream) if share.error is None else Loaded()
+            share.waited += time.perf_counter() - waiting
+            share.error = share.error or loaded.error
+            share.skipped += loaded.skipped
+            share.damaged += loaded.damaged
+            batch = loaded.batch
+            if batch is None and self.builder.fillers:
+                batch = self.builder.filler()
+            if batch is None:
+                continue
+            longest = batch.student_inputs["input_ids"].shape[1]
+            with explain_failures(self.stage, self.config, longest=longest):
+                output = self.engine.micro_step(batch, tokens, last=number == count)
+            outputs.append(StepOutput(loss=output.loss.detach(), sums=output.sums, counts=output.counts))
+            losses.append((outputs[-1].loss, batch.keys))
+            share.keys += batch.keys
+            share.student_tokens += int(batch.student_inputs["attention_mask"][: len(batch.keys)].sum())
+        values = [(loss.item(), keys) for loss, keys in losses]
+        share.loss, share.sums = sum(loss for loss, _ in values), term_sums(outputs)
+        share.bad = [(loss, keys) for loss, keys in values if not math.isfinite(loss)]
+        share.memory = peak_memory()
+        return share
+
+    def _in_words(self, values: dict[str, Any]) -> str:
+        """A step's values, for the line of progress."""
+        names = ("loss", "sft", *self.distiller.objective.logs)
+        terms = ", ".join(f"{name} {values[name]:.3f}" for name in names if name in values)
+        speed, waiting = values["tokens_per_second"], values["data_wait"]
+        return f"{terms}, {speed:.0f} tokens/s, {waiting:.0%} waiting for data, {values['memory_gb']:.1f} GB"
+
+    def _evaluate(self, step: int, log: RunLog) -> None:
+        """Ask the student as `step` steps have left it."""
+        assert self.session.midway is not None
+        evaluation = self.session.midway.ask(
+            self.distiller.student, self.ranks, compute_dtype=self.dtype, seed=self.config.seed
+        )
+        log.evaluated(step, evaluation, done=step / self.plan.num_steps, shown=self.config.evaluate.shown)
+
+    def _measure(self, moment: str) -> None:
+        """A snapshot for the report, which rank 0 takes while the others wait. Not with zero3, where no process has the
+        whole student."""
+        config = self.config
+        if not hasattr(self.distiller, "recalibrator") or not config.measure.samples or config.engine == "zero3":
+            return
+
+        def measure() -> None:
+            if self.ranks.first:
+                take_snapshot(
+                    self.distiller,
+                    self.source,
+                    self.session.cache,
+                    self.plan.indices,
+                    samples=config.measure.samples,
+                    moment=moment,
+                    compute_dtype=self.dtype,
+                    max_tokens=config.max_tokens,
+                ).write(self.run.path)
+
+        self.ranks.together(measure)
+
+    def _save(self, step: int) -> None:
+        """A checkpoint, which rank 0 writes; the others wait, and stop too if it cannot be written."""
+        state, run = self.engine.state(), self.run
+
+        def write() -> None:
+            # Nothing is asked of the cache's store here: it may be away when a signal comes.
+            if state is not None:
+                keep, begun = run.config.keep_checkpoints, self.session.begun
+                save_checkpoint(run.checkpoints, self.stage, step, state, run=begun, keep=keep)
+
+        self.ranks.together(write)
 
 
-def _check_shares(shares: Sequence[Share], job: StageJob, engine: Engine) -> None:
-    """Stop all ranks where loading or a loss went wrong on one; nothing is updated then."""
-    if error := next((share.error for share in shares if share.error), None):
-        job.ranks.stop(explain_loading(error, job.stage, job.run.config))
-    if broken := next((share.bad for share in shares if share.bad), None):
-        job.ranks.stop(not_finite("loss", *broken[0], engine.compute_dtype))
+@contextmanager
+def frozen_gc() -> Iterator[None]:
+    """Freeze existing objects so that GC pauses do not hit ranks in the middle of a step, nor copy the pages of forked
+    loader processes."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def update(engine: Engine, rate: float, shares: Sequence[Share], ranks: Ranks) -> dict[str, Any]:
@@ -621,11 +598,8 @@ def update(engine: Engine, rate: float, shares: Sequence[Share], ranks: Ranks) -
     if not math.isfinite(norm):
         keys = [key for share in shares for key in share.keys]
         ranks.stop(not_finite("gradient's norm", norm, keys, engine.compute_dtype))
-    return {
-        "loss": sum(share.loss for share in shares),
-        "grad_norm": norm,
-        **term_means([share.sums for share in shares]),
-    }
+    loss = sum(share.loss for share in shares)
+    return {"loss": loss, "grad_norm": norm, **term_means([share.sums for share in shares])}
 
 
 class _Subset:
@@ -683,8 +657,8 @@ def build_distiller(
     return Distiller(student, objective, modules)
 
 
-def most_memory() -> int:
-    """Bytes that torch has had of this process's GPU at once; without one, the process's largest resident size."""
+def peak_memory() -> int:
+    """Peak bytes that torch allocated on this process's GPU; without one, the process's largest resident size."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024

@@ -104,17 +104,21 @@ def at_rest(model: Any) -> Iterator[None]:
     Families keep such things on their modules (the Qwen-VLs their `rope_deltas`), made in inference mode, which a later
     backward pass refuses.
     """
-    modules = list(model.modules())
-    modes = [module.training for module in modules]
-    kept = [{name: value for name, value in vars(module).items() if not name.startswith("_")} for module in modules]
-    buffers = [dict(module._buffers) for module in modules]
+    kept = [
+        (
+            module,
+            {name: value for name, value in vars(module).items() if not name.startswith("_")},
+            dict(module.named_buffers(recurse=False)),
+        )
+        for module in model.modules()
+    ]
     model.eval()
     try:
         yield
     finally:
-        for module, mode, attributes, own in zip(modules, modes, kept, buffers, strict=True):
+        for module, attributes, buffers in kept:
             for name in [name for name in vars(module) if not name.startswith("_") and name not in attributes]:
                 delattr(module, name)
-            vars(module).update(attributes)
-            module._buffers.update(own)
-            module.training = mode
+            vars(module).update(attributes)  # its mode too
+            for name, buffer in buffers.items():
+                setattr(module, name, buffer)

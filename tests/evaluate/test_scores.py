@@ -31,59 +31,28 @@ short = st.text("ab ", max_size=6)
 @pytest.mark.parametrize(
     ("prediction", "answer", "score"),
     [
-        ("Red", "red", 1),
-        ("  a  red\nsquare. ", "A red square", 1),
-        ("red", "red.", 1),
-        ("red!", "red", 0),
-        ("redder", "red", 0),
-        ("", "red", 0),
-        ("12.0", "12", 0),
-        ("9.00", "9.00", 1),
+        ("Red", "red", 1), ("  a  red\nsquare. ", "A red square", 1), ("red", "red.", 1), ("red!", "red", 0),
+        ("redder", "red", 0), ("", "red", 0), ("12.0", "12", 0), ("9.00", "9.00", 1),
     ],
-)
+)  # fmt: skip
 def test_exact(prediction: str, answer: str, score: float) -> None:
     assert exact_match(prediction, answer) == score
 
 
 # ChartQA's own rule: the values are those of lmms-eval 0.7.3's `relaxed_correctness`.
 RELAXED = [
-    ("100", "100", 1),
-    ("105", "100", 1),
-    ("105.1", "100", 0),
-    ("94.9", "100", 0),
+    ("100", "100", 1), ("105", "100", 1), ("105.1", "100", 0), ("94.9", "100", 0),
     ("100", "105.3", 0),  # 5 % of the right answer, not of the prediction
-    ("-95", "-100", 1),
-    ("100", "-100", 0),
-    ("0", "0", 1),
-    ("0.00", "0", 0),
-    ("12%", "0.12", 1),
-    ("12%", "12", 0),
-    ("12%", "12.5%", 1),
-    ("12 %", "0.12", 1),
-    ("1,234", "1234", 0),
-    ("$5", "5", 0),
-    ("9.00.", "9.00", 0),
-    ("2020", "2019", 1),
-    ("1e2", "100", 1),
-    ("norway", "Norway", 1),
-    ("Norway.", "Norway", 0),
-    ("Sweden", "Norway", 0),
-    ("", "100", 0),
-    ("%", "5", 0),
-    ("inf", "5", 0),
-]
+    ("-95", "-100", 1), ("100", "-100", 0), ("0", "0", 1), ("0.00", "0", 0), ("12%", "0.12", 1), ("12%", "12", 0),
+    ("12%", "12.5%", 1), ("12 %", "0.12", 1), ("1,234", "1234", 0), ("$5", "5", 0), ("9.00.", "9.00", 0),
+    ("2020", "2019", 1), ("1e2", "100", 1), ("norway", "Norway", 1), ("Norway.", "Norway", 0),
+    ("Sweden", "Norway", 0), ("", "100", 0), ("%", "5", 0), ("inf", "5", 0),
+]  # fmt: skip
 ANLS = [
-    ("Hello World", "hello  world", 1),
-    ("red.", "red", 0.75),
-    ("abcd", "abce", 0.75),
-    ("ab", "ac", 0.5),
+    ("Hello World", "hello  world", 1), ("red.", "red", 0.75), ("abcd", "abce", 0.75), ("ab", "ac", 0.5),
     ("abc", "axy", 0),  # a third alike is below the half
-    ("abcde", "abcdefghij", 0.5),
-    ("abcd", "abcdefghij", 0),
-    ("", "abc", 0),
-    ("abc", "", 0),
-    ("", "", 1),
-]
+    ("abcde", "abcdefghij", 0.5), ("abcd", "abcdefghij", 0), ("", "abc", 0), ("abc", "", 0), ("", "", 1),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("prediction", "answer", "score"), RELAXED)
@@ -94,66 +63,26 @@ def test_relaxed(prediction: str, answer: str, score: float) -> None:
 @pytest.mark.parametrize(
     ("prediction", "answer", "score"),
     [
-        ("2019", "2019", 1),
-        ("2020", "2019", 0),
-        ("9.30", "9.00", 0),
-        ("9", "9.00", 1),
-        ("21", "20", 0),
-        ("20.0", "20", 1),
-        ("1,249.99", "1249.99", 1),
-        ("1249.99.", "$1,249.99", 1),
-        ("1.249,99", "1249.99", 0),
-        ("1,2", "12", 0),
-        ("5", "-5", 0),
-        ("\N{MINUS SIGN}5", "-5", 1),
+        ("2019", "2019", 1), ("2020", "2019", 0), ("9.30", "9.00", 0), ("9", "9.00", 1), ("21", "20", 0),
+        ("20.0", "20", 1), ("1,249.99", "1249.99", 1), ("1249.99.", "$1,249.99", 1), ("1.249,99", "1249.99", 0),
+        ("1,2", "12", 0), ("5", "-5", 0), ("\N{MINUS SIGN}5", "-5", 1),
         # Ids and telephone numbers are no amounts.
-        ("5551234568", "5551234567", 0),
-        ("0123456", "123456", 0),
-        ("0123456", "0123456", 1),
+        ("5551234568", "5551234567", 0), ("0123456", "123456", 0), ("0123456", "0123456", 1),
         ("03-1234 5679", "03-1234 5678", 0),
         # Currencies and units: one side may leave them out.
-        ("RM 9.00", "9.00", 1),
-        ("9.00", "RM9.00", 1),
-        ("9.00 MYR", "RM 9", 1),
-        ("RM 9.00", "$9.00", 0),
-        ("RM 9.30", "9.00", 0),
-        ("$5", "5 dollars", 1),
-        ("US$5", "USD 5", 1),
-        ("S$5", "US$5", 0),
-        ("-$5", "$-5", 1),
-        ("€1,200", "1200 euros", 1),
-        ("5 kg", "5", 1),
-        ("5kg", "5 kilograms", 1),
-        ("5 kg", "5 g", 0),
-        ("5 inches", "5", 1),
-        ("3 h", "3 hours", 1),
-        ("5 m", "5 million", 0),
-        ("45%", "45", 1),
-        ("45", "45 percent", 1),
-        ("0.45", "45%", 1),
-        ("45 %", "0.45", 1),
-        ("1", "100%", 0),
-        ("4.5%", "45%", 0),
+        ("RM 9.00", "9.00", 1), ("9.00", "RM9.00", 1), ("9.00 MYR", "RM 9", 1), ("RM 9.00", "$9.00", 0),
+        ("RM 9.30", "9.00", 0), ("$5", "5 dollars", 1), ("US$5", "USD 5", 1), ("S$5", "US$5", 0), ("-$5", "$-5", 1),
+        ("€1,200", "1200 euros", 1), ("5 kg", "5", 1), ("5kg", "5 kilograms", 1), ("5 kg", "5 g", 0),
+        ("5 inches", "5", 1), ("3 h", "3 hours", 1), ("5 m", "5 million", 0), ("45%", "45", 1),
+        ("45", "45 percent", 1), ("0.45", "45%", 1), ("45 %", "0.45", 1), ("1", "100%", 0), ("4.5%", "45%", 0),
         # What changes the number is no unit.
-        ("20 million", "20", 0),
-        ("20 million", "20 Million", 1),
-        ("1990s", "1990", 0),
-        ("9 pm", "9", 0),
-        ("9pm", "9 PM.", 1),
-        ("1st", "1", 0),
-        ("Day 5", "5 days", 0),
-        ("20 apples", "20", 0),
+        ("20 million", "20", 0), ("20 million", "20 Million", 1), ("1990s", "1990", 0), ("9 pm", "9", 0),
+        ("9pm", "9 PM.", 1), ("1st", "1", 0), ("Day 5", "5 days", 0), ("20 apples", "20", 0),
         # Times and dates are compared as text.
-        ("9:30", "9.30", 0),
-        ("25/12/2018", "25/12/2018", 1),
-        ("26/12/2018", "25/12/2018", 0),
-        ("seven", "7", 1),
-        ("Two.", "2", 1),
-        ("two cats", "2", 0),
-        ("1e5", "100000", 0),
-        ("", "5", 0),
+        ("9:30", "9.30", 0), ("25/12/2018", "25/12/2018", 1), ("26/12/2018", "25/12/2018", 0), ("seven", "7", 1),
+        ("Two.", "2", 1), ("two cats", "2", 0), ("1e5", "100000", 0), ("", "5", 0),
     ],
-)
+)  # fmt: skip
 def test_number(prediction: str, answer: str, score: float) -> None:
     assert number_match(prediction, answer) == number_match(answer, prediction) == score
 
@@ -170,24 +99,11 @@ def test_as_number(text: str, number: tuple[str, str] | None) -> None:
 
 # TextVQA's and VQAv2's own normalisation: the values are those of lmms-eval 0.7.3's `EvalAIAnswerProcessor`.
 VQA = [
-    ("Yes!", "yes"),
-    ("The  red bus.", "red bus"),
-    ("two dogs, a cat", "2 dogs cat"),
-    ("none", "0"),
-    ("1,000", "1000"),
-    ("9.00", "9.00"),
-    ("dont know", "don't know"),
-    ("couldn'tve", "couldn't've"),
-    ("he's", "he 's"),
-    ("hot-dog", "hot dog"),
-    ("hot - dog", "hot dog"),
-    ("(left)", "left"),
-    ("4/5", "4 5"),
-    ("a", ""),
-    ("12%", "12%"),
-    ("$5", "$5"),
-    ("What?\nNo", "what no"),
-]
+    ("Yes!", "yes"), ("The  red bus.", "red bus"), ("two dogs, a cat", "2 dogs cat"), ("none", "0"),
+    ("1,000", "1000"), ("9.00", "9.00"), ("dont know", "don't know"), ("couldn'tve", "couldn't've"),
+    ("he's", "he 's"), ("hot-dog", "hot dog"), ("hot - dog", "hot dog"), ("(left)", "left"), ("4/5", "4 5"),
+    ("a", ""), ("12%", "12%"), ("$5", "$5"), ("What?\nNo", "what no"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "normalised"), VQA)
@@ -237,15 +153,8 @@ OFFICIAL_FORMS = [
     "It is (B)", "I think that the answer is B", "Option B", "(A) is wrong, so (B)", "The correct option is **B**.", "答案是B",
 ]  # fmt: skip
 OUR_FORMS = [
-    "b",
-    "(b)",
-    "b. red square",
-    "**B.** red",
-    "A close look shows that the answer is B",
-    "答案：B。",
-    "选B",
-    "（B）",
-]
+    "b", "(b)", "b. red square", "**B.** red", "A close look shows that the answer is B", "答案：B。", "选B", "（B）",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("prediction", OFFICIAL_FORMS + OUR_FORMS)
@@ -285,11 +194,9 @@ def test_two_options_in_one_answer_are_none() -> None:
         (QUESTION, {"A": "cat", "B": "red square", "C": "dog", "D": "blue hat"}),
         ("Which? (A) red (B) blue", {"A": "red", "B": "blue"}),
         ("A. Smith asks: which?\nA) red\nB) blue\nAnswer with the letter.", {"A": "red", "B": "blue"}),
-        ("哪个？\nA. 红\nB. 蓝", {"A": "红", "B": "蓝"}),
-        ("Is it A. or B?", {}),
-        ("How many?", {}),
+        ("哪个？\nA. 红\nB. 蓝", {"A": "红", "B": "蓝"}), ("Is it A. or B?", {}), ("How many?", {}),
     ],
-)
+)  # fmt: skip
 def test_the_options_of_a_question(question: str, options: dict[str, str]) -> None:
     assert options_of(question) == options
 
@@ -297,32 +204,19 @@ def test_the_options_of_a_question(question: str, options: dict[str, str]) -> No
 @pytest.mark.parametrize(
     ("question", "answer", "metric"),
     [
-        ("Which?\nA. red\nB. blue", "B", "choice"),
-        ("Which? (A) red (B) blue", "(B)", "choice"),
-        ("Which?\nA) red\nB) blue", "A.", "choice"),
-        ("Which?\nA. red\nB. blue", "blue", "choice"),
-        ("Which?\nA. 4\nB. 5", "5", "choice"),
-        ("Which letter is shown?", "B", "choice"),
-        ("Which?\nA. red\nB. blue", "green", "exact"),
-        ("How many?", "12", "number"),
-        ("Which year?", "2019", "number"),
-        ("What share?", "-3.5%", "number"),
-        ("What total?", "$1,200.00", "number"),
-        ("What total?", "RM 9.00", "number"),
-        ("When?", "25/12/2018", "exact"),
-        ("Which number?", "03-1234 5678", "exact"),
-        ("Which code?", "007", "exact"),
-        ("Who?", "one two three four five", "exact"),
-        ("Who?", "one two three four five six", "prose"),
-        ("Where?", "x" * 39, "exact"),
-        ("Where?", "x" * 40, "prose"),
-        ("Which?", "1, 2, 3, 4, 5, 6", "exact"),
-        ("Hash?", "3f2a9c1e77" * 4, "exact"),
-        ("IBAN?", "GB29 NWBK 6016 1331 9268 19", "exact"),
-        ("Where?", "12 Main Street, Springfield, IL 62704 USA", "exact"),
-        ("What?", "", "exact"),
+        ("Which?\nA. red\nB. blue", "B", "choice"), ("Which? (A) red (B) blue", "(B)", "choice"),
+        ("Which?\nA) red\nB) blue", "A.", "choice"), ("Which?\nA. red\nB. blue", "blue", "choice"),
+        ("Which?\nA. 4\nB. 5", "5", "choice"), ("Which letter is shown?", "B", "choice"),
+        ("Which?\nA. red\nB. blue", "green", "exact"), ("How many?", "12", "number"),
+        ("Which year?", "2019", "number"), ("What share?", "-3.5%", "number"), ("What total?", "$1,200.00", "number"),
+        ("What total?", "RM 9.00", "number"), ("When?", "25/12/2018", "exact"),
+        ("Which number?", "03-1234 5678", "exact"), ("Which code?", "007", "exact"),
+        ("Who?", "one two three four five", "exact"), ("Who?", "one two three four five six", "prose"),
+        ("Where?", "x" * 39, "exact"), ("Where?", "x" * 40, "prose"), ("Which?", "1, 2, 3, 4, 5, 6", "exact"),
+        ("Hash?", "3f2a9c1e77" * 4, "exact"), ("IBAN?", "GB29 NWBK 6016 1331 9268 19", "exact"),
+        ("Where?", "12 Main Street, Springfield, IL 62704 USA", "exact"), ("What?", "", "exact"),
     ],
-)
+)  # fmt: skip
 def test_the_metric_follows_the_form_of_question_and_answer(question: str, answer: str, metric: str) -> None:
     assert metric_for(question, answer) == metric_for(question, answer, "", "my charts") == metric
     assert metric in METRICS
@@ -331,16 +225,11 @@ def test_the_metric_follows_the_form_of_question_and_answer(question: str, answe
 @pytest.mark.parametrize(
     ("names", "metric"),
     [
-        (("", "ChartQA"), "relaxed"),
-        (("Chart & Document", "chart_qa/train/7.png"), "relaxed"),
-        (("ChartQA-Pro", ""), "number"),
-        (("chart", "charts"), "number"),
-        (("DocVQA", ""), "anls"),
-        (("", "lmms-lab/textvqa"), "vqa"),
-        (("VQAv2", ""), "vqa"),
-        (("sroie", "receipts"), "number"),
+        (("", "ChartQA"), "relaxed"), (("Chart & Document", "chart_qa/train/7.png"), "relaxed"),
+        (("ChartQA-Pro", ""), "number"), (("chart", "charts"), "number"), (("DocVQA", ""), "anls"),
+        (("", "lmms-lab/textvqa"), "vqa"), (("VQAv2", ""), "vqa"), (("sroie", "receipts"), "number"),
     ],
-)
+)  # fmt: skip
 def test_a_benchmark_that_is_named_brings_its_rule(names: tuple[str, str], metric: str) -> None:
     assert metric_for("How many?", "2019", *names) == metric
     assert score(metric, "2020", "2019") == {"relaxed": 1, "anls": 0.5}.get(metric, 0)

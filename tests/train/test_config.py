@@ -68,25 +68,19 @@ def test_set_comes_over_toml_and_toml_over_the_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "name", "value"),
     [
-        ("seed=7", "seed", 7),
-        ("stage1.lr=1", "stage1.lr", 1.0),
-        ("stage1.epochs=0.25", "stage1.epochs", 0.25),
+        ("seed=7", "seed", 7), ("stage1.lr=1", "stage1.lr", 1.0), ("stage1.epochs=0.25", "stage1.epochs", 0.25),
         ("stage3.max_steps=1_000", "stage3.max_steps", 1000),
-        ("gradient_checkpointing=false", "gradient_checkpointing", False),
-        ("objective=sft", "objective", "sft"),
+        ("gradient_checkpointing=false", "gradient_checkpointing", False), ("objective=sft", "objective", "sft"),
         ('objective="sft"', "objective", "sft"),
         ('stage2.exclude_categories=["Math", "A = b"]', "stage2.exclude_categories", ("Math", "A = b")),
         ("stage2.exclude_categories=[]", "stage2.exclude_categories", ()),
         ('stage3.include_categories=["Math"]', "stage3.include_categories", ("Math",)),
         ("stage1.exclude_categories=Math", "stage1.exclude_categories", ("Math",)),
-        ("evaluate.data=test.jsonl", "evaluate.data", ("test.jsonl",)),
-        ("data.weights=0.5", "data.weights", (0.5,)),
-        ("data.workers=0", "data.workers", 0),
-        ("precision=bf16", "precision", "bfloat16"),
-        ("precision=bfloat16", "precision", "bfloat16"),
-        ("precision=fp32", "precision", "float32"),
+        ("evaluate.data=test.jsonl", "evaluate.data", ("test.jsonl",)), ("data.weights=0.5", "data.weights", (0.5,)),
+        ("data.workers=0", "data.workers", 0), ("precision=bf16", "precision", "bfloat16"),
+        ("precision=bfloat16", "precision", "bfloat16"), ("precision=fp32", "precision", "float32"),
     ],
-)
+)  # fmt: skip
 def test_a_value_is_read_as_toml_and_takes_the_settings_type(setting: str, name: str, value: object) -> None:
     found = flat(load_config(settings=[setting]))[name]
     assert found == value and type(found) is type(value)
@@ -97,20 +91,15 @@ def test_a_value_is_read_as_toml_and_takes_the_settings_type(setting: str, name:
     [
         ("stage1.lrr=1", r"unknown setting stage1\.lrr; the nearest one is stage1\.lr$"),
         ("stage2.acumulation=1", r"unknown setting stage2\.acumulation; the nearest one is stage2\.accumulation"),
-        ("lora.rnk=1", r"nearest one is lora\.rank"),
-        ("sead=1", "unknown setting sead; the nearest one is seed"),
+        ("lora.rnk=1", r"nearest one is lora\.rank"), ("sead=1", "unknown setting sead; the nearest one is seed"),
         ("stage4.lr=1", r"unknown setting stage4; the nearest one is stage\d"),
         ("learning_rate=1", r"learning_rate; the nearest ones are stage1\.lr, stage2\.lr, stage3\.lr$"),
         ("stage2.learning_rate=1", r"stage2\.learning_rate; the nearest one is stage2\.lr$"),
         ("gradient_accumulation_steps=1", r"nearest ones are stage1\.accumulation, "),
-        ("lora_r=1", r"nearest one is lora\.rank"),
-        ("chunk_row=1", r"nearest one is loss\.chunk_rows"),
-        ("xyzzy=1", r"unknown setting xyzzy; docs/quickstart\.md lists all settings"),
-        ("=1", "unknown setting"),
-        ("stage1", r"--set 'stage1': expected a\.b=value"),
-        ("stage1=5", r"setting stage1: expected a table, got 5"),
-        ("seed.x=5", "setting seed: expected int"),
-        ("seed=1.5", "setting seed: expected int, got 1.5"),
+        ("lora_r=1", r"nearest one is lora\.rank"), ("chunk_row=1", r"nearest one is loss\.chunk_rows"),
+        ("xyzzy=1", r"unknown setting xyzzy; docs/quickstart\.md lists all settings"), ("=1", "unknown setting"),
+        ("stage1", r"--set 'stage1': expected a\.b=value"), ("stage1=5", r"setting stage1: expected a table, got 5"),
+        ("seed.x=5", "setting seed: expected int"), ("seed=1.5", "setting seed: expected int, got 1.5"),
         ("seed=many", "setting seed: expected int, got 'many'"),
         ("seed=true", "setting seed: expected int, got True"),
         ("stage1.lr=fast", r"setting stage1\.lr: expected float, got 'fast'"),
@@ -119,13 +108,10 @@ def test_a_value_is_read_as_toml_and_takes_the_settings_type(setting: str, name:
         ("stage1.exclude_categories=[1]", r"expected a list of strings, got \[1\]"),
         ("stage1.lr=-1e-4", r"setting stage1\.lr: .* not negative, got -0\.0001"),
         ("stage1.lr=-1", r"setting stage1\.lr: .* not negative, got -1"),
-        ("stage1.lr=nan", "expected a finite number"),
-        ("lora.alpha=inf", "expected a finite number"),
+        ("stage1.lr=nan", "expected a finite number"), ("lora.alpha=inf", "expected a finite number"),
         ("seed=-1", "not negative, got -1"),
         ("stage1.batch_size=0", r"setting stage1\.batch_size: expected at least 1, got 0"),
-        ("stage3.accumulation=0", "at least 1"),
-        ("data.window=0", "at least 1"),
-        ("log_every=0", "at least 1"),
+        ("stage3.accumulation=0", "at least 1"), ("data.window=0", "at least 1"), ("log_every=0", "at least 1"),
         ("keep_checkpoints=0", "at least 1"),
         ("objective=kd", r"objective 'kd': expected one of genrecal, genrecal-aligned, sft, seqkd"),
         ("loss.splice_weight=0", r"loss\.splice_weight 0 leaves objective genrecal nothing .* genrecal-aligned or sft"),
@@ -133,7 +119,7 @@ def test_a_value_is_read_as_toml_and_takes_the_settings_type(setting: str, name:
         ("loss.target=bottomk", r"loss\.target 'bottomk': expected topk, exact or sample"),
         ("loss.target=", r"loss\.target '': expected"),
     ],
-)
+)  # fmt: skip
 def test_a_wrong_setting_is_a_usage_error_that_names_it(setting: str, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         load_config(settings=[setting])
