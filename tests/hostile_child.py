@@ -7,7 +7,7 @@ import time
 import warnings
 from dataclasses import dataclass
 
-import genrecal.shards.inspect_record
+import genrecal.inspect.record
 from genrecal.errors import GenrecalError
 from genrecal.samples import decode_image
 from genrecal.shards.reader import open_cache
@@ -88,7 +88,7 @@ def read(path):
     for record in cache:
         try:
             assert record.record() and len(record.images) == record.row["images"]
-            genrecal.shards.inspect_record.describe_record(record)
+            genrecal.inspect.record.describe_record(record)
         except GenrecalError as error:
             yield f"error: {error}"
 

@@ -17,10 +17,10 @@ from genrecal.cache.proof import Proof
 from genrecal.cache.teacher import Teacher
 from genrecal.errors import StoppedError, UsageError
 from genrecal.files import write_whole
+from genrecal.inspect.summary import blind_teacher
 from genrecal.progress import Progress
 from genrecal.samples import Sample
 from genrecal.samples.survey import Reasons, too_many_bad
-from genrecal.shards.inspect import blind_teacher
 from genrecal.shards.manifest import CACHED, ManifestRow
 from genrecal.vlm.rendering import Encoded
 

@@ -225,8 +225,8 @@ def inspect(
     json_: Json = False,
 ) -> None:
     """Show what a cache holds: a summary, one record, or the result of a query over the manifest."""
-    from genrecal.shards import inspect as shards_inspect
-    from genrecal.shards import inspect_text
+    from genrecal import inspect as inspection
+    from genrecal.inspect import text
     from genrecal.shards.reader import open_cache
 
     if key is not None and sql is not None:
@@ -239,27 +239,27 @@ def inspect(
     if html is not None:
         from genrecal.report.cache_page import write_cache_page
 
-        write_cache_page(opened, html, [shards_inspect.find_record(opened, key)] if key is not None else None)
+        write_cache_page(opened, html, [inspection.find_record(opened, key)] if key is not None else None)
         note(f"{html}: {cache}")
     elif sql is not None:
-        result = shards_inspect.run_sql(opened, sql)
-        show(result.to_dicts() if json_ else inspect_text.sql_text(result), json_)
+        result = inspection.run_sql(opened, sql)
+        show(result.to_dicts() if json_ else text.sql_text(result), json_)
     elif key is not None:
-        record = shards_inspect.find_record(opened, key)
-        described = shards_inspect.describe_record(record)
-        saved = shards_inspect.save_images(record, save_images) if save_images is not None else ()
+        record = inspection.find_record(opened, key)
+        described = inspection.describe_record(record)
+        saved = inspection.save_images(record, save_images) if save_images is not None else ()
         if json_:
             show(dataclasses.asdict(described) | {"saved_images": saved}, json_)
             return
-        show(inspect_text.record_text(described))
+        show(text.record_text(described))
         for path in saved:
             typer.echo(str(path))
-        protocol = inspect_text.inline_protocol(os.environ) if sys.stdout.isatty() else None
+        protocol = text.inline_protocol(os.environ) if sys.stdout.isatty() else None
         for data in record.images if protocol else []:
-            typer.echo(inspect_text.inline_image(data, str(protocol)), nl=False)
+            typer.echo(text.inline_image(data, str(protocol)), nl=False)
     else:
-        summary = shards_inspect.summarize(opened)
-        show(dataclasses.asdict(summary) if json_ else inspect_text.summary_text(summary), json_)
+        summary = inspection.summarize(opened)
+        show(dataclasses.asdict(summary) if json_ else text.summary_text(summary), json_)
 
 
 @grouped

@@ -23,12 +23,12 @@ from genrecal.compare import Asking, Comparison, Mean, Variant, compare
 from genrecal.errors import UsageError
 from genrecal.evaluate.evaluate import Evaluation, evaluate, evaluation_of, read_predictions, save_evaluation
 from genrecal.folders import refuse_other_content
+from genrecal.inspect import summarize
 from genrecal.report.cache_page import write_cache_page
 from genrecal.report.run_page import write_run_report
 from genrecal.report.summary import markdown_table, plus_minus, terms_by_stage, write_report
 from genrecal.samples import open_samples
 from genrecal.shards.answer_source import GREEDY, AnswerSource
-from genrecal.shards.inspect import summarize
 from genrecal.shards.reader import open_cache
 from genrecal.train.config import load_config
 from genrecal.train.export import export

@@ -11,11 +11,7 @@ from typing import Any
 import numpy as np
 
 from genrecal.errors import DamageError, SampleError, UsageError
-from genrecal.report.page import write_page
-from genrecal.report.run_figures import percent
-from genrecal.samples import decode_image
-from genrecal.shards.inspect import Histogram, Summary, histogram, summarize
-from genrecal.shards.inspect_record import (
+from genrecal.inspect.record import (
     Alternative,
     AnswerToken,
     ImageDescription,
@@ -23,7 +19,11 @@ from genrecal.shards.inspect_record import (
     describe_record,
     image_members,
 )
-from genrecal.shards.inspect_text import quoted, size
+from genrecal.inspect.summary import Histogram, Summary, histogram, summarize
+from genrecal.inspect.text import quoted, size
+from genrecal.report.page import write_page
+from genrecal.report.run_figures import percent
+from genrecal.samples import decode_image
 from genrecal.shards.reader import Cache, CachedRecord
 
 RECORDS = 8  # that are shown, evenly spread over the cache

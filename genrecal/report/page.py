@@ -14,8 +14,8 @@ from markupsafe import Markup
 
 import genrecal
 from genrecal.files import write_whole
+from genrecal.inspect.text import JOINERS, visible
 from genrecal.report import chart
-from genrecal.shards.inspect_text import JOINERS, visible
 
 MOST_TEXT = 20_000  # characters of one text of the data
 TEMPLATES = Path(__file__).parent / "templates"

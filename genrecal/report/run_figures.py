@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from genrecal.errors import UsageError
+from genrecal.inspect.text import size
 from genrecal.report.chart import Line, mean, thinned
 from genrecal.run_folder import CACHE_FACTS, EVALUATION, Snapshot, read_lines, read_run_file, read_snapshots
-from genrecal.shards.inspect_text import size
 
 STAGES = (1, 2, 3)
 SHARE = 0.1  # of a stage's steps: its beginning and its end in tables

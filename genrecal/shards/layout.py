@@ -84,7 +84,9 @@ def read_raw_cache_json(store: Store) -> dict[str, Any]:
         content = strict_json(store.read(CACHE_FILE, 0, MAX_CACHE_FILE_BYTES + 1), MAX_CACHE_FILE_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         missing = f"it has no {CACHE_FILE}" if store.present("") else "there is nothing at this path"
-        raise FormatError(f"{store.url}: not a cache: {missing}; `genrecal cache` writes one") from None
+        inside = store.folders_with(CACHE_FILE)
+        advice = f"its caches are {', '.join(inside[:5])}" if inside else "`genrecal cache` writes one"
+        raise FormatError(f"{store.url}: not a cache: {missing}; {advice}") from None
     except (OSError, ValueError) as error:
         raise FormatError(f"{path}: cannot be read: {error}") from None
     version = content.get("format_version") if isinstance(content, dict) else None

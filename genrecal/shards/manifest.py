@@ -163,6 +163,8 @@ def _check_facts(facts: Any, table: pa.Table) -> None:
     for name in ("codecs", "sha256"):
         if not isinstance(facts[name], dict):
             raise TypeError(f"{name} is {facts[name]!r}, not an object")
+    if any(type(count) is not int for count in facts.get("not_read", {}).values()):
+        raise TypeError(f"not_read is {facts['not_read']!r}, not an object of counts")
     for tier, measured in facts.get("fidelity", {}).items():
         for name, value in ((name, measured[name]) for name in ("rows", "kl_mean", "kl_p99", "top1_agreement")):
             if type(value) not in (int, float) or not 0 <= value < math.inf:

@@ -112,6 +112,10 @@ class Store(abc.ABC):
         Raises OSError where that cannot be.
         """
 
+    def folders_with(self, name: str) -> list[str]:
+        """Folders of a local directory that hold a file of this name, each in full."""
+        return []
+
     def names(self, folder: str) -> list[str]:
         """Names of the files in a folder, sorted."""
         return sorted(self.sizes(folder))
@@ -236,6 +240,9 @@ class LocalStore(Store):
 
     def present(self, name: str) -> bool:
         return os.path.lexists(self.root / name)
+
+    def folders_with(self, name: str) -> list[str]:
+        return [self.where(path.parent.name) for path in sorted(self.root.glob(f"*/{name}"))]
 
     def local_copy(self, name: str, sha256: str) -> Path:
         return Path(self._file(name)[0])

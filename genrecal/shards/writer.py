@@ -11,6 +11,7 @@ import json
 import math
 import os
 import tarfile
+from collections import Counter
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -59,6 +60,7 @@ class ShardWriter:
         if question_codec is not None:
             self._meters["question"] = FidelityMeter(question_codec)
         self.rows: list[ManifestRow] = []
+        self._not_read: Counter[str] = Counter()  # fields of the records, with the number of records that have them
         self.bytes = 0  # of the members written so far
         self._tars: dict[str, _Tar] = {}
         try:
@@ -95,6 +97,7 @@ class ShardWriter:
     def append(self, coded: "CodedRecord", images: list[bytes]) -> None:
         """Append a coded record; `images` are the encoded bytes of the sample's pictures, written as they are."""
         sample = coded.sample
+        self._not_read.update(set(sample.unread))
         for tier, rows in coded.picked.items():
             self._meters[tier].add(rows)
         content = json.dumps(sample.to_json(), sort_keys=True, ensure_ascii=False).encode()
@@ -158,6 +161,7 @@ class ShardWriter:
             "skipped": sum(row.status == SKIPPED for row in self.rows),
             "codecs": {"answer": self.answer_codec.name},
             "fidelity": {tier: measured.to_json() for tier, measured in fidelity.items()},
+            "not_read": dict(sorted(self._not_read.items())),
             "sha256": {},
         }
         if self.question_codec is not None:

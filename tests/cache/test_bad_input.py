@@ -12,8 +12,8 @@ from made_cache import tree
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions, WorkOptions
 from genrecal.errors import DataError, ModelError, SampleError
+from genrecal.inspect import summarize
 from genrecal.samples import open_samples
-from genrecal.shards.inspect import summarize
 from genrecal.shards.reader import open_cache
 from genrecal.shards.verify import verify_cache
 

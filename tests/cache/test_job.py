@@ -19,9 +19,9 @@ from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher, LiveTeacher
 from genrecal.errors import DataError, ModelError, UsageError
+from genrecal.inspect import summarize
 from genrecal.samples import open_samples
 from genrecal.shards.answer_source import AnswerSource
-from genrecal.shards.inspect import summarize
 from genrecal.shards.reader import open_cache
 from genrecal.shards.verify import verify_cache
 

@@ -12,11 +12,11 @@ from PIL import Image
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cli import main
+from genrecal.inspect import describe_record, summarize
+from genrecal.inspect.record import ImageDescription
 from genrecal.report import cache_page
 from genrecal.report.cache_page import ORIGINAL_BYTES, _picture
 from genrecal.samples import open_samples
-from genrecal.shards.inspect import describe_record, summarize
-from genrecal.shards.inspect_record import ImageDescription
 from genrecal.shards.reader import open_cache
 
 EVIL = HOSTILE.replace("\ud800", "").replace("\x00", "\x1b[2J")

@@ -24,17 +24,16 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 import zstandard
-from made_cache import SAMPLES, WIDTH, make_cache, tree
+from made_cache import WIDTH, make_cache, tree
 from PIL import Image
 
 from genrecal.errors import DamageError, FormatError, GenrecalError, ModelError, SampleError, UsageError
+from genrecal.inspect.record import save_images
 from genrecal.samples import decode_image
 from genrecal.shards import arrow_file
 from genrecal.shards.codecs import CODECS
 from genrecal.shards.head import HEAD_FILE, MOST_HEADER_BYTES
 from genrecal.shards.index import INDEX_FILE
-from genrecal.shards.inspect import run_sql
-from genrecal.shards.inspect_record import save_images
 from genrecal.shards.layout import manifest_name, tar_name, write_cache_json
 from genrecal.shards.manifest import METADATA_KEY, ManifestRow, Member, manifest_bytes, read_manifest
 from genrecal.shards.reader import open_cache
@@ -664,7 +663,7 @@ VOCABULARIES = [
 
 @pytest.mark.parametrize("text", VOCABULARIES, ids=lambda text: text[:40])
 def test_a_vocabulary_that_is_none_is_said_and_ids_are_shown(cache, text):
-    from genrecal.shards.inspect_record import describe_record
+    from genrecal.inspect.record import describe_record
 
     (cache / "teacher/tokenizer.json").write_text(text)
     assert "tokens are shown by their ids" in describe_record(open_cache(cache)[0]).notes[0]
@@ -687,7 +686,7 @@ def hook(event, args):
         seen.append((event, str(args)))
     if event == "exec" and cache in getattr(args[0], "co_filename", ""):
         seen.append((event, str(args)))
-import genrecal.shards.inspect as inspect, genrecal.shards.inspect_text
+import genrecal.inspect as inspect, genrecal.inspect.text
 from genrecal.shards.reader import open_cache
 from genrecal.shards.verify import verify_cache
 import torch, safetensors.torch
@@ -854,30 +853,6 @@ def test_what_is_no_file_is_not_waited_for(cache, name, kind):
 
 
 # -------------------------------------------------------------------------------------------------- what is shown of it
-
-
-@pytest.mark.parametrize("query", [
-    "SELECT * FROM read_csv('/etc/passwd')", "SELECT * FROM '/etc/passwd'", "SELECT content FROM read_text('/etc/passwd')",
-    "SELECT * FROM glob('/*')", "COPY (SELECT 1) TO 'x.csv'", "EXPORT DATABASE 'x'", "ATTACH 'x.db'", "INSTALL httpfs",
-    "LOAD httpfs", "LOAD 'x.duckdb_extension'", "SET memory_limit = '1TB'", "RESET memory_limit",
-    "SET enable_external_access = true", "SET lock_configuration = false", "SET temp_directory = '/tmp'",
-    "PRAGMA enable_profiling = 'json'; PRAGMA profile_output = 'x'",
-    "SELECT * FROM cache", "SELECT * FROM read_parquet('http://localhost/x')",
-])  # fmt: skip
-def test_sql_reaches_nothing_but_the_manifest(cache, tmp_path, monkeypatch, query):
-    monkeypatch.chdir(tmp_path)
-    before = tree(tmp_path)
-    with pytest.raises(UsageError, match="--sql"):
-        run_sql(open_cache(cache), query)
-    assert tree(tmp_path) == before
-
-
-def test_sql_takes_a_bounded_memory_and_no_disk(cache, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    query = "SELECT value FROM duckdb_settings() WHERE name IN ('memory_limit', 'temp_directory') ORDER BY name"
-    assert run_sql(open_cache(cache), query).rows == (("4.0 GiB",), ("",))
-    assert run_sql(open_cache(cache), "SELECT count(*) FROM manifest").rows == ((SAMPLES,),)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
 
 
 @pytest.mark.parametrize("settings", [{"hidden_size": "\x1b[2J\u202e\x00"}, {"top_k": "\x1b[2J"}])

@@ -1,4 +1,4 @@
-"""What `genrecal inspect` shows in a terminal: renderables of rich, made from the dataclasses of inspect.py.
+"""What `genrecal inspect` shows in a terminal: rich renderables of a summary, a record or an SQL result.
 
 A cache may come from anywhere, so control characters (and those that turn the reading direction) in its texts are shown
 as escapes, and no text is taken for markup.
@@ -6,9 +6,8 @@ as escapes, and no text is taken for markup.
 
 import base64
 import io
-import itertools
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Group
@@ -16,9 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from genrecal.errors import SampleError
+from genrecal.inspect.record import Alternative, AnswerToken, RecordDescription
+from genrecal.inspect.sql import SqlResult
+from genrecal.inspect.summary import Histogram, MeasuredColumns, Summary
+from genrecal.progress import counted
 from genrecal.samples import decode_image
-from genrecal.shards.inspect import Histogram, MeasuredColumns, SqlResult, Summary
-from genrecal.shards.inspect_record import Alternative, AnswerToken, RecordDescription
 
 Line = tuple[str, str]  # a name and a value
 BAR = 32  # columns of the longest bar
@@ -26,7 +27,7 @@ CELL = 60  # columns of a cell of an SQL result
 TOKEN = 24  # columns of a token's text
 SHOWN_ROWS = 200  # of an SQL result
 SHOWN_NAMES = 20  # categories, sources, reasons
-INLINE_PIXELS = 320  # longest side of a picture shown in the terminal
+INLINE_PIXELS = 320  # longest side of an image shown in the terminal
 INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # Unicode categories that are shown as escapes
 JOINERS = "\u200d\ufe0e\ufe0f"  # inside emoji; terminals do not agree on the width of what they join
 
@@ -58,6 +59,14 @@ def size(count: int) -> str:
     return f"{value:.2f} TB"
 
 
+def teacher_line(figures: "Summary | RecordDescription", is_own: bool) -> Line:
+    """How well the teacher knows the answers."""
+    return f"teacher on {'its own' if is_own else 'the given'} answers", (
+        f"log-probability {figures.log_prob:.3f} nats per token, entropy {figures.entropy:.3f}, "
+        f"top-1 agreement {figures.top1_agreement:.1%}"
+    )
+
+
 # --------------------------------------------------------------------------------------------------------------- summary
 
 
@@ -77,59 +86,44 @@ def summary_text(summary: Summary) -> Group:
 
 def _summary_lines(summary: Summary) -> list[Line]:
     finished, planned = summary.shards
-    state = "complete" if finished == planned else "unfinished"
     teacher = summary.teacher
+    draws = f", {summary.sampled_targets} draws per row" if summary.sampled_targets else ""
     return [
         ("images", f"{summary.with_images} of {summary.cached} samples have images ({summary.images} images)"),
         ("cache", f"{summary.path} (format {summary.format_version})"),
         ("teacher", f"{teacher['name']}, {teacher['dtype']}, D {summary.hidden_size}, V {summary.head_rows}"),
-        ("shards", f"{finished} of {planned}, {state}"),
+        ("shards", f"{finished} of {planned}, {'complete' if finished == planned else 'unfinished'}"),
         ("samples", f"{summary.cached} cached, {summary.skipped} skipped"),
-        *_names(summary.categories, "(no category)"),
-        *_skipped(summary),
+        *_first((f"  {name or '(no category)'}", count) for name, count in summary.categories.items()),
+        *_first((f"  skipped: {summary.skip_examples[reason]}", count) for reason, count in summary.skip_reasons.items()),
+        *_first((f"  not read: {what}", count) for what, count in summary.not_read.items()),
         ("turns", str(summary.turns)),
         ("tokens", f"{summary.question_tokens} question, {summary.answer_tokens} answer"),
-        *_quantile_lines(summary.token_quantiles),
+        *((f"  {name.removesuffix('_tokens')} per sample", ", ".join(f"{q} {value}" for q, value in values.items()))
+          for name, values in summary.token_quantiles.items() if values),
         ("answers", str(summary.answers)),
         ("states", f"answers {summary.codecs['answer']}, questions {summary.codecs['question']} "
-                   f"({summary.with_question} of {summary.cached} samples), top-{summary.top_k} logits"
-                   + (f", {summary.sampled_targets} draws a row" if summary.sampled_targets else "")),
+                   f"({summary.with_question} of {summary.cached} samples), top-{summary.top_k} logits{draws}"),
         *((f"  {tier} codec's cost", f"KL mean {cost.kl_mean:.2g}, 99th percentile {cost.kl_p99:.2g} nats, top-1 agreement "
                                      f"{cost.top1_agreement:.1%} ({cost.rows} rows)")
           for tier, cost in summary.fidelity.items()),
         *((f"  {name}", size(count)) for name, count in summary.bytes.items()),
-        (f"teacher on {'its own' if summary.answers.written_by_teacher else 'the given'} answers",
-                                         f"log-probability {summary.log_prob:.3f} nats a token, entropy "
-                                         f"{summary.entropy:.3f}, top-1 agreement {summary.top1_agreement:.1%}"),
+        teacher_line(summary, summary.answers.written_by_teacher),
     ]  # fmt: skip
 
 
-def _names(counts: Mapping[str, int], unnamed: str) -> Iterator[Line]:
-    for name, count in itertools.islice(counts.items(), SHOWN_NAMES):
-        yield f"  {name or unnamed}", str(count)
-    if len(counts) > SHOWN_NAMES:
-        rest = list(counts.values())[SHOWN_NAMES:]
-        yield f"  {len(rest)} others", str(sum(rest))
-
-
-def _skipped(summary: Summary) -> Iterator[Line]:
-    for reason, count in itertools.islice(summary.skip_reasons.items(), SHOWN_NAMES):
-        yield "  skipped", (f"{count} like " if count > 1 else "") + summary.skip_examples[reason]
-    if len(summary.skip_reasons) > SHOWN_NAMES:
-        rest = list(summary.skip_reasons.values())[SHOWN_NAMES:]
-        yield "  skipped", f"{sum(rest)} for {len(rest)} other reasons"
-
-
-def _quantile_lines(quantiles: Mapping[str, Mapping[str, int]]) -> Iterator[Line]:
-    for name, values in quantiles.items():
-        if values:
-            yield f"  {name.replace('_tokens', '')} a sample", ", ".join(f"{q} {value}" for q, value in values.items())
+def _first(counts: Iterable[tuple[str, int]]) -> Iterator[Line]:
+    """The first SHOWN_NAMES of some counts, and how many others there are."""
+    entries = list(counts)
+    yield from ((name, str(count)) for name, count in entries[:SHOWN_NAMES])
+    if rest := entries[SHOWN_NAMES:]:
+        yield f"  {len(rest)} others", str(sum(count for _, count in rest))
 
 
 def _columns_table(kind: str, measured: MeasuredColumns) -> Group:
     total = sum(column.bytes for column in measured.columns)
     table = Table("  column", box=None, pad_edge=False)
-    for name in ("bytes", "share", "bytes a row", "of uncompressed"):
+    for name in ("bytes", "share", "bytes per row", "of uncompressed"):
         table.add_column(name, justify="right", no_wrap=True)
     for column in measured.columns:
         table.add_row(
@@ -140,7 +134,9 @@ def _columns_table(kind: str, measured: MeasuredColumns) -> Group:
             f"{column.bytes / column.raw_bytes:.2f}" if column.raw_bytes else "",
         )
     which = "all" if measured.records == measured.of_records else f"{measured.records} evenly spread of"
-    title = f"{kind} files by column, measured on {which} {measured.of_records} records ({measured.rows} rows)"
+    title = (
+        f"{kind} files by column, measured on {which} {counted(measured.of_records, 'record')} ({measured.rows} rows)"
+    )
     return Group(Text(title, style="bold"), table)
 
 
@@ -167,7 +163,7 @@ def _pairs(lines: list[Line]) -> Table:
 
 
 def record_text(record: RecordDescription) -> Group:
-    """A record: facts, pictures, the conversation, and each turn's answer tokens as a table."""
+    """A record: facts, images, the conversation, and each turn's answer tokens as a table."""
     lines = [
         ("key", record.key),
         ("sample id", record.sample_id),
@@ -176,9 +172,7 @@ def record_text(record: RecordDescription) -> Group:
         ("shard", str(record.shard)),
         ("tokens", f"{record.question_tokens} question{'' if record.has_question else ' (states not cached)'}, "
                    f"{record.answer_tokens} answer"),
-        (f"teacher on {'its own' if record.given_answers else 'the given'} answers",
-                                         f"log-probability {record.log_prob:.3f} nats a token, entropy "
-                                         f"{record.entropy:.3f}, top-1 agreement {record.top1_agreement:.1%}"),
+        teacher_line(record, bool(record.given_answers)),
         *((f"image {image.index}", f"{image.member}, {size(image.bytes)}, " + (
             image.problem or f"{image.format} of {image.width} x {image.height} pixels")) for image in record.images),
     ]  # fmt: skip
@@ -209,7 +203,7 @@ def _message_text(message: Mapping[str, Any]) -> Text:
 
 
 def _token_table(tokens: list[AnswerToken], top_k: int) -> Table:
-    """One line a token: numbers stand whole, texts that do not fit are cut off with an ellipsis, nothing is wrapped."""
+    """One line per token: numbers stand whole, texts that do not fit are cut off with an ellipsis, nothing is wrapped."""
     table = Table(box=None, pad_edge=False)
     for name in ("position", "token", "id", "probability", "rank", "entropy", "other tokens"):
         # rich narrows the columns that it may wrap, and leaves the others; the texts themselves forbid wrapping.
@@ -257,7 +251,7 @@ def _probability(value: float) -> str:
 
 
 def sql_text(result: SqlResult) -> Group:
-    """An SQL result as a table of one line a row; long cells and further rows are cut, and it says so."""
+    """An SQL result as a table of one line per row; long cells and further rows are cut, and it says so."""
     table = Table(box=None, pad_edge=False)
     for name in result.columns:
         table.add_column(_cut(visible(name)), max_width=CELL)
@@ -267,13 +261,13 @@ def sql_text(result: SqlResult) -> Group:
     return Group(table, *([Text(f"and {rest} more rows; --json prints all", style="yellow")] if rest > 0 else []))
 
 
-# ------------------------------------------------------------------------------------------------------- inline pictures
+# ------------------------------------------------------------------------------------------------------- inline images
 
 
 def inline_protocol(environ: Mapping[str, str]) -> str | None:
-    """`kitty` or `iterm2` if the terminal says that it can show pictures, by its environment variables."""
+    """`kitty` or `iterm2` if the terminal says that it can show images, by its environment variables."""
     if "TMUX" in environ or environ.get("TERM", "").startswith(("screen", "tmux")):
-        return None  # they do not pass pictures on
+        return None  # they do not pass images on
     if "KITTY_WINDOW_ID" in environ or environ.get("TERM") == "xterm-kitty":
         return "kitty"
     if environ.get("TERM_PROGRAM") == "iTerm.app" or environ.get("LC_TERMINAL") == "iTerm2":
@@ -282,17 +276,17 @@ def inline_protocol(environ: Mapping[str, str]) -> str | None:
 
 
 def inline_image(data: bytes, protocol: str) -> str:
-    """The escape sequence that shows a picture, made small; nothing for one that cannot be decoded.
+    """The escape sequence that shows an image, made small; nothing for one that cannot be decoded.
 
     https://sw.kovidgoyal.net/kitty/graphics-protocol and https://iterm2.com/documentation-images.html
     """
     try:
-        picture = decode_image(data)
+        image = decode_image(data)
     except SampleError:
         return ""
-    picture.thumbnail((INLINE_PIXELS, INLINE_PIXELS))
+    image.thumbnail((INLINE_PIXELS, INLINE_PIXELS))
     stream = io.BytesIO()
-    picture.save(stream, "PNG")
+    image.save(stream, "PNG")
     encoded = base64.b64encode(stream.getvalue()).decode()
     if protocol == "iterm2":
         return f"\x1b]1337;File=inline=1;size={len(stream.getvalue())}:{encoded}\x07\n"

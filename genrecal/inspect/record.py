@@ -1,4 +1,4 @@
-"""One record of a cache, readable: its pictures, its conversation, and what the teacher thinks of each answer token."""
+"""One record of a cache, readable: its images, its conversation, and what the teacher thinks of each answer token."""
 
 import difflib
 import re
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from genrecal.errors import DamageError, UsageError
@@ -18,17 +19,17 @@ from genrecal.shards.vocabulary import Vocabulary, load_vocabulary
 
 ALTERNATIVES = 5
 NEAREST_KEYS = 3  # suggested for one that does not exist
-COMPARED_KEYS = 20_000  # that a wrong key is compared with, letter by letter
+COMPARED_KEYS = 40_000  # keys and ids that a wrong key is compared with, letter by letter
 MEASURED = (  # manifest columns that every cached sample has a value in
     "category", "source", "turns", "images", "question_tokens", "answer_tokens", "entropy", "log_prob",
     "top1_agreement", "has_question",
 )  # fmt: skip
-STATES = (".json", ".answer.arrow", ".question.arrow")  # members that are no pictures
+STATES = (".json", ".answer.arrow", ".question.arrow")  # members that are not images
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDescription:
-    """A picture as it is stored: its member's name, bytes, format and pixels; or why it cannot be read."""
+    """An image as it is stored: its member's name, bytes, format and pixels; or why it cannot be read."""
 
     index: int
     member: str
@@ -105,16 +106,25 @@ class RecordDescription:
     notes: tuple[str, ...] = ()
 
 
+def check_measured(cache: Cache) -> None:
+    """Raises DamageError for cached samples without a value in a column of MEASURED."""
+    for name in MEASURED:
+        if missing := cache.arrow_column(name).null_count:
+            raise DamageError(
+                f"{cache.store.where('manifest')}: {missing} of the {len(cache)} cached samples have no {name}; "
+                "`genrecal verify` says which shards are corrupt"
+            )
+
+
 def describe_record(record: CachedRecord, *, alternatives: int = ALTERNATIVES) -> RecordDescription:
-    """A record's pictures, conversation and answer tokens; the question states are not read.
+    """Describe a record's images, conversation and answer tokens; the question states are not read.
 
     Raises DamageError or FormatError as reading the record does.
     """
-    missing = [name for name in MEASURED if record.row[name] is None]
-    if missing:
+    if missing := [name for name in MEASURED if record.row[name] is None]:
         raise DamageError(
             f"{record.cache.store.where('manifest')}: sample {record.key} has no {', '.join(missing)}; "
-            "`genrecal verify` says which shards are damaged"
+            "`genrecal verify` says which shards are corrupt"
         )
     sample, rows = record.sample, record.answer_rows()
     vocabulary, note = load_vocabulary(record.cache.store)
@@ -139,56 +149,51 @@ def find_record(cache: Cache, name: str) -> CachedRecord:
     """
     if cache.row_of(name) is not None:
         return cache.by_key(name)
-    same: list[str] = []
-    if name:
-        for manifest in cache.manifests():
-            keys = manifest.table.column("key")
-            same += keys.filter(pc.equal(manifest.table.column("sample_id"), name)).to_pylist()
+    same: list[str] = []  # keys of samples of this id
+    near: list[str] = []  # keys that hold the name, or whose ids do
+    words: dict[str, str] = {}  # keys, by themselves and by their sample ids, that begin like the name
+    others: dict[str, str] = {}  # the same of the first shard
+    for manifest in cache.manifests() if name else ():
+        table = manifest.table.select(["key", "sample_id"])
+        keys, ids = table.columns
+        same += keys.filter(pc.equal(ids, name)).to_pylist()
+        near += keys.filter(pc.or_(pc.match_substring(keys, name), pc.match_substring(ids, name))).to_pylist()[
+            :NEAREST_KEYS
+        ]
+        half = name[: (len(name) + 1) // 2]
+        if len(words) < COMPARED_KEYS:
+            words |= _words(table.filter(pc.or_(pc.starts_with(keys, half), pc.starts_with(ids, half))))
+        others = others or _words(table)
     if len(same) == 1:
         return cache.by_key(same[0])
     if len(same) > 1:
         shown = ", ".join(same[:NEAREST_KEYS]) + (", ..." if len(same) > NEAREST_KEYS else "")
         raise UsageError(f"{cache.path}: {len(same)} samples have the id {name!r}; give the key of one: {shown}")
-    nearest = nearest_keys(cache, name)
-    hint = f"the nearest are {', '.join(nearest)}" if nearest else "the cache has no finished samples"
+    if not near:
+        words = words or others
+        near = [words[word] for word in difflib.get_close_matches(name, list(words), n=2 * NEAREST_KEYS, cutoff=0.0)]
+    hint = f"the nearest are {', '.join(list(dict.fromkeys(near))[:NEAREST_KEYS])}"
+    if not near:
+        hint = "give one" if len(cache) else "the cache has no finished samples"
     raise UsageError(f"{cache.path}: no sample has the key or id {name!r}; {hint}")
 
 
-def nearest_keys(cache: Cache, name: str) -> list[str]:
-    """Keys that are like `name`, or whose sample id is: those that hold it first, then by letters in common.
-
-    Letters are compared in Python, so in a large cache only those of the first COMPARED_KEYS keys that begin like `name`,
-    or else of the first keys.
-    """
-    alike: list[tuple[str, str]] = []
-    first: list[tuple[str, str]] = []
-    for manifest in cache.manifests():
-        table = manifest.table.select(["key", "sample_id"])
-        keys, ids = table.column("key"), table.column("sample_id")
-        if name:
-            holds = pc.or_(pc.match_substring(keys, name), pc.match_substring(ids, name))
-            if found := keys.filter(holds)[:NEAREST_KEYS].to_pylist():
-                return found
-        begin = table.filter(pc.starts_with(keys, name[: len(name) // 2]))
-        for words, part in ((alike, begin), (first, table)):
-            part = part[: COMPARED_KEYS - len(words)]
-            words += zip(part.column("key").to_pylist(), part.column("sample_id").to_pylist(), strict=True)
-    words = alike or first
-    key_of = {sample_id: key for key, sample_id in words} | {key: key for key, _ in words}
-    close = difflib.get_close_matches(name, list(key_of), n=2 * NEAREST_KEYS, cutoff=0.0)
-    return list(dict.fromkeys(key_of[word] for word in close))[:NEAREST_KEYS]
+def _words(table: pa.Table) -> dict[str, str]:
+    """Keys by their sample ids and by themselves."""
+    keys, ids = (column.to_pylist() for column in table.columns)
+    return dict(zip(ids, keys, strict=True)) | dict(zip(keys, keys, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------- images
 
 
 def image_members(record: CachedRecord) -> list[dict[str, Any]]:
-    """The pictures' members in the manifest, in order."""
+    """The images' members in the manifest, in order."""
     return [member for member in record.row["members"] if not member["name"].endswith(STATES)]
 
 
 def save_images(record: CachedRecord, folder: Path) -> tuple[Path, ...]:
-    """Write the pictures' original bytes into `folder` under their members' names; a file that holds them is kept.
+    """Write the images' original bytes into `folder` under their members' names; a file that holds them is kept.
 
     Raises UsageError for a file of that name with other bytes, or a folder that cannot be written; DamageError for a
     member whose name is no plain file name.
@@ -218,10 +223,10 @@ def _describe_image(record: CachedRecord, index: int) -> ImageDescription:
     facts: dict[str, Any]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pictures with many pixels: they are not decoded here
+            warnings.simplefilter("ignore")  # of images with many pixels: they are not decoded here
             image = open_image(data)
         facts = {"format": image.format, "width": image.width, "height": image.height}
-    except Exception as error:  # Pillow raises many kinds for damaged files
+    except Exception as error:  # Pillow raises many kinds for corrupt files
         facts = {"problem": re.sub(r" <_io\.BytesIO object at \w+>", "", str(error))}
     return ImageDescription(index=index, member=member["name"], bytes=len(data), **facts)
 

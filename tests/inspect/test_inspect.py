@@ -19,27 +19,22 @@ from conftest import conversation, mixed_samples, png, write_llava
 from PIL import Image
 from rich.cells import cell_len
 from rich.console import Console
+from shard_records import make_answer
 from tokenizers import Tokenizer
 
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cli import main
+from genrecal.cli.output import plain_json
 from genrecal.errors import DamageError, FormatError, UsageError
+from genrecal.inspect import describe_record, find_record, run_sql, save_images, summarize
+from genrecal.inspect.summary import NOT_COLUMNS, arrow_column_bytes, blind_teacher, histogram
+from genrecal.inspect.text import inline_image, inline_protocol, record_text, sql_text, summary_text, visible
 from genrecal.samples import open_samples
 from genrecal.samples.survey import reason_kind
-from genrecal.shards.inspect import (
-    NOT_COLUMNS,
-    arrow_column_bytes,
-    describe_record,
-    find_record,
-    histogram,
-    plain_json,
-    run_sql,
-    save_images,
-    summarize,
-)
-from genrecal.shards.inspect_text import inline_image, inline_protocol, record_text, sql_text, summary_text, visible
+from genrecal.shards.codecs import CODECS
 from genrecal.shards.reader import open_cache
+from genrecal.shards.record import to_arrow
 from genrecal.shards.storage import open_store
 from genrecal.shards.vocabulary import load_vocabulary
 
@@ -66,6 +61,8 @@ def path(teacher, samples, tmp_path_factory):
     answered = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]
     records += [{"id": f"gone{i}", "image": f"images/gone{i}.png", "conversations": answered} for i in range(2)]
     records.append({"id": "s3", "conversations": [{"from": "human", "value": "q"}]})
+    records[4] |= {"weather": "fine", "mood": "good"}
+    records[5] |= {"weather": "rain"}
     data.write_text(json.dumps(records, indent=1))
     options = CacheOptions(
         top_k=TOP_K, samples_per_shard=5, max_skip=0.5, answer_codec="bf16", question_codec="bf16",
@@ -317,9 +314,20 @@ def test_skipped_samples_by_reason_with_a_place(cache):
     first = summary.skip_examples["image … does not exist"]
     assert "data.json:" in first and first.endswith("gone0.png does not exist")
     assert first in cache.manifest().column("reason").to_pylist()
-    text = rendered(summary_text(summary), 400)
-    said = [line.split(maxsplit=1)[1].rstrip() for line in text.splitlines() if line.startswith("  skipped ")]
-    assert said == [f"2 like {first}", summary.skip_examples["no assistant turn"]]
+    lines = [
+        line.split() for line in rendered(summary_text(summary), 400).splitlines() if line.startswith("  skipped: ")
+    ]
+    assert [(" ".join(line[1:-1]), line[-1]) for line in lines] == [
+        (first, "2"), (summary.skip_examples["no assistant turn"], "1"),
+    ]  # fmt: skip
+
+
+def test_fields_that_were_not_read_are_listed(path, cache):
+    """By the manifests: the job counted them."""
+    summary = summarize(cache)
+    assert summary.not_read == {"a field 'weather'": 2, "a field 'mood'": 1}
+    lines = [line.split() for line in rendered(summary_text(summary), 400).splitlines()]
+    assert ["not", "read:", "a", "field", "'weather'", "2"] in lines
 
 
 @pytest.mark.parametrize(("reason", "kind"), [
@@ -350,63 +358,33 @@ def test_bytes_by_column_add_up_to_the_files(cache):
     assert 0 < summary.columns["question"].records == summary.with_question < 12
     assert summary.columns["answer"].rows == sum(record.answer.num_rows for record in cache)
     few = summarize(cache, column_records=3).columns["answer"]
-    expected = [arrow_column_bytes(cache[i].read(cache[i]._member(".answer.arrow")))[0] for i in (0, 6, 11)]
+    compression = CODECS[cache.description["answer_codec"]].compression
+    expected = [
+        arrow_column_bytes(cache[i].read(cache[i]._member(".answer.arrow")), compression, where="x")[0]
+        for i in (0, 6, 11)
+    ]
     assert (few.records, few.of_records) == (3, 12)
     assert [c.bytes for c in few.columns] == [sum(c.bytes for c in column) for column in zip(*expected, strict=True)]
     assert summarize(cache, column_records=3) == summarize(cache, column_records=3)
 
 
-@pytest.mark.parametrize("compression", ["zstd", "lz4", None])
-@pytest.mark.parametrize("batches", [1, 3])
-def test_arrow_column_bytes_against_one_column_files(compression, batches):
-    """A column's bytes are what a file of it alone has in its record batches; raw bytes are those without compression."""
-    rng = np.random.default_rng(0)
-    tensor = pa.FixedShapeTensorArray.from_numpy_ndarray(rng.integers(0, 9, (300, 64), dtype=np.uint8))
-    table = pa.table({
-        "small": pa.array(rng.integers(0, 3, 300), pa.int32()),
-        "nulls": pa.array([None, 1.5] * 150),
-        "text": pa.array(["some", "words", None] * 100),
-        "state": tensor,
-        "nested": pa.array([{"a": 1, "b": [1, 2]}, None] * 150),
-    })  # fmt: skip
-
-    def written(columns, compression):
-        sink = io.BytesIO()
-        part = table.select(columns)
-        with pa.ipc.new_file(sink, part.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
-            writer.write_table(part, max_chunksize=300 // batches)
-        return sink.getvalue()
-
-    data = written(table.column_names, compression)
-    measured, rows = arrow_column_bytes(data)
-    assert rows == 300 and sum(column.bytes for column in measured) == len(data)
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_arrow_column_bytes_are_the_buffers_of_the_file(codec):
+    """Together they are the body of the file's one record batch; raw bytes are the columns' own."""
+    data = to_arrow(make_answer((40, 30), width=256), CODECS[codec])
+    compression = CODECS[codec].compression
+    measured, rows = arrow_column_bytes(data, compression, where="a.arrow")
+    table = pa.ipc.open_file(data).read_all()
     assert [column.name for column in measured] == [*table.column_names, NOT_COLUMNS]
+    assert rows == len(table) and sum(column.bytes for column in measured) == len(data)
+    source = pa.BufferReader(data)
+    source.seek(8)
+    pa.ipc.read_message(source)
+    assert sum(column.bytes for column in measured[:-1]) == pa.ipc.read_message(source).body.size
     for column in measured[:-1]:
-        alone = {c.name: c for c in arrow_column_bytes(written([column.name], compression))[0]}[column.name]
-        assert column == alone
-        source = pa.BufferReader(written([column.name], compression))
-        source.seek(8)
-        pa.ipc.read_message(source)
-        bodies = sum(pa.ipc.read_message(source).body.size for _ in range(batches))
-        buffers = batches * len(pa.nulls(0, table.schema.field(column.name).type).buffers())
-        assert bodies - 8 * buffers < column.bytes <= bodies  # but for padding to 8 bytes a buffer
-        plain = {c.name: c for c in arrow_column_bytes(written([column.name], None))[0]}[column.name]
-        assert plain.bytes == plain.raw_bytes == column.raw_bytes
-
-
-def test_cut_arrow_files_give_the_named_kinds_of_error():
-    sink = io.BytesIO()
-    table = pa.table({"a": pa.array(range(100), pa.int32())})
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    data = sink.getvalue()
-    refused = 0
-    for length in range(0, len(data), 7):
-        try:
-            arrow_column_bytes(data[:length])
-        except (pa.ArrowException, ValueError, OSError):
-            refused += 1
-    assert refused > 20
+        assert 0 <= column.raw_bytes - table.column(column.name).nbytes < 64  # but for padding
+    with pytest.raises(DamageError, match=r"a\.arrow: not a readable Arrow file"):
+        arrow_column_bytes(data[:-20], compression, where="a.arrow")
 
 
 def test_a_deleted_question_tier_is_left_out(path, tmp_path):
@@ -432,8 +410,6 @@ def test_a_teacher_that_does_not_know_the_answers_is_said_so(cache):
     (0.3, -12.0, 152_064, True), (0.02, -3.0, 400, True), (math.nan, math.nan, 400, False),
 ])  # fmt: skip
 def test_when_a_teacher_is_called_blind(agreement, log_prob, rows, warned):
-    from genrecal.shards.inspect import blind_teacher
-
     assert bool(list(blind_teacher(agreement, log_prob, rows))) == warned
 
 
@@ -467,7 +443,10 @@ def test_sql_gives_what_pyarrow_gives(cache):
     "SELECT * FROM read_csv('/etc/passwd')", "SELECT * FROM '/etc/passwd'", "COPY manifest TO '{out}/x.csv'",
     "ATTACH '{out}/x.db'", "EXPORT DATABASE '{out}/x'", "SET enable_external_access = true", "INSTALL httpfs",
     "SELECT * FROM glob('/etc/*')", "SELECT * FROM table", "SELEKT", "SELECT nope FROM manifest", "", "-- nothing",
-    "SELECT CAST('x' AS INT) FROM manifest",
+    "SELECT CAST('x' AS INT) FROM manifest", "SELECT content FROM read_text('/etc/passwd')", "LOAD 'x.duckdb_extension'",
+    "SET memory_limit = '1TB'", "RESET memory_limit", "SET lock_configuration = false", "SET temp_directory = '/tmp'",
+    "PRAGMA enable_profiling = 'json'; PRAGMA profile_output = '{out}/x'", "SELECT * FROM cache",
+    "SELECT * FROM read_parquet('http://localhost/x')",
 ])  # fmt: skip
 def test_sql_reaches_nothing_else_and_a_wrong_query_is_one_line(run, path, cache, tmp_path, query):
     table = cache.manifest()  # a variable of a calling frame: DuckDB would find it by its name
@@ -475,6 +454,11 @@ def test_sql_reaches_nothing_else_and_a_wrong_query_is_one_line(run, path, cache
     status, out, err = run("inspect", path, "--sql", query.format(out=tmp_path))
     assert (status, out, err.count("\n")) == (2, "", 1) and err.startswith("genrecal: error: --sql"), err
     assert not list(tmp_path.iterdir())
+
+
+def test_sql_takes_a_bounded_memory_and_no_disk(cache):
+    query = "SELECT value FROM duckdb_settings() WHERE name IN ('memory_limit', 'temp_directory') ORDER BY name"
+    assert run_sql(cache, query).rows == (("4.0 GiB",), ("",))
 
 
 def test_without_duckdb_one_line_says_how_to_get_it(run, path, monkeypatch):
@@ -563,6 +547,11 @@ def test_an_unfinished_cache_of_no_shard_is_summarised(run, path, tmp_path):
     assert status == 2 and "no finished samples" in err
 
 
+def test_a_folder_above_caches_names_them(run, path):
+    status, out, err = run("inspect", path.parent)
+    assert (status, out) == (1, "") and f"not a cache: it has no cache.json; its caches are {path}" in err
+
+
 def test_save_images_prints_the_paths(run, path, tmp_path):
     status, out, _ = run("inspect", path, "--key", "s1", "--save-images", tmp_path / "p")
     assert status == 0 and out.splitlines()[-2:] == [str(p) for p in sorted((tmp_path / "p").iterdir())]
@@ -608,7 +597,7 @@ def test_nothing_of_inspect_needs_a_model_library(path):
 
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('transformers', 'tokenizers', 'peft')))\n"
-        "from genrecal.shards.inspect import *; from genrecal.shards.reader import open_cache\n"
+        "from genrecal.inspect import *; from genrecal.shards.reader import open_cache\n"
         "cache = open_cache(sys.argv[1]); summarize(cache)\n"
         "print(describe_record(cache[1]).tokens[-1].vocabulary_text)"
     )
