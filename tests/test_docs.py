@@ -25,7 +25,7 @@ from genrecal.cache.options import CacheOptions, WorkOptions
 from genrecal.cache.teacher import HFTeacher
 from genrecal.cli import app
 from genrecal.objectives import OBJECTIVES
-from genrecal.samples import open_samples, parse_record
+from genrecal.samples import open_samples
 from genrecal.shards.layout import read_cache_json
 from genrecal.shards.manifest import SCHEMA
 from genrecal.shards.reader import open_cache
@@ -33,11 +33,9 @@ from genrecal.shards.storage import open_store
 from genrecal.train.config import TrainConfig, _all_keys, _converted, _parse_value, load_config
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
-    (ROOT / "docs").rglob("*.md")
-)
+DOCS = ROOT / "docs"
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted(DOCS.rglob("*.md"))]
 COMMANDS = typer.main.get_command(app).commands
-QUICKSTART, FORMAT, README = ROOT / "docs/quickstart.md", ROOT / "docs/shard-format.md", ROOT / "README.md"
 
 
 def blocks(page, language):
@@ -49,21 +47,24 @@ def without_blocks(page):
     return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-def code_spans(page):
-    return re.findall(r"`([^`\n]+)`", without_blocks(page))
-
-
 def shell_lines(page, language="sh"):
     """The commands of its shell blocks, continuation lines joined, comments left out."""
     text = "".join(blocks(page, language)).replace("\\\n", " ")
     return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
-# ---------------------------------------------------------------------------------------------------------- the format
+def table(page, header):
+    """The rows of the table whose first line begins so, as lists of cells."""
+    lines = without_blocks(page).partition(header)[2].splitlines()[2:]
+    end = next((i for i, line in enumerate(lines) if not line.startswith("|")), len(lines))
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[:end]]
 
+
+# ------------------------------------------------------------------------------------------------------- scripts that run
 
 # The dtype of the head, the codec of all states, and how far that codec may move a logit of the tiny teacher.
 CACHES = [("float32", "bf16", 0.02), ("bfloat16", "int8", 0.15), ("float32", "int4", 3.0)]
+one_cache = pytest.mark.parametrize("cache", CACHES[1:2], indirect=True, ids=["int8"])
 
 
 @pytest.fixture(scope="module", params=CACHES, ids=lambda param: f"{param[0]}-{param[1]}")
@@ -82,7 +83,7 @@ def cache(request, tiny, tmp_path_factory):
 
 def run_alone(name, cache, folder, *, blocked=("genrecal", "torch", "transformers", "safetensors")):
     """Run a script of the format's page where genrecal (and the model libraries) cannot be imported; its lines."""
-    code = next(block for block in blocks(FORMAT, "python") if block.startswith(f"# {name}\n"))
+    code = next(block for block in blocks(DOCS / "shard-format.md", "python") if block.startswith(f"# {name}\n"))
     (folder / name).write_text(code)
     start = (
         f"import runpy, sys; sys.modules.update(dict.fromkeys({blocked})); del sys.argv[0]; "
@@ -112,10 +113,6 @@ def test_format_script_reads_what_genrecal_reads(cache, tmp_path):
     np.testing.assert_allclose(printed[:, 2], printed[:, 4], atol=moved)  # what the codec took away
 
 
-# A tool's view of a cache does not depend on the codec; one is enough for the slower ones.
-one_cache = pytest.mark.parametrize("cache", CACHES[1:2], indirect=True, ids=["int8"])
-
-
 def expected_lines(cache):
     """What the scripts print of each sample."""
     return [
@@ -124,48 +121,37 @@ def expected_lines(cache):
     ]
 
 
-def test_plain_webdataset_reads_a_cache(cache, tmp_path):
+def test_other_tools_read_a_cache(cache, tmp_path):
+    """webdataset, pyarrow and DuckDB, by the scripts of the page."""
+    opened = open_cache(cache)
     assert run_alone("read_webdataset.py", cache, tmp_path) == expected_lines(cache)
+    records = sorted(opened, key=lambda r: (r.row["log_prob"], r.key))[:3]
+    assert run_alone("read_pyarrow.py", cache, tmp_path) == [f"{r.key} {r.row['log_prob']}" for r in records]
+    categories, skipped, members = run_alone("read_duckdb.py", cache, tmp_path)
+    assert categories.startswith(f"[('test', 8, {sum(r.row['answer_tokens'] for r in opened)}, ")
+    assert "no answer" in skipped or "no assistant turn" in skipped
+    sizes = {}
+    for member in (member for record in opened for member in record.row["members"]):
+        sizes.setdefault((member["tier"], member["name"].endswith(".arrow")), []).append(member["size"])
+    assert members == str([(*group, len(found), sum(found)) for group, found in sorted(sizes.items())])
 
 
 @one_cache
 @pytest.mark.slow
-def test_plain_energon_reads_a_cache(cache, tmp_path):
+def test_energon_and_datasets_read_a_cache(cache, tmp_path):
     copy = shutil.copytree(cache, tmp_path / "cache")
-    (line,) = [line for line in shell_lines(FORMAT) if line.startswith("energon ")]
+    (line,) = [line for line in shell_lines(DOCS / "shard-format.md") if line.startswith("energon ")]
     _, *words = shlex.split(line.replace("demo-out/cache", str(copy)))
     done = subprocess.run([Path(sys.executable).with_name("energon"), *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = run_alone("read_energon.py", copy, tmp_path, blocked=("genrecal",))
     assert sorted(line for line in lines if line.startswith("0000")) == expected_lines(cache)
-
-
-@one_cache
-@pytest.mark.slow
-def test_plain_datasets_reads_a_cache(cache, tmp_path):
     assert run_alone("read_datasets.py", cache, tmp_path, blocked=("genrecal",)) == [*expected_lines(cache), "8 cached"]
-
-
-def test_plain_pyarrow_reads_the_manifests(cache, tmp_path):
-    records = sorted(open_cache(cache), key=lambda r: (r.row["log_prob"], r.key))[:3]
-    assert run_alone("read_pyarrow.py", cache, tmp_path) == [f"{r.key} {r.row['log_prob']}" for r in records]
-
-
-def test_plain_duckdb_reads_the_manifests(cache, tmp_path):
-    categories, skipped, members = run_alone("read_duckdb.py", cache, tmp_path)
-    opened = open_cache(cache)
-    tokens = sum(r.row["answer_tokens"] for r in opened)
-    assert categories.startswith(f"[('test', 8, {tokens}, ")
-    assert "no answer" in skipped or "no assistant turn" in skipped
-    listed = [(m["tier"], m["name"].endswith(".arrow"), m["size"]) for r in opened for m in r.row["members"]]
-    groups = sorted({(tier, arrow) for tier, arrow, _ in listed})
-    sizes = {group: [size for tier, arrow, size in listed if (tier, arrow) == group] for group in groups}
-    assert members == str([(*group, len(sizes[group]), sum(sizes[group])) for group in groups])
 
 
 def test_format_page_names_every_field(cache):
     """Every column, key and metadata field that is written stands on the page, as code."""
-    text = FORMAT.read_text()
+    text = (DOCS / "shard-format.md").read_text()
     opened = open_cache(cache)
     description = read_cache_json(open_store(cache))
     head = (cache / "head.safetensors").read_bytes()
@@ -179,28 +165,23 @@ def test_format_page_names_every_field(cache):
 
 
 @one_cache
-@pytest.mark.parametrize(
-    "page", [README, ROOT / "docs/index.md", ROOT / "docs/api/index.md"], ids=lambda page: page.name
-)
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/api/index.md"])
 def test_python_examples_run(cache, page):
-    (code,) = blocks(page, "python")
-    assert '"demo-out/cache"' in code
+    (code,) = blocks(ROOT / page, "python")
     names = {}
     exec(code.replace("demo-out/cache", str(cache)), names)
     assert len(names["cache"]) == 8
 
 
 def test_python_of_reading_the_loss_runs(tmp_path, monkeypatch, capsys):
-    (code,) = blocks(ROOT / "docs/howto/loss.md", "python")
+    (code,) = blocks(DOCS / "howto/loss.md", "python")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/mine").mkdir(parents=True)
     terms = {"kl_first": 0.5, "kl_later": 0.25, "ce_first": 1.5, "sft": 2.0}
     lines = [{"stage": stage, "step": step, **terms} for stage in (1, 2) for step in range(8)]
     (tmp_path / "runs/mine/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     exec(code, {})
-    assert capsys.readouterr().out.split() == [
-        str(word) for item in terms.items() for word in (item[0], f"{item[1]:.3f}")
-    ]
+    assert capsys.readouterr().out.split() == " ".join(f"{name} {value:.3f}" for name, value in terms.items()).split()
 
 
 def test_slurm_script_counts_what_status_files_say(teacher, tmp_path):
@@ -209,13 +190,13 @@ def test_slurm_script_counts_what_status_files_say(teacher, tmp_path):
     for worker in (0, 1):
         work = WorkOptions(workers=2, worker=worker, status_file=tmp_path / "status" / f"{worker}.json")
         run_cache_job(teacher, open_samples([data]), tmp_path / "cache", CacheOptions(samples_per_shard=2), work)
-    (script,) = [block for block in blocks(ROOT / "docs/howto/slurm.md", "bash") if "records_total" in block]
+    (script,) = [block for block in blocks(DOCS / "howto/slurm.md", "bash") if "records_total" in block]
     script = script.replace("python -", f"{sys.executable} -")
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["8 of 8 records, 0 skipped", "{'finished': 1, 'waiting': 1}"], done.stderr
 
 
-# -------------------------------------------------------------------------------------------------- commands, settings
+# ----------------------------------------------------------------------------------------- commands, settings, names, links
 
 
 def test_commands_of_shell_blocks_parse(tmp_path, monkeypatch):
@@ -247,7 +228,7 @@ def unknown_names(span):
     named = set(re.findall(r"(?<!\S)--[a-z-]+", span)) if span.startswith(("genrecal ", "--")) else set()
     if re.fullmatch(r"(stage[123N]|recalibrator|lora|loss|data|prompt|evaluate|measure)\.(?!py$|md$|json)\w+", span):
         return {span.replace("stageN", "stage1")} - set(_all_keys(TrainConfig()))
-    if re.fullmatch(r"(genrecal|tests|docs|scripts)/[\w/.-]*", span) and span != "docs/decisions.md":
+    if re.fullmatch(r"(genrecal|tests|docs|scripts)/[\w/.-]*", span):
         return set() if (ROOT / span).exists() else {span}
     if re.fullmatch(r"genrecal(\.\w+)+", span):
         try:
@@ -257,30 +238,38 @@ def unknown_names(span):
     return named - options - {"--debug", "--help", "--version", "--install-completion", "--show-completion"}
 
 
-def test_names_in_the_text_exist():
-    found = {page.name: set().union(*map(unknown_names, code_spans(page))) for page in PAGES if code_spans(page)}
-    for page in PAGES:
-        found.setdefault(page.name, set()).update(
-            set(re.findall(r"--set ['\"]?([\w.]+)=", page.read_text())) - set(_all_keys(TrainConfig()))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_names_and_links_exist(page):
+    text = without_blocks(page)
+    spans = re.findall(r"`([^`\n]+)`", text)
+    for node in (node for code in blocks(page, "python") for node in ast.walk(ast.parse(code))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("genrecal"):
+            spans += [f"{node.module}.{alias.name}" for alias in node.names]
+    found = set().union(*map(unknown_names, spans)) if spans else set()
+    found |= set(re.findall(r"--set ['\"]?([\w.]+)=", page.read_text())) - set(_all_keys(TrainConfig()))
+    for target, anchor in re.findall(r"\]\(([^)\s#]*)(?:#([^)\s]+))?\)", text):
+        path = page.parent / target if target else page
+        if "://" in target or target.endswith(("contributing.md", "changelog.md")):
+            continue
+        headings = (
+            re.findall(r"^#+ (.*)$", without_blocks(path), re.M) if path.suffix == ".md" and path.exists() else []
         )
-        for node in (node for code in blocks(page, "python") for node in ast.walk(ast.parse(code))):
-            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("genrecal"):
-                names = {f"{node.module}.{alias.name}" for alias in node.names}
-                found[page.name].update(*map(unknown_names, names))
-    assert {page: names for page, names in found.items() if names} == {}
+        slugs = {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+        if not path.exists() or (anchor and anchor not in slugs):
+            found.add(f"{target}#{anchor}")
+    assert found == set()
 
 
 def test_settings_table_is_whole_and_true():
-    rows = re.findall(r"^\| `([\w.]+)` \| ([^|]+) \| [^|]*\| [^|]*\|$", QUICKSTART.read_text(), flags=re.MULTILINE)
     shown = {}
-    for key, cell in rows:
-        values = [_parse_value(part.strip()) for part in cell.split(" / ")]
+    for name, cell, *_ in table(DOCS / "settings.md", "| setting |"):
+        key, values = name.strip("`"), [_parse_value(part.strip()) for part in cell.split(" / ")]
         if key.startswith("stageN."):
             for number in (1, 2, 3):
                 shown[key.replace("N", str(number), 1)] = values[number - 1] if len(values) == 3 else values[0]
         else:
             (shown[key],) = values
-    assert list(shown) and set(shown) == set(_all_keys(TrainConfig()))
+    assert set(shown) == set(_all_keys(TrainConfig()))
     for key, value in shown.items():
         default = TrainConfig()
         for part in key.split("."):
@@ -288,65 +277,33 @@ def test_settings_table_is_whole_and_true():
         assert _converted(default, value, key) == default, key
 
 
-def test_every_objective_is_named_where_they_are_listed():
-    """By the quick start's table of them and its table of settings, and by the command's help."""
-    table = QUICKSTART.read_text().partition("| `objective` | the student learns |")[2].partition("\n\n")[0]
-    assert set(re.findall(r"^\| `([\w-]+)` \|", table, flags=re.MULTILINE)) == set(OBJECTIVES)
-    (setting,) = re.findall(r"^\| `objective` \| genrecal \|.*", QUICKSTART.read_text(), flags=re.MULTILINE)
-    assert [name for name in OBJECTIVES if f"`{name}`" not in setting] == []
-    (option,) = [p for p in COMMANDS["train"].params if p.name == "objective"]
-    assert [name for name in OBJECTIVES if not re.search(rf"(?<![\w-]){name}(?![\w-])", option.help)] == []
-
-
-def test_option_defaults_of_the_cache_table():
+def test_every_objective_is_listed_and_option_defaults_are_true():
+    rows = {cells[0].strip("`") for cells in table(DOCS / "train.md", "| `objective` |")}
+    (setting,) = [cells[3] for cells in table(DOCS / "settings.md", "| setting |") if cells[0] == "`objective`"]
+    (option,) = [p.help for p in COMMANDS["train"].params if p.name == "objective"]
+    assert rows == set(OBJECTIVES)
+    for name in OBJECTIVES:
+        assert f"`{name}`" in setting and re.search(rf"(?<![\w-]){name}(?![\w-])", option), name
     defaults = {option: str(p.default) for p in COMMANDS["cache"].params for option in p.opts}
-    rows = re.findall(r"^\| `(--[\w-]+)` \| (\S+) \|", QUICKSTART.read_text(), flags=re.MULTILINE)
-    shown = {option: cell.replace("off", "False") for option, cell in rows if option in defaults}
-    assert len(shown) >= 7
-    assert {option: defaults[option] for option in shown} == shown
+    shown = {name.strip("`"): default for name, default, _ in table(DOCS / "cache.md", "| option | default |")}
+    assert shown == {name: defaults[name] for name in shown} and len(shown) > 10
 
 
-def test_records_of_the_quick_start_are_samples(tmp_path):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images/7.png").write_bytes(b"")
-    samples = [
-        parse_record(json.loads(block), index=i, location="doc", image_root=tmp_path)
-        for i, block in enumerate(blocks(QUICKSTART, "json"))
-    ]
-    assert [len(sample.images) for sample in samples] == [1, 1, 0, 0]
-    assert [len(sample.answers) for sample in samples] == [2, 1, 1, 2]
+# ------------------------------------------------------------------------------------------------------- tables of pairs
 
 
-def test_links_of_the_pages_outside_the_site():
-    """`mkdocs build --strict` checks the others'."""
-    for page in PAGES[:3]:
-        for target in re.findall(r"\]\(([^)\s#]+)", without_blocks(page)):
-            assert "://" in target or (page.parent / target).exists(), (page, target)
-
-
-# ------------------------------------------------------------------------------------------------------ tables of pairs
-
-
-def support_matrix():
+def test_the_tables_of_pairs_are_those_of_the_tests_and_of_the_results(tmp_path):
     spec = importlib.util.spec_from_file_location("support_matrix", ROOT / "scripts/support_matrix.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_tables_of_pairs_are_those_of_the_tests():
-    found = support_matrix().pairs_of((ROOT / "docs/models.md").read_text())
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    found = script.pairs_of((DOCS / "models.md").read_text())
     assert set(found) == pair_runs.PAIRS and all(found.values())
-
-
-def test_the_tables_say_what_the_results_say(tmp_path):
     case = '<testcase name="t"><properties><property name="pair" value="{} {} {}"/></properties>{}</testcase>'
     ends = {"passed": "", "failed": "<failure/>", "skipped": "<skipped/>"}
     outcomes = {pair: list(ends)[number % 3] for number, pair in enumerate(sorted(pair_runs.PAIRS))}
     path = tmp_path / "results.xml"
     cases = "".join(case.format(*pair, ends[outcome]) for pair, outcome in outcomes.items())
     path.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
-    script = support_matrix()
     found = script.results([path])
     assert found == {pair: outcome == "passed" for pair, outcome in outcomes.items() if outcome != "skipped"}
     text = script.tables(found)

@@ -140,7 +140,7 @@ class Watch:
                 self.seconds[part] += time.perf_counter() - start
 
     def status(self) -> dict[str, Any]:
-        """What the status file says; docs/quickstart.md names every field."""
+        """What the status file says; docs/cache.md lists every field."""
         seconds = max(time.monotonic() - self._start, 1e-9)
         left = self._progress.seconds_left()
         return self.facts | {

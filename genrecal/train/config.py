@@ -305,7 +305,7 @@ def _nearest(prefix: str, name: str) -> str:
             ends[end] for end in difflib.get_close_matches(name, ends, n=1)
         ]
     if not found:
-        return "docs/quickstart.md lists all settings"
+        return "docs/settings.md lists all settings"
     return f"the nearest {'one is' if len(found) == 1 else 'ones are'} {', '.join(found)}"
 
 

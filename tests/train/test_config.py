@@ -97,7 +97,7 @@ def test_a_value_is_read_as_toml_and_takes_the_settings_type(setting: str, name:
         ("stage2.learning_rate=1", r"stage2\.learning_rate; the nearest one is stage2\.lr$"),
         ("gradient_accumulation_steps=1", r"nearest ones are stage1\.accumulation, "),
         ("lora_r=1", r"nearest one is lora\.rank"), ("chunk_row=1", r"nearest one is loss\.chunk_rows"),
-        ("xyzzy=1", r"unknown setting xyzzy; docs/quickstart\.md lists all settings"), ("=1", "unknown setting"),
+        ("xyzzy=1", r"unknown setting xyzzy; docs/settings\.md lists all settings"), ("=1", "unknown setting"),
         ("stage1", r"--set 'stage1': expected a\.b=value"), ("stage1=5", r"setting stage1: expected a table, got 5"),
         ("seed.x=5", "setting seed: expected int"), ("seed=1.5", "setting seed: expected int, got 1.5"),
         ("seed=many", "setting seed: expected int, got 'many'"),
