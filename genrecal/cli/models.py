@@ -28,8 +28,9 @@ def pair(
     trust_remote_code: shared.TrustRemoteCode = False,
 ) -> None:
     """Compare the tokens of two models and list the objectives that can distil between them."""
-    from genrecal.objectives.pairs import findings
+    from genrecal.objectives.pairs import coverage, findings
     from genrecal.samples import ImageSource, decode_image
+    from genrecal.vlm.loading import load_renderer
     from genrecal.vlm.pair import TEXT, compare_pair, pair_report
 
     images = {}
@@ -41,8 +42,10 @@ def pair(
         images[f"{path.name} {decoded.width}x{decoded.height}"] = decoded
     options: dict[str, Any] = {"pictures": images or None, "trust_remote_code": trust_remote_code}
     found = compare_pair(teacher, student, text=TEXT if text is None else text, **options)
-    objectives = findings(found)
-    facts = dataclasses.asdict(found) | {"traditional": found.traditional}
+    renderers = (load_renderer(path, trust_remote_code=trust_remote_code) for path in (teacher, student))
+    covered = coverage(*renderers, found.text)
+    objectives = findings(found, covered)
+    facts = dataclasses.asdict(found) | {"traditional": found.traditional, "byte_kl": dataclasses.asdict(covered)}
     facts |= {"objectives": [dataclasses.asdict(finding) for finding in objectives]}
     show(facts if json_ else pair_report(found, objectives), json_)
 

@@ -15,21 +15,22 @@ from rich.console import Console
 from genrecal.cli import main
 from genrecal.errors import ModelError, SampleError, UsageError
 from genrecal.objectives import OBJECTIVES
-from genrecal.objectives.pairs import findings
-from genrecal.vlm.loading import image_token_id, load_vlm
+from genrecal.objectives.pairs import Coverage, coverage, findings
+from genrecal.vlm.loading import image_token_id, load_renderer, load_vlm
 from genrecal.vlm.pair import TEXT, Pair, _ids_between, _pieces, compare_pair, pair_report
 
 Tiny = Callable[[str], Path]
+ANY = Coverage(positions=1, compared=1, mass=1.0)
 FEW = {"p": picture(0, 300, 120)}
 
 
 def held(pair: Pair) -> dict[str, bool]:
-    return {finding.name: finding.holds for finding in (*pair.conditions, *findings(pair))}
+    return {finding.name: finding.holds for finding in (*pair.conditions, *findings(pair, ANY))}
 
 
 def printed(pair: Pair) -> str:
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(pair_report(pair, findings(pair)))
+    console.print(pair_report(pair, findings(pair, ANY)))
     return console.export_text()
 
 
@@ -54,7 +55,7 @@ def test_one_family_can_be_distilled_in_every_way_without_weights(tiny: Tiny, tm
     assert pair.traditional and all(held(pair).values())
     assert (pair.teacher.head_rows, pair.student.head_rows) == (pair.student.vocabulary + 24, pair.student.vocabulary)
     shared = f"over the {pair.student.vocabulary} ids in common of the heads' {pair.teacher.head_rows} and"
-    assert [shared in finding.why for finding in findings(pair)] == [o.one_tokenizer for o in OBJECTIVES.values()]
+    assert [shared in finding.why for finding in findings(pair, ANY)] == [o.one_tokenizer for o in OBJECTIVES.values()]
     assert pair.same_ids == pair.same_splits == len(pair.teacher.ids) == len(pair.aligned)
     assert pair.common_ids == pair.common_entries <= pair.teacher.vocabulary
     assert pair.teacher.name == "teacher"
@@ -106,6 +107,16 @@ def test_other_tokenizers_share_byte_positions(tiny: Tiny) -> None:
     assert split and all(
         len(_ids_between(pair.teacher, a, b)) + len(_ids_between(pair.student, a, b)) > 2 for a, b in split
     )
+
+
+def test_what_byte_kl_compares_of_a_text(tiny: Tiny) -> None:
+    """Everything with one tokenizer; characters that the student writes byte by byte are in no cell."""
+    qwen, llama = (load_renderer(tiny(family)) for family in ("qwen2_vl", "internvl_llama"))
+    for teacher, student, share in ((qwen, qwen, 1.0), (llama, qwen, 1.0), (qwen, llama, 0.622)):
+        positions = len(student.byte_tokenizer(TEXT).ids) + 1
+        found = coverage(teacher, student, TEXT)
+        assert (found.positions, found.compared, round(found.mass, 3)) == (positions, positions, share)
+        assert coverage(teacher, student, "What is the total of 7?").mass == 1
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "internvl_llama", "idefics3", "gemma3", "llava_onevision"])
@@ -184,6 +195,7 @@ def test_the_command_prints_what_was_found(tiny: Tiny, tmp_path: Path, capsys: p
     expected = compare_pair(
         tiny("qwen2_vl"), tiny("internvl_qwen2"), text=found["text"], pictures={"p": picture(0, 130, 70)}
     )
+    assert found["byte_kl"]["compared"] <= found["byte_kl"]["positions"] == len(expected.student.ids) + 1
     assert found["teacher"]["ids"] == expected.teacher.ids and found["aligned"] == expected.aligned
     assert found["student"]["image_tokens"] == {"cat.png 130x70": expected.student.image_tokens["p"]}
 
@@ -191,6 +203,9 @@ def test_the_command_prints_what_was_found(tiny: Tiny, tmp_path: Path, capsys: p
     words = " ".join(out.split())
     assert "traditional distillation: not possible" in words and "kl no needs one tokenizer" in words
     assert f"image tokens, cat.png 130x70 {expected.teacher.image_tokens['p']} (prompt + " in words
+    assert (
+        f"compares {found['byte_kl']['compared']} of the student's {found['byte_kl']['positions']} positions" in words
+    )
     assert "What is\\n" in out and "special tokens of the teacher alone: <|vision_start|>" in out
 
     (tmp_path / "broken.png").write_bytes(b"no picture")
