@@ -220,21 +220,22 @@ class _HashingFile:
 
 
 class _Tar:
-    """A tar file under a temporary name."""
+    """A tar file under a temporary name, written by webdataset's `TarWriter`."""
 
     def __init__(self, store: Store, name: str):
+        from webdataset import TarWriter
+
         self.store, self.name, self.temporary = store, name, store.temporary(name)
         self._file = _HashingFile(self.temporary.open("wb", buffering=BUFFER_BYTES))
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # type: ignore[call-overload]
+        # Time 0, owner 0, no names: nothing of this machine. Bytes are written as they are.
+        self._tar = TarWriter(self._file, user="", group="", mode=0o644, mtime=0, encoder=False)
 
     def add(self, name: str, data: bytes) -> int:
         """Append a member and return the offset of its first byte."""
-        info = tarfile.TarInfo(name)  # time 0, owner 0, no names: nothing of this machine
-        info.size = len(data)
-        info.mode = 0o644
-        self._tar.addfile(info, io.BytesIO(data))
+        key, _, suffix = name.partition(".")
+        self._tar.write({"__key__": key, suffix: data})  # one at a time: it would sort a sample's members
         padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        return int(self._tar.offset) - padded
+        return int(self._tar.tarstream.offset) - padded
 
     def commit(self) -> str:
         """Close, put in place, and return the sha256."""

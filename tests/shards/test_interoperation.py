@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,13 +14,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
 import pytest
+import torch
 import webdataset
 from conftest import mixed_samples, picture, write_llava
+from made_cache import make_cache
 from PIL import Image
 
+import genrecal
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
+from genrecal.errors import DamageError
 from genrecal.samples import open_samples
 from genrecal.shards.index import INDEX_FILE
 from genrecal.shards.index import SCHEMA as INDEX_SCHEMA
@@ -101,26 +106,66 @@ def test_pictures_have_suffixes_that_tools_decode_by(job, opened):
 # ---------------------------------------------------------------------------------------------------------- webdataset
 
 
-@pytest.mark.parametrize("how", ["braces", "list"])
-def test_webdataset_streams_every_sample_once(job, opened, how):
-    urls = f"{job.cache}/samples/{{00000..00003}}.tar" if how == "braces" else job.tars
+def test_webdataset_streams_every_sample_once(job, opened):
+    urls = f"{job.cache}/samples/{{00000..00003}}.tar"
     found = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil"))
     assert [sample["__key__"] for sample in found] == [record.key for record in opened]
     for sample, record in zip(found, opened, strict=True):
         check_sample(record, sample["json"], pictures(sample), sample["answer.arrow"])
 
 
-def test_webdataset_batches_in_workers(job, opened):
-    stream = webdataset.WebDataset(job.tars, shardshuffle=False).to_tuple("__key__", "answer.arrow").batched(2)
-    loader = webdataset.WebLoader(stream, batch_size=None, num_workers=2)
-    rows = {}
-    for keys, members in loader:
-        assert len(keys) == len(members) <= 2
-        for key, member in zip(keys, members, strict=True):
-            assert key not in rows
-            rows[key] = pa.ipc.open_file(member).read_all()
-    assert rows.keys() == {record.key for record in opened}
-    assert all(rows[record.key].equals(record.answer) for record in opened)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_webdataset_pipeline_gives_what_the_reader_gives(opened, workers):
+    """Sample by sample, in this process and in the workers of a stock DataLoader."""
+    pipeline = genrecal.webdataset_pipeline(opened)
+    loader = torch.utils.data.DataLoader(pipeline, batch_size=None, num_workers=workers)
+    found = {sample["__key__"]: sample for sample in loader}
+    assert sorted(found) == [record.key for record in opened] and (workers or list(found) == sorted(found))
+    for record in opened:
+        sample, rows = found[record.key], record.answer_rows()
+        assert sample["json"] == record.sample.to_json()
+        assert [image.mode for image in sample["images"]] == ["RGB"] * len(record.images)
+        for image, data in zip(sample["images"], record.images, strict=True):
+            assert np.array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+        assert np.array_equal(sample["answer"].hidden, record.hidden())
+        for name in ("topk_ids", "topk_logits", "logsumexp", "target_id", "turn", "position"):
+            assert np.array_equal(getattr(sample["answer"], name), getattr(rows, name))
+
+
+def test_the_pages_pipeline_reads_a_cache(job, opened):
+    page = (Path(__file__).parents[2] / "docs/shard-format.md").read_text()
+    (script,) = re.findall(r"# read_pipeline\.py\n(.*?)```", page, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", script, str(job.cache)], capture_output=True, text=True)
+    assert sorted(done.stdout.splitlines()) == [
+        f"{r.key} {len(r.sample.messages)} {len(r.images)} {r.hidden().shape} {r.answer_rows().topk_ids.shape}"
+        for r in opened
+    ], done.stderr
+
+
+def test_the_webdataset_pipeline_is_divided_among_ranks_and_can_be_extended(opened, monkeypatch):
+    keys = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        shuffled = genrecal.webdataset_pipeline(opened).compose(webdataset.shuffle(100, seed=0))
+        keys.append([sample["__key__"] for sample in shuffled])
+    assert sorted(keys[0] + keys[1]) == [record.key for record in opened] and min(map(len, keys)) > 0
+
+
+@pytest.mark.parametrize("damage", ["a byte", "the end", "the file"])
+def test_the_webdataset_pipeline_names_damage(tmp_path, damage):
+    cache = make_cache(tmp_path / "cache")
+    tar = cache / "samples/00001.tar"
+    data = tar.read_bytes()
+    member = open_cache(cache)[4].row["members"][0]
+    if damage == "a byte":
+        tar.write_bytes(data[: member["offset"]] + b"?" + data[member["offset"] + 1 :])
+    elif damage == "the end":
+        tar.write_bytes(data[: len(data) // 2])
+    else:
+        tar.unlink()
+    with pytest.raises(DamageError, match=f"{tar}: "):
+        list(genrecal.webdataset_pipeline(open_cache(cache)))
 
 
 def test_webdataset_reads_the_questions(job, opened):
