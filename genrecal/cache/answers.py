@@ -1,19 +1,17 @@
-"""The teacher's own answers (`genrecal cache --generate`): written first, a file a shard, and then cached like given ones.
+"""The teacher's own answers (`genrecal cache --generate`): written first, one file per shard, then cached like given ones.
 
-A conversation's answers are written turn by turn. Each follows the teacher's own earlier answers, not the given ones: it is
-in that company that its states are cached, and that a student learns it.
+A conversation's answers are written turn by turn. Each follows the teacher's own earlier answers, not the given ones, as
+it does when its states are cached and when a student learns it.
 """
 
 import dataclasses
 import json
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from genrecal.cache.options import CacheOptions
-from genrecal.cache.teacher import Teacher
-from genrecal.cache.watch import Watch
-from genrecal.cache.windows import ReadRecord, Threads, windows
+from genrecal.cache.shard import Facts
+from genrecal.cache.windows import Item, ReadRecord, Run
 from genrecal.errors import DamageError
 from genrecal.samples import BadRecord, ImageRef, Message, Sample
 from genrecal.shards.index import READERS
@@ -24,89 +22,77 @@ from genrecal.shards.strict_json import strict_json
 from genrecal.shards.vocabulary import Vocabulary, load_vocabulary
 from genrecal.token_bytes import SPACE
 
-MOST_FILE_BYTES = 2**30
-CHECKED = 1  # how answers were checked as they were written; those of another number are written again
-PLACEHOLDER = "a"  # stands for the answer that is asked for
+MAX_FILE_BYTES = 2**30
+CHECKED = 1  # version of the checks on written answers; those of another version are written again
+PLACEHOLDER = "a"  # in place of the answer that the teacher is to write
 
 
-def answer_shard(
-    teacher: Teacher,
-    samples: Sequence[Sample | BadRecord],
-    shard: int,
-    store: Store,
-    options: CacheOptions,
-    *,
-    threads: Threads,
-    watch: Watch,
-) -> dict[str, Any]:
-    """Have the teacher write the answers of one shard's conversations, unless that is done; its facts.
+def answer_shard(run: Run, shard: int, windows: Iterator[list[Item]]) -> "Future[Facts]":
+    """Have the teacher write the answers of one shard's conversations. The future gives its facts once they are stored.
 
-    Any worker can do any shard, as in `genrecal.cache.shard.cache_shard`, whose arguments and bounds these are.
+    Any worker can do any shard, as in `genrecal.cache.shard.cache_shard`.
+
+    Args:
+        windows: the conversations up to their first turn, as `first_turns` gives them.
     """
-    records = options.records(shard, len(samples))
-    found = finished_answers(store, [shard])
-    if found:
-        watch.count(records=len(records), through=len(records))
-        return found[shard]
+    options, watch = run.options, run.watch
     entries: dict[int, dict[str, Any]] = {}
-    turns: dict[int, int] = {}  # of each conversation
-
-    def asked(index: int) -> Sample | BadRecord:
-        sample = samples[index]
-        if isinstance(sample, BadRecord):
-            return sample
-        turns[index] = len(sample.answers)
-        return up_to_turn(sample, entries[index]["answers"] if index in entries else [])
-
-    through = 0.0  # of these records
+    turn = 0
 
     def wrote(count: int) -> None:
-        nonlocal through
-        share = count * len(turns) / sum(turns.values())  # of a conversation of several turns each is a part
-        through += share
-        watch.count(answers=count, through=share)
+        watch.count(answers=count, through=count if turn == 0 else 0)
 
-    turn, asking = 0, list(records)
-    while asking:
-        places = iter(asking)
-        for window in windows(teacher, asked, asking, options, threads, watch):
-            rendered = [(next(places), item) for item in window]
-            # What cannot be rendered says why; the others are written together.
-            ready = [(index, item.sample, item.encoded) for index, item in rendered if item.encoded is not None]
-            watch.prove(teacher, [(sample, encoded) for _, sample, encoded in ready if isinstance(sample, Sample)])
-            written = teacher.write(
-                [encoded for _, _, encoded in ready],
-                turn=turn,
-                how=options.answers,
-                batch_tokens=options.batch_tokens,
-                wrote=wrote,
-            )
-            answers = dict(zip([index for index, _, _ in ready], written, strict=True))
-            for index, item in rendered:
-                answer = answers.get(index, item.result)
-                if isinstance(answer, str):
-                    entry = entries.setdefault(index, {"key": item.sample.key, "answers": []})
-                    entry["answers"].append(answer)
-                else:
-                    entries[index] = {"key": item.sample.key, "reason": str(answer)}
+    while True:
+        left = []  # conversations with a further turn
+        for window in windows:
+            run.prove(window)
+            ready = [item.encoded for item in window if item.encoded is not None]
+            with watch.timed("teacher"):
+                written = run.teacher.write(
+                    ready, turn=turn, how=options.answers, batch_tokens=options.batch_tokens, wrote=wrote
+                )
+            if turn == 0:
+                watch.count(through=len(window) - len(ready))
+            answers = iter(written)
+            for item in window:
+                answer = next(answers) if item.encoded is not None else item.problem
+                entry = entries.setdefault(item.index, {"key": item.sample.key, "answers": [], "checked": CHECKED})
+                if not isinstance(answer, str):
+                    del entry["answers"]
+                    entry["reason"] = str(answer)
                     watch.skip(str(answer))
-                if "reason" in entries[index] or len(entries[index]["answers"]) == turns[index]:
-                    watch.count(records=1)
+                else:
+                    entry["answers"].append(answer)
+                    given = run.samples[item.index]
+                    if isinstance(given, Sample) and turn + 1 < len(given.answers):
+                        left.append(item.index)
+                        continue
+                watch.count(records=1)
+        if not left:
+            return run.write_later(_store_answers, run, shard, [entries[index] for index in run.records(shard)])
         turn += 1
-        asking = [index for index in asking if "reason" not in entries[index] and turns[index] > turn]
-    watch.count(through=len(records) - through)  # what could not be asked
-    checked = [entries[index] | {"checked": CHECKED} for index in records]
-    lines = [json.dumps(entry, sort_keys=True, ensure_ascii=False) for entry in checked]
-    with storage_errors(f"{store.url}: the answers of shard {shard}"):
-        store.write(answers_name(shard), "".join(f"{line}\n" for line in lines).encode())
-    return _facts(list(entries.values()))
+        windows = run.windows(left, lambda index: up_to_turn(run.samples[index], entries[index]["answers"]))
 
 
-def up_to_turn(sample: Sample, answers: Sequence[str]) -> Sample:
-    """The conversation up to the turn after these answers, which stand in the place of the given ones.
+def _store_answers(run: Run, shard: int, entries: list[dict[str, Any]]) -> Facts:
+    lines = [json.dumps(entry, sort_keys=True, ensure_ascii=False) for entry in entries]
+    with storage_errors(f"{run.store.url}: the answers of shard {shard}"):
+        run.store.write(answers_name(shard), "".join(f"{line}\n" for line in lines).encode())
+    return _facts(entries)
 
-    Pictures of later turns are left out. The last answer is a placeholder.
+
+def first_turns(run: Run, shard: int) -> ReadRecord:
+    """Gives a shard's conversations up to their first turn."""
+    return lambda index: up_to_turn(run.samples[index], ())
+
+
+def up_to_turn(sample: Sample | BadRecord, answers: Sequence[str]) -> Sample | BadRecord:
+    """The conversation up to the turn after these answers, which replace the given ones.
+
+    Images of later turns are left out. The last answer is a placeholder.
     """
+    if isinstance(sample, BadRecord):
+        return sample
     messages, left = [], [*answers, PLACEHOLDER]
     for message in sample.messages:
         if not left:
@@ -117,7 +103,7 @@ def up_to_turn(sample: Sample, answers: Sequence[str]) -> Sample:
 
 
 def with_answers(sample: Sample, answers: Sequence[str]) -> Sample:
-    """The conversation with these answers in the place of the given ones, which it keeps beside them."""
+    """The conversation with these answers in place of the given ones, which are kept beside it."""
     left = list(answers)
     messages = tuple(
         Message(role="assistant", parts=(left.pop(0),)) if message.is_target else message for message in sample.messages
@@ -125,17 +111,19 @@ def with_answers(sample: Sample, answers: Sequence[str]) -> Sample:
     return dataclasses.replace(sample, messages=messages, given_answers=sample.answers)
 
 
-def answered(samples: Sequence[Sample | BadRecord], shard: int, store: Store, options: CacheOptions) -> ReadRecord:
-    """Gives the shard's records with the answers that `answer_shard` wrote. Raises DamageError if it has not."""
-    records = options.records(shard, len(samples))
+def answered(run: Run, shard: int) -> ReadRecord:
+    """Gives a shard's records with the answers that `answer_shard` wrote. Raises DamageError if it has not."""
+    if not run.options.answers.written_by_teacher:
+        return run.samples.__getitem__
+    store, records = run.store, run.records(shard)
     entries = _read(store, shard)
     if entries is None or len(entries) != len(records):
         raise DamageError(
-            f"{store.where(answers_name(shard))}: missing or broken; run `genrecal cache` again, it writes these answers again"
+            f"{store.where(answers_name(shard))}: missing or broken; run `genrecal cache` again to write these answers again"
         )
 
     def read(index: int) -> Sample | BadRecord:
-        sample, entry = samples[index], entries[index - records.start]
+        sample, entry = run.samples[index], entries[index - records.start]
         if sample.key != entry["key"]:
             raise DamageError(
                 f"{store.where(answers_name(shard))}: expected the answers of {sample.key}, got those of {entry['key']}; "
@@ -177,8 +165,8 @@ def _facts(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _read(store: Store, shard: int) -> list[dict[str, Any]] | None:
     """A shard's answers, a record each; None if they are not there, or not whole."""
     try:
-        data = store.read(answers_name(shard), 0, MOST_FILE_BYTES + 1)
-        entries = [strict_json(line, MOST_FILE_BYTES) for line in data.split(b"\n")[:-1]]
+        data = store.read(answers_name(shard), 0, MAX_FILE_BYTES + 1)
+        entries = [strict_json(line, MAX_FILE_BYTES) for line in data.split(b"\n")[:-1]]
         whole = data.endswith(b"\n") and all(map(_is_entry, entries))
     except (OSError, ValueError):
         return None

@@ -1,30 +1,29 @@
 """The cache job, from top to bottom: plan shards, make those that are missing, complete the cache if all are there.
 
-Where the teacher writes the answers (`--generate`), it does so first, for all of a run's shards: what generates and what
-runs over whole conversations may be two engines, of which one fits into the memory.
+If the teacher writes the answers (`--generate`), it writes those of all of this run's shards first: generating and running
+over whole conversations may take two engines, of which only one fits into memory.
 
-
-Which samples are in which shard follows from the input's order and the shard size alone, so a restart repeats only the
-shards that have no manifest, and makes the same bytes.
+Which samples are in which shard follows from the input's order and the shard size alone, so a restart makes only the
+shards that have no manifest, with the same bytes.
 """
 
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import genrecal
-from genrecal.cache.answers import answer_shard, finished_answers
+from genrecal.cache.answers import answer_shard, answered, finished_answers, first_turns
 from genrecal.cache.options import CacheOptions, WorkOptions
-from genrecal.cache.shard import cache_shard, finished_facts
+from genrecal.cache.shard import Facts, cache_shard, finished_facts
 from genrecal.cache.teacher import Teacher
-from genrecal.cache.turns import Turns
 from genrecal.cache.watch import Watch, check_skipped, stop_signals
-from genrecal.cache.windows import Threads
+from genrecal.cache.windows import Item, ReadRecord, Run
 from genrecal.errors import StorageError, UsageError
 from genrecal.folders import KINDS, refuse_other_content
 from genrecal.samples import SampleSet
@@ -37,6 +36,8 @@ from genrecal.shards.layout import (
     LATER,
     TEACHER_FOLDER,
     TIERS,
+    answers_name,
+    manifest_name,
     read_cache_json,
     write_cache_json,
 )
@@ -45,18 +46,24 @@ from genrecal.shards.storage import LocalStore, Store, open_store, storage_error
 from genrecal.vlm.loading import file_digest, image_backend, model_folder, processor_files
 
 FOLDERS = ("manifest", "answers", "quarantine", *TIERS)  # of a cache whose cache.json was deleted to be made again
-SHARDS_AT_ONCE = 3  # one is rendered, one runs through the teacher, one is written
-
-
-Facts = dict[str, Any]  # of a finished shard: at least its `rows`, and how many of them are `skipped`
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is done for every shard, any worker any shard: `make` does it, unless it is done; `finished` finds what is."""
+    """What is done for every shard; any worker can do any shard.
+
+    Args:
+        title: for people and programs.
+        mark: name of the file that exists once a shard is done.
+        read: gives a shard's records by their number.
+        make: does a shard, from its rendered windows.
+        finished: facts of those of these shards that are done.
+    """
 
     title: str
-    make: Callable[..., Facts]
+    mark: Callable[[int], str]
+    read: Callable[[Run, int], ReadRecord]
+    make: Callable[[Run, int, Iterator[list[Item]]], "Future[Facts]"]
     finished: Callable[[Store, Sequence[int]], dict[int, Facts]]
 
 
@@ -182,27 +189,27 @@ def run_shards(
     work: WorkOptions,
     watch: Watch,
 ) -> dict[int, Facts]:
-    """Do a step for these shards, a few at a time, with one teacher that works in this thread; their facts.
+    """Do a step for these shards, in order; their facts. The teacher runs in this thread."""
+    found: dict[int, Facts] = {}
+    done: dict[int, Future[Facts]] = {}
+    with Run(teacher, samples, store, options, work.num_threads, watch) as run:
 
-    At most SHARDS_AT_ONCE shards are in memory, each within the bounds of `cache_shard`.
-    """
-    turns, done = Turns(teacher, watch), {}
-    with Threads(work.num_threads) as threads, ThreadPoolExecutor(SHARDS_AT_ONCE, "shard") as pool:
-        running = {
-            pool.submit(
-                step.make, turns.of_shard(shard), samples, shard, store, options, threads=threads, watch=watch
-            ): shard
-            for shard in shards
-        }
+        def windows() -> Iterator[tuple[int, list[Item]]]:
+            for shard in shards:
+                if store.exists(step.mark(shard)):  # another worker may have done it in the meantime
+                    found.update(step.finished(store, [shard]))
+                if shard in found:
+                    watch.count(records=found[shard]["rows"], through=found[shard]["rows"])
+                else:
+                    yield from ((shard, window) for window in run.windows(run.records(shard), step.read(run, shard)))
+
         try:
-            for future in turns.serve(list(running)):
-                done[running[future]] = future.result()
+            for shard, group in groupby(run.ahead(windows()), key=lambda pair: pair[0]):
+                done[shard] = step.make(run, shard, (window for _, window in group))
+            return found | {shard: facts.result() for shard, facts in done.items()}
         except BaseException as error:
             watch.end(error)
-            turns.stop()
-            pool.shutdown(wait=True, cancel_futures=True)
             raise
-    return done
 
 
 def finished_shards(store: Store, shards: Sequence[int]) -> dict[int, Facts]:
@@ -213,7 +220,8 @@ def finished_shards(store: Store, shards: Sequence[int]) -> dict[int, Facts]:
         return {shard: found for shard, found in zip(shards, facts, strict=True) if found is not None}
 
 
-ANSWERS, CACHE = Step("answers", answer_shard, finished_answers), Step("cache", cache_shard, finished_shards)
+ANSWERS = Step("answers", answers_name, first_turns, answer_shard, finished_answers)
+CACHE = Step("cache", manifest_name, answered, cache_shard, finished_shards)
 
 
 # ------------------------------------------------------------------------------------------------------- the directory

@@ -1,20 +1,19 @@
-"""The forecast: what a cache will hold and cost, from a probe of the data and the teacher's config, before it is made.
+"""The forecast: what a cache will hold and cost, from a probe of the data and the teacher's config.
 
-A sample of the records is rendered by the teacher's own processor (or, of a known teacher without a folder, counted by
-rule). Arrow members are sized by coding made states and logits of the teacher's widths with the real codecs, so that
-their fixed cost, padding and compression are in the figures.
+The teacher's own processor renders some of the records (or, for a known teacher without a folder, rules count their tokens).
+Arrow members are sized by coding made states and logits of the teacher's widths with the real codecs.
 
-How long the answers will be that the teacher writes itself (`--generate`) is not known: they are taken to be as long as the
-given ones, and what the longest that are allowed would cost stands beside it.
+How long the answers of `--generate` will be is not known. The forecast assumes the length of the given ones, and prints
+beside it what answers of the largest length would cost.
 """
 
 import io
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,40 @@ from genrecal.errors import DataError, SampleError, UsageError
 from genrecal.progress import human_bytes
 from genrecal.samples import BadRecord, Sample, SampleSet
 from genrecal.samples.survey import Reasons
-from genrecal.shards.codecs import CODECS, Codec, round_to_bf16
-from genrecal.shards.manifest import CACHED, SKIPPED, ManifestRow, Member, manifest_bytes
+from genrecal.shards.codecs import CODECS, round_to_bf16
 from genrecal.shards.record import NO_TARGET, AnswerRows, QuestionRows, SampledTargets, to_arrow
 from genrecal.shards.storage import LocalStore, open_store
-from genrecal.vlm.rendering import Encoded, Renderer
+from genrecal.vlm.rendering import Renderer
 from genrecal.vlm.shape import ModelShape, patches_of
 
-BLOCK, RECORD = 512, 10_240  # of a tar: members are padded to the one, files to the other
-CODED_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # numbers of rows that are coded for real; between them, a line
-INDEX_BYTES, INDEX_ROW_BYTES, INDEX_SHARD_BYTES = 3900, 13, 40  # of index.parquet
+UTILISATION = 0.4  # share of a card's peak that the teacher's forward pass is assumed to reach
+BLOCK, TAR_END = 512, 1024 + (10_240 - 512) // 2  # of a tar: what members are padded to, and its end on average
+CODED_ROWS = (1, 4, 16, 64, 128)  # numbers of rows that are coded; between them, a line
+MANIFEST_SHARD_BYTES, MANIFEST_ROW_BYTES = 8600, 90  # measured on caches of 16 to 256 records per shard
+INDEX_BYTES, INDEX_ROW_BYTES, INDEX_SHARD_BYTES = 3900, 13, 40
 BYTES_PER_TOKEN, TOKENS_PER_TURN, SYSTEM_TOKENS = 4.0, 10, 14  # by rule: English text, and what a template adds
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU's data sheet: dense bfloat16 TFLOP/s, memory in GB, and its bandwidth in GB/s."""
+
+    tflops: float
+    gigabytes: float
+    bandwidth: float
+
+
+CARDS = {
+    "a100": Card(312, 80, 2039),
+    "a100-40gb": Card(312, 40, 1555),
+    "b200": Card(2250, 180, 7700),
+    "h100": Card(989, 80, 3350),
+    "h200": Card(989, 141, 4800),
+    "l4": Card(121, 24, 300),
+    "l40s": Card(362, 48, 864),
+    "mi300x": Card(1307, 192, 5300),
+    "rtx4090": Card(165, 24, 1008),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,45 +70,39 @@ class PlanOptions:
     Args:
         probe: records that are looked at, drawn from the whole input.
         num_samples: records to forecast for; 0 for as many as the data have.
-        peak_tflops: of a GPU, dense, in the teacher's dtype. utilisation: share of it that the forward pass reaches.
-        gpu_gigabytes: memory of a GPU. gpu_bandwidth: of that memory, GB/s, with which a step of generation reads the weights.
-        train_rate: samples a second that the trainer takes.
+        gpu: name in CARDS.
+        gpus: cards that work side by side; 0 for as many as hold the teacher's weights.
+        price: of one card for one hour, in any currency.
+        train_rate: samples per second that the trainer takes.
     """
 
     probe: int = 512
     num_samples: int = 0
-    peak_tflops: float = 989.0
-    utilisation: float = 0.4
-    gpu_gigabytes: float = 80.0
-    gpu_bandwidth: float = 3350.0
+    gpu: str = "h100"
+    gpus: int = 0
+    price: float = 0.0
     train_rate: float = 64.0
 
     def __post_init__(self) -> None:
-        if self.probe < 1 or self.num_samples < 0:
-            raise UsageError(
-                f"--probe {self.probe}, --num-samples {self.num_samples}: expected 1 or more, and 0 or more"
-            )
-        for name in ("peak_tflops", "gpu_gigabytes", "gpu_bandwidth", "train_rate"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected more than 0")
-        if not 0 < self.utilisation <= 1:
-            raise UsageError(f"--utilisation {self.utilisation}: expected a share over 0, up to 1")
+        for name, least in (("probe", 1), ("num_samples", 0), ("gpus", 0), ("price", 0)):
+            if not getattr(self, name) >= least:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {least} or more")
+        if not self.train_rate > 0:
+            raise UsageError(f"--train-rate {self.train_rate}: expected more than 0")
+        if self.gpu not in CARDS:
+            raise UsageError(f"--gpu {self.gpu}: expected one of {', '.join(CARDS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbedRecord:
     """What the forecast needs to know of one record; of a skipped one only the reason."""
 
-    key: str
-    sample_id: str = ""
-    category: str = ""
-    source: str = ""
     reason: str | None = None
     question_tokens: int = 0
     answer_tokens: int = 0
     turns: int = 0
     prompts: tuple[int, ...] = ()  # tokens before each answer
-    patches: tuple[int, ...] = ()  # of each picture or tile
+    patches: tuple[int, ...] = ()  # of each image or tile
     image_bytes: tuple[int, ...] = ()
     json_bytes: int = 0
     keeps_question: bool = False
@@ -98,9 +114,8 @@ class WrittenAnswers:
 
     Args:
         turns: answers to write. at_once: conversations that are written together, by `--batch-tokens`.
-        tokens: of them all, if they are as long as the given ones; most_tokens: if none ends before `--max-answer-tokens`.
-        flops, gpu_hours, most_gpu_hours: likewise. Prompts run at the assumed share of the peak; a step of generation takes
-            as long as that, or as reading the weights once.
+        tokens, flops, gpu_hours: if the answers are as long as the given ones.
+        most_tokens, most_gpu_hours: if none ends before `--max-answer-tokens`.
     """
 
     turns: int
@@ -114,9 +129,17 @@ class WrittenAnswers:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A forecast. Bytes and FLOPs are of the whole cache; `bytes` by part, `read_bytes` a sample of each stage.
+    """A forecast.
 
-    `flops` and `gpu_hours` are those of caching; `answers` has those of writing answers, None where they are given.
+    Args:
+        skipped, question_tokens, answer_tokens: of `num_samples` records like the `probed` ones.
+        bytes: by part, `total_bytes` in all; `error_bytes` is one standard error of drawing another probe.
+        bytes_by_codec: the same samples' states in each codec.
+        flops, gpu_hours: of caching; `answers` has those of writing answers, None if they are given.
+        least_gpus: cards that hold the teacher's weights. hours, cost: of both steps on `gpus` cards.
+        read_bytes: per sample and stage; `read_rate` in MB/s at the trainer's rate.
+        free_bytes, fits: room where --out would be; None if that cannot be asked.
+        by_rule: whether tokens are counted by rule.
     """
 
     teacher: str
@@ -129,18 +152,21 @@ class Plan:
     answer_tokens: int
     bytes: dict[str, int]
     total_bytes: int
-    error_bytes: int  # one standard error of the total, of drawing another probe
-    bytes_by_codec: dict[str, dict[str, int]]  # the same samples' states in each codec
+    error_bytes: int
+    bytes_by_codec: dict[str, dict[str, int]]
     flops: float
     gpu_hours: float
     answers: WrittenAnswers | None
-    least_gpus: int  # that hold the weights
+    gpu: str
+    least_gpus: int
+    gpus: int
+    hours: float
+    cost: float
     read_bytes: dict[str, int]
-    read_rate: dict[str, float]  # MB/s at the trainer's rate
-    free_bytes: int | None  # where --out would be; None where that cannot be asked
+    read_rate: dict[str, float]
+    free_bytes: int | None
     fits: bool | None
     by_rule: bool
-    assumed: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -166,7 +192,7 @@ def make_plan(
     Raises DataError if no record of the probe can be used.
     """
     count = min(assumed.probe, len(samples))
-    # Drawn, not every n-th: data that take turns between sources would show some of them only.
+    # Drawn, not every n-th: data that alternate between sources would show only some of them.
     places = np.sort(np.random.default_rng(0).choice(len(samples), count, replace=False))
     probed = [probe_record(samples[int(place)], shape, renderer, options) for place in places]
     reasons = Reasons.of(record.reason for record in probed if record.reason is not None)
@@ -175,18 +201,34 @@ def make_plan(
         raise DataError(f"none of {len(probed)} probed records can be used: {next(reasons.lines())}")
     total = assumed.num_samples or len(samples)
     scale, num_shards = total / len(probed), options.num_shards(total)
-    sizes = Sizes(shape, options)
-    parts = _parts(probed, used, sizes, total, num_shards, options)
-    parts |= {"head": shape.head_rows * shape.hidden_size * shape.value_bytes, "teacher files": teacher_file_bytes}
+
+    def forecast(value: Callable[[ProbedRecord], float]) -> float:
+        """A sum over all records, from the probe's."""
+        return scale * sum(map(value, used))
+
+    size = Sizes(shape, options)
+    has_questions = options.question_codec != "none"
+    parts = {
+        "samples": round(forecast(lambda r: _in_tar(size.sample_members(r))) + num_shards * TAR_END),
+        "questions": round(forecast(lambda r: _in_tar([size.question(r)])) + num_shards * TAR_END * has_questions),
+        "manifest": MANIFEST_SHARD_BYTES * num_shards + MANIFEST_ROW_BYTES * total,
+        "index": INDEX_BYTES + INDEX_ROW_BYTES * total + INDEX_SHARD_BYTES * num_shards,
+        "head": shape.head_rows * shape.hidden_size * shape.value_bytes,
+        "teacher files": teacher_file_bytes,
+    }
     total_bytes = sum(parts.values())
-    each = [sum(_tar_bytes(sizes.members(record))) if record.reason is None else 0 for record in probed]
+    each = [_in_tar([*size.sample_members(r), size.question(r)]) for r in used] + [0] * (len(probed) - len(used))
     spread = np.std(each) * total * np.sqrt((1 - len(each) / max(total, len(each))) / len(each))
-    flops = scale * sum(
-        shape.flops(r.question_tokens + r.answer_tokens, r.answer_tokens + r.turns, r.patches) for r in used
-    )
+    card = CARDS[assumed.gpu]
+    flops = forecast(lambda r: shape.flops(r.question_tokens + r.answer_tokens, r.answer_tokens + r.turns, r.patches))
+    gpu_hours = flops / (card.tflops * 1e12 * UTILISATION) / 3600
+    answers = _written(used, shape, options, card, scale) if options.answers.written_by_teacher else None
+    all_hours = gpu_hours + (answers.gpu_hours if answers else 0.0)
+    least_gpus = int(-(-shape.parameters * shape.value_bytes // (card.gigabytes * 1e9)))
+    gpus = assumed.gpus or least_gpus
     read = {
-        "stage 1": sum(sum(sizes.members(record)) for record in used) // len(used),
-        "stage 2": sum(sum(sizes.members(record, question=False)) for record in used) // len(used),
+        "stage 1": sum(sum(size.sample_members(r)) + size.question(r) for r in used) // len(used),
+        "stage 2": sum(sum(size.sample_members(r)) for r in used) // len(used),
     }
     free, fits = _room(out, total_bytes)
     return Plan(
@@ -196,97 +238,109 @@ def make_plan(
         skipped=round(scale * reasons.counts.total()),
         reasons=dict(reasons.counts.most_common()),
         num_shards=num_shards,
-        question_tokens=round(scale * sum(record.question_tokens for record in used)),
-        answer_tokens=round(scale * sum(record.answer_tokens for record in used)),
+        question_tokens=round(forecast(lambda r: r.question_tokens)),
+        answer_tokens=round(forecast(lambda r: r.answer_tokens)),
         bytes=parts,
         total_bytes=total_bytes,
         error_bytes=round(float(spread)),
-        bytes_by_codec=_by_codec(used, shape, options, scale),
+        bytes_by_codec={
+            codec: {
+                "answer": round(forecast(lambda r, codec=codec: size.answer(r, codec))),  # type: ignore[misc]
+                "question": round(forecast(lambda r, codec=codec: size.question(r, codec))),  # type: ignore[misc]
+            }
+            for codec in CODECS
+        },
         flops=flops,
-        gpu_hours=flops / (assumed.peak_tflops * 1e12 * assumed.utilisation) / 3600,
-        answers=_written(used, shape, options, assumed, scale) if options.answers.written_by_teacher else None,
-        least_gpus=int(-(-shape.parameters * shape.value_bytes // (assumed.gpu_gigabytes * 1e9))),
+        gpu_hours=gpu_hours,
+        answers=answers,
+        gpu=assumed.gpu,
+        least_gpus=least_gpus,
+        gpus=gpus,
+        hours=all_hours / gpus,
+        cost=all_hours * assumed.price,
         read_bytes=read,
         read_rate={stage: assumed.train_rate * size / 1e6 for stage, size in read.items()},
         free_bytes=free,
         fits=fits,
         by_rule=renderer is None,
-        assumed={name: value for name, value in asdict(assumed).items() if isinstance(value, float)},
     )
 
 
 def plan_text(plan: Plan) -> str:
     """A forecast as lines of text."""
+    card, answers = CARDS[plan.gpu], plan.answers
     lines = [
         f"{plan.teacher}: {plan.num_samples} samples in {plan.num_shards} shards, from {plan.probed} probed"
         + (" (tokens counted by rule; give a folder with the teacher's processor for exact ones)" * plan.by_rule),
         f"skipped   {plan.skipped}"
         + "".join(f"; {count} of the probe: {reason}" for reason, count in list(plan.reasons.items())[:3]),
-        f"tokens    {plan.question_tokens} of questions (pictures' with them), {plan.answer_tokens} of answers",
+        f"tokens    {plan.question_tokens} of questions (image tokens included), {plan.answer_tokens} of answers",
         f"bytes     {human_bytes(plan.total_bytes)} ± {human_bytes(plan.error_bytes)}: "
         + ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.bytes.items()),
         *(
             f"  {codec:<6}  answer states {human_bytes(size['answer'])}, question states {human_bytes(size['question'])}"
             for codec, size in plan.bytes_by_codec.items()
         ),
-        f"teacher   {plan.flops:.3g} FLOPs, {plan.gpu_hours:.3g} GPU-hours at {plan.assumed['utilisation']:.0%} of "
-        f"{plan.assumed['peak_tflops']:g} TFLOP/s; its weights need {plan.least_gpus} GPUs of "
-        f"{plan.assumed['gpu_gigabytes']:g} GB",
-        *_answers_lines(plan),
+        f"teacher   {plan.flops:.3g} FLOPs, {plan.gpu_hours:.3g} GPU-hours on {plan.gpu} at {UTILISATION:.0%} of "
+        f"{card.tflops:g} TFLOP/s; its weights need {plan.least_gpus} cards of {card.gigabytes:g} GB",
+    ]
+    if answers is not None:
+        lines.append(
+            f"answers   {answers.turns} written, {answers.at_once} at once, before that: {answers.flops:.3g} FLOPs, "
+            f"{answers.gpu_hours:.3g} GPU-hours if they are as long as the given ones ({answers.tokens} tokens), "
+            f"{answers.most_gpu_hours:.3g} if none ends early ({answers.most_tokens} tokens); bytes are by the given ones"
+        )
+    few = f": NOT enough for the weights, which need {plan.least_gpus}" if plan.gpus < plan.least_gpus else ""
+    lines.append(
+        f"time      {plan.hours:.3g} hours on {plan.gpus} {plan.gpu}{few}"
+        + (f"; costs {plan.cost:,.2f}" if plan.cost else "")
+    )
+    lines.append(
         "trainer   "
         + ", ".join(
-            f"{stage} reads {human_bytes(plan.read_bytes[stage])} a sample, {rate:.3g} MB/s"
+            f"{stage} reads {human_bytes(plan.read_bytes[stage])} per sample, {rate:.3g} MB/s"
             for stage, rate in plan.read_rate.items()
         )
-        + f" at {plan.assumed['train_rate']:g} samples/s",
-    ]
+    )
     if plan.free_bytes is not None:
         room = "enough" if plan.fits else "NOT enough"
         lines.append(f"disk      {human_bytes(plan.free_bytes)} free, {room}")
     return "\n".join(lines)
 
 
-def _answers_lines(plan: Plan) -> list[str]:
-    written = plan.answers
-    if written is None:
-        return []
-    return [
-        f"answers   {written.turns} written, {written.at_once} at once, before that: {written.flops:.3g} FLOPs, "
-        f"{written.gpu_hours:.3g} GPU-hours if they are as long as the given ones ({written.tokens} tokens), "
-        f"{written.most_gpu_hours:.3g} if none ends early ({written.most_tokens} tokens); bytes are by the given ones"
-    ]
-
-
 def _written(
-    used: Sequence[ProbedRecord], shape: ModelShape, options: CacheOptions, assumed: PlanOptions, scale: float
+    used: Sequence[ProbedRecord], shape: ModelShape, options: CacheOptions, card: Card, scale: float
 ) -> WrittenAnswers:
-    """Each turn's prompt runs again, pictures too, as `genrecal.cache.answers` does it."""
+    """Each turn's prompt runs again, images too, as in `genrecal.cache.answers`.
+
+    A step of generation takes as long as its FLOPs, or as reading the weights once.
+    """
     prompts = [tokens for record in used for tokens in record.prompts]
     limit, turns = options.answers.max_tokens, len(prompts)
     at_once = max(1, int(options.batch_tokens // (sum(prompts) / turns + limit)))
     prefill = sum(shape.flops(tokens, 1, record.patches) for record in used for tokens in record.prompts)
-    rate = assumed.peak_tflops * 1e12 * assumed.utilisation
+    rate = card.tflops * 1e12 * UTILISATION
     weights = (shape.text_parameters + shape.head_rows * shape.hidden_size) * shape.value_bytes
-    step_seconds = weights / (assumed.gpu_bandwidth * 1e9)
+    step_seconds = weights / (card.bandwidth * 1e9)
 
     def decoding(tokens: float) -> tuple[float, float]:
-        """FLOPs and GPU-seconds of so many tokens, spread evenly over the turns."""
+        """FLOPs and GPU-hours of writing so many tokens, spread evenly over the turns; prompts included."""
         each = tokens / turns
         more = sum(shape.text_flops(prompt + each) - shape.text_flops(prompt) for prompt in prompts)
         more += shape.head_flops(tokens)
-        return more, max(more / rate, tokens / min(at_once, turns * scale) * step_seconds)
+        seconds = prefill / rate + max(more / rate, tokens / min(at_once, turns * scale) * step_seconds)
+        return scale * (prefill + more), scale * seconds / 3600
 
     tokens = sum(record.answer_tokens for record in used)
-    flops, seconds = decoding(tokens)
-    _, most_seconds = decoding(limit * turns)
+    flops, hours = decoding(tokens)
     return WrittenAnswers(
         turns=round(scale * turns),
         at_once=at_once,
         tokens=round(scale * tokens),
         most_tokens=round(scale * limit * turns),
-        flops=scale * (prefill + flops),
-        gpu_hours=scale * (prefill / rate + seconds) / 3600,
-        most_gpu_hours=scale * (prefill / rate + most_seconds) / 3600,
+        flops=flops,
+        gpu_hours=hours,
+        most_gpu_hours=decoding(limit * turns)[1],
     )
 
 
@@ -297,38 +351,30 @@ def probe_record(
     sample: Sample | BadRecord, shape: ModelShape, renderer: Renderer | None, options: CacheOptions
 ) -> ProbedRecord:
     """Render one record, or count it by rule; one that the job would skip gives its reason."""
-    names: dict[str, Any] = {
-        "key": sample.key,
-        "sample_id": sample.sample_id,
-        "category": sample.category,
-        "source": sample.source,
-    }
     if isinstance(sample, BadRecord):
-        return ProbedRecord(**names, reason=sample.reason)
+        return ProbedRecord(reason=sample.reason)
     try:
         images = [image.read() for image in sample.images]
         sample = sample if renderer is None else renderer.settle(sample)
         if renderer is None:
             counts = _counted_by_rule(sample, images, shape, options.max_tokens)
         else:
-            counts = _counted(renderer.encode(sample, max_tokens=options.max_tokens or None), renderer)
+            counts = counted(renderer, sample, options.max_tokens)
     except SampleError as error:
-        return ProbedRecord(**names, reason=str(error))
+        return ProbedRecord(reason=str(error))
+    written = with_answers(sample, sample.answers) if options.answers.written_by_teacher else sample
     return ProbedRecord(
-        **names,
         **counts,
         turns=len(sample.answers),
         image_bytes=tuple(map(len, images)),
-        json_bytes=_json_bytes(with_answers(sample, sample.answers) if options.answers.written_by_teacher else sample),
+        json_bytes=len(json.dumps(written.to_json(), sort_keys=True, ensure_ascii=False).encode()),
         keeps_question=options.keeps_question(sample.key),
     )
 
 
-def _json_bytes(sample: Sample) -> int:
-    return len(json.dumps(sample.to_json(), sort_keys=True, ensure_ascii=False).encode())
-
-
-def _counted(encoded: Encoded, renderer: Renderer) -> dict[str, Any]:
+def counted(renderer: Renderer, sample: Sample, max_tokens: int = 0) -> dict[str, Any]:
+    """Tokens and patches of a sample, by rendering it."""
+    encoded = renderer.encode(sample, max_tokens=max_tokens or None)
     return {
         "question_tokens": sum(encoded.question_lengths),
         "answer_tokens": sum(encoded.answer_lengths),
@@ -367,216 +413,91 @@ def _counted_by_rule(sample: Sample, images: Sequence[bytes], shape: ModelShape,
 
 
 class Sizes:
-    """Bytes of members for one teacher and one set of options."""
+    """Bytes of a record's members for one teacher and one set of options."""
 
     def __init__(self, shape: ModelShape, options: CacheOptions):
-        self.shape, self.options = shape, options
+        self.options = options
+        self._made = {
+            kind: [rows(count, shape, options) for count in CODED_ROWS]
+            for kind, rows in (("answer", made_answer), ("question", made_question))
+        }
+        self._coded = cache(lambda kind, codec: [len(to_arrow(rows, CODECS[codec])) for rows in self._made[kind]])
 
-    def members(self, record: ProbedRecord, *, question: bool = True) -> list[int]:
-        """Of a record's members: conversation, pictures, answer states and, where kept, question states."""
-        return [*self.plain(record), self.answer(record), *([self.question(record)] if question else [])]
+    def sample_members(self, record: ProbedRecord) -> list[int]:
+        """Conversation, images and answer states."""
+        return [record.json_bytes, *record.image_bytes, self.answer(record)]
 
-    def plain(self, record: ProbedRecord) -> list[int]:
-        return [record.json_bytes, *record.image_bytes]
+    def answer(self, record: ProbedRecord, codec: str = "") -> int:
+        """The answer states, in the option's codec or another."""
+        return self._size("answer", codec or self.options.answer_codec, record.answer_tokens + record.turns)
 
-    def answer(self, record: ProbedRecord) -> int:
-        rows, sizes = self._answer_sizes
-        return _between(record.answer_tokens + record.turns, rows, sizes)
+    def question(self, record: ProbedRecord, codec: str = "") -> int:
+        """The question states, in the option's codec or another; 0 if the record's are not kept."""
+        codec = codec or self.options.question_codec
+        return self._size("question", codec, record.question_tokens) if record.keeps_question else 0
 
-    def question(self, record: ProbedRecord) -> int:
-        """0 where the record's question states are not kept."""
-        if not record.keeps_question:
-            return 0
-        rows, sizes = self._question_sizes
-        return _between(record.question_tokens, rows, sizes)
-
-    @cached_property
-    def _answer_sizes(self) -> tuple[list[int], list[int]]:
-        rows = made_answer(CODED_ROWS[-1], self.shape, self.options)
-        return _coded_sizes(rows, CODECS[self.options.answer_codec])
-
-    @cached_property
-    def _question_sizes(self) -> tuple[list[int], list[int]]:
-        rows = made_question(CODED_ROWS[-1], self.shape)
-        return _coded_sizes(rows, CODECS[self.options.question_codec])
+    def _size(self, kind: str, codec: str, count: int) -> int:
+        sizes = self._coded(kind, codec)
+        beyond = max(0, count - CODED_ROWS[-1]) * (sizes[-1] - sizes[-2]) / (CODED_ROWS[-1] - CODED_ROWS[-2])
+        return round(float(np.interp(count, CODED_ROWS, sizes)) + beyond)
 
 
-def _coded_sizes(rows: QuestionRows, codec: Codec) -> tuple[list[int], list[int]]:
-    return list(CODED_ROWS), [len(to_arrow(_first_rows(rows, count), codec)) for count in CODED_ROWS]
+def _in_tar(members: Sequence[int]) -> int:
+    """Bytes of members with their headers; those of no size do not exist."""
+    return sum(BLOCK + -(-size // BLOCK) * BLOCK for size in members if size)
 
 
-def _first_rows(rows: Any, count: int) -> Any:
-    """The first rows of any of the row classes; of answer rows the last has no target, as in a record."""
-    values = {name: getattr(rows, name) for name in rows.__dataclass_fields__}
-    first: dict[str, Any] = {
-        name: value[:count].copy() if isinstance(value, np.ndarray) else _first_rows(value, count) if value else None
-        for name, value in values.items()
-    }
-    if "target_id" in first:
-        first["target_id"][-1] = NO_TARGET
-    return type(rows)(**first)
-
-
-def _between(count: int, rows: Sequence[int], sizes: Sequence[int]) -> int:
-    if count > rows[-1]:
-        return round(sizes[-1] + (count - rows[-1]) * (sizes[-1] - sizes[-2]) / (rows[-1] - rows[-2]))
-    return round(float(np.interp(count, rows, sizes)))
-
-
-def made_states(rng: np.random.Generator, rows: int, width: int) -> np.ndarray:
+def made_states(rows: int, width: int) -> np.ndarray:
     """Float32 `[R, D]` that codes as real states do: Gaussian, some channels many times larger than others."""
+    rng = np.random.default_rng(0)
     states = rng.standard_normal((rows, width), np.float32) * np.exp(rng.normal(0, 0.5, width)).astype(np.float32)
     return round_to_bf16(states)
 
 
-def made_question(rows: int, shape: ModelShape) -> QuestionRows:
+def made_question(rows: int, shape: ModelShape, options: CacheOptions) -> QuestionRows:
     """Question rows of a teacher of that shape."""
-    rng = np.random.default_rng(0)
     return QuestionRows(
         turn=np.zeros(rows, np.int32),
         position=np.arange(rows, dtype=np.int32),
-        token_id=rng.integers(0, shape.head_rows, rows).astype(np.int32),
-        hidden=made_states(rng, rows, shape.hidden_size),
+        token_id=np.random.default_rng(0).integers(0, shape.head_rows, rows).astype(np.int32),
+        hidden=made_states(rows, shape.hidden_size),
     )
 
 
 def made_answer(rows: int, shape: ModelShape, options: CacheOptions) -> AnswerRows:
-    """Answer rows of a teacher of that shape. Its most probable tokens come back from row to row, as they do in text."""
+    """Answer rows of a teacher of that shape. The same tokens are probable in many rows, as in text."""
     import torch
 
-    rng, generator = np.random.default_rng(1), torch.Generator().manual_seed(1)
-    k, common = min(options.top_k, shape.head_rows), 4 * torch.randn(shape.head_rows, generator=generator)
-    ids, values, sums, drawn = [], [], [], []
-    numbers = uniforms("plan", rows, options.draws) if options.draws else None
-    for start in range(0, rows, 16):
-        logits = common + 4 * torch.randn(min(16, rows - start), shape.head_rows, generator=generator)
-        top, places = logits.topk(k)
-        ids.append(places.int().numpy())
-        values.append(top.numpy())
-        sums.append(logits.logsumexp(-1).numpy())
-        if numbers is not None:
-            drawn.append(draw(logits, torch.from_numpy(numbers[start : start + 16]))[0].numpy())
-    topk_ids, topk_logits, logsumexp = (np.concatenate(part) for part in (ids, values, sums))
+    generator = torch.Generator().manual_seed(1)
+    common = 4 * torch.randn(shape.head_rows, generator=generator)
+    logits = common + 4 * torch.randn(rows, shape.head_rows, generator=generator)
+    top, ids = logits.topk(min(options.top_k, shape.head_rows))
     sampled = None
-    if drawn:
-        distinct, counts = count_draws(np.concatenate(drawn))
-        sampled = SampledTargets(ids=distinct, counts=counts, entropy=rng.random(rows).astype(np.float32))
+    if options.draws:
+        drawn, entropy = draw(logits, torch.from_numpy(uniforms("plan", rows, options.draws)))
+        distinct, counts = count_draws(drawn.numpy())
+        sampled = SampledTargets(ids=distinct, counts=counts, entropy=entropy.float().numpy())
     place = np.arange(rows, dtype=np.int32)
-    target = topk_ids[:, 0].copy()
+    target = ids[:, 0].int().numpy().copy()
+    target[-1] = NO_TARGET
     return AnswerRows(
         turn=np.zeros(rows, np.int32),
         position=place,
-        token_id=np.roll(target, 1),
-        hidden=made_states(rng, rows, shape.hidden_size),
+        token_id=np.roll(ids[:, 0].int().numpy(), 1),
+        hidden=made_states(rows, shape.hidden_size),
         target_id=target,
         target_start=4 * place,
         target_end=4 * place + 4,
-        target_logit=topk_logits[:, 0].copy(),
-        topk_ids=topk_ids,
-        topk_logits=topk_logits,
-        logsumexp=logsumexp,
+        target_logit=top[:, 0].numpy().copy(),
+        topk_ids=ids.int().numpy(),
+        topk_logits=top.numpy(),
+        logsumexp=logits.logsumexp(-1).numpy(),
         sampled=sampled,
     )
 
 
-def _tar_bytes(members: Sequence[int]) -> list[int]:
-    """Of members with their headers; those of no size are not there."""
-    return [BLOCK + -(-size // BLOCK) * BLOCK for size in members if size]
-
-
-def _parts(
-    probed: Sequence[ProbedRecord],
-    used: Sequence[ProbedRecord],
-    sizes: Sizes,
-    total: int,
-    num_shards: int,
-    options: CacheOptions,
-) -> dict[str, int]:
-    """Bytes of the tars and Parquet files of `total` records like the probe's."""
-    scale = total / len(probed)
-    end = 2 * BLOCK + (RECORD - BLOCK) // 2  # of a tar, its padding on average
-    samples = scale * sum(sum(_tar_bytes(sizes.members(record, question=False))) for record in used) + num_shards * end
-    questions = 0.0
-    if options.question_codec != "none":
-        questions = scale * sum(sum(_tar_bytes([sizes.question(record)])) for record in used) + num_shards * end
-    return {
-        "samples": round(samples),
-        "questions": round(questions),
-        "manifest": _manifest_bytes(probed, sizes, total, num_shards, options),
-        "index": INDEX_BYTES + INDEX_ROW_BYTES * total + INDEX_SHARD_BYTES * num_shards,
-    }
-
-
-def _manifest_bytes(
-    probed: Sequence[ProbedRecord], sizes: Sizes, total: int, num_shards: int, options: CacheOptions
-) -> int:
-    """All manifests: a line through a made shard's and half of one."""
-    rng = np.random.default_rng(2)
-    length = min(options.samples_per_shard, total)
-    rows = [_manifest_row(probed[i % len(probed)], i, sizes, rng) for i in range(length)]
-    facts = {
-        "sha256": dict.fromkeys(("samples", "questions"), rng.bytes(32).hex()),
-        "fidelity": rng.random(12).tolist(),
-    }
-    half = max(1, length // 2)
-    small, whole = (len(manifest_bytes(rows[:count], facts)) for count in (half, length))
-    each = (whole - small) / max(1, length - half)
-    return round(num_shards * (small - half * each) + total * each)
-
-
-def _manifest_row(record: ProbedRecord, number: int, sizes: Sizes, rng: np.random.Generator) -> ManifestRow:
-    key = f"{number:08d}{record.key[8:]}"
-    if record.reason is not None:
-        return ManifestRow(key=key, sample_id=record.sample_id, status=SKIPPED, reason=record.reason, shard=0)
-    names = ["json", *(f"{i}.jpg" for i in range(len(record.image_bytes))), "answer.arrow", "question.arrow"]
-    members = [
-        Member(
-            name=f"{key}.{name}",
-            tier="questions" if name.startswith("question") else "samples",
-            offset=int(rng.integers(2**30)),
-            size=size,
-            xxh3=int(rng.integers(2**63)),
-        )
-        for name, size in zip(names, sizes.members(record), strict=True)
-        if size
-    ]
-    entropy, log_prob, agreement = rng.random(3)
-    return ManifestRow(
-        key=key,
-        sample_id=record.sample_id,
-        status=CACHED,
-        shard=0,
-        members=members,
-        category=record.category,
-        source=record.source,
-        turns=record.turns,
-        images=len(record.image_bytes),
-        question_tokens=record.question_tokens,
-        answer_tokens=record.answer_tokens,
-        entropy=float(entropy),
-        log_prob=float(log_prob),
-        top1_agreement=float(agreement),
-        has_question=record.keeps_question,
-    )
-
-
-def _by_codec(
-    used: Sequence[ProbedRecord], shape: ModelShape, options: CacheOptions, scale: float
-) -> dict[str, dict[str, int]]:
-    """Bytes of the answer and the question states in each codec, whatever the options chose."""
-    answer, question = made_answer(CODED_ROWS[-1], shape, options), made_question(CODED_ROWS[-1], shape)
-    result = {}
-    for name, codec in CODECS.items():
-        answers, questions = _coded_sizes(answer, codec), _coded_sizes(question, codec)
-        result[name] = {
-            "answer": round(scale * sum(_between(r.answer_tokens + r.turns, *answers) for r in used)),
-            "question": round(scale * sum(_between(r.question_tokens, *questions) for r in used if r.keeps_question)),
-        }
-    return result
-
-
 def _room(out: str | None, needed: int) -> tuple[int | None, bool | None]:
-    """Free bytes where the cache would be, and whether they are enough for what is not there yet."""
+    """Free bytes where the cache would be, and whether they are enough for what is not written yet."""
     store = open_store(out) if out is not None else None
     if not isinstance(store, LocalStore):
         return None, None

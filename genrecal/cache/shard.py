@@ -1,24 +1,21 @@
-"""One shard, from its input records to its commit: render, run the teacher, code, write.
+"""One shard: run the teacher over rendered windows, code the records, write them, commit.
 
-Rendering and coding are done by other threads while the teacher works, and shards may be made side by side. What is
-written does not depend on it: batches are formed of the shard's records alone, and members stand in the input's order.
+Other threads render, code and write while the teacher works. The bytes do not depend on that: a batch holds records of one
+window alone, and members stand in the order of the input.
 """
 
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from typing import Any
 
 import pyarrow.compute as pc
 
-from genrecal.cache.answers import answered
 from genrecal.cache.batching import batches_by_length
-from genrecal.cache.options import CacheOptions
-from genrecal.cache.teacher import States, Teacher
-from genrecal.cache.watch import Watch
-from genrecal.cache.windows import Item, Threads, windows
+from genrecal.cache.teacher import States
+from genrecal.cache.windows import Item, Run
 from genrecal.errors import DamageError, SampleError
-from genrecal.samples import BadRecord, Sample
+from genrecal.samples import Sample
 from genrecal.shards.codecs import CODECS
 from genrecal.shards.index import read_shard_manifest
 from genrecal.shards.layout import manifest_name, tar_name
@@ -27,138 +24,104 @@ from genrecal.shards.record import Record
 from genrecal.shards.storage import Store, storage_errors
 from genrecal.shards.writer import CodedRecord, ShardWriter
 
-UNCODED_BATCHES = 2  # batches whose states may wait for a coder
+Facts = dict[str, Any]  # of a finished shard: at least its `rows`, and how many of them are `skipped`
 
 
-def cache_shard(
-    teacher: Teacher,
-    samples: Sequence[Sample | BadRecord],
-    shard: int,
-    store: Store,
-    options: CacheOptions,
-    *,
-    threads: Threads,
-    watch: Watch,
-) -> dict[str, Any]:
-    """Make one shard and return its facts; or those of the same shard if another worker has finished it.
+def cache_shard(run: Run, shard: int, windows: Iterator[list[Item]]) -> "Future[Facts]":
+    """Make one shard. The future gives its facts once it is committed.
 
-    Any worker can do any shard, and two may do the same one: both write the same bytes, each under names of its own until
-    they are whole. In memory are a window of records (see `genrecal.cache.windows.windows`), rendered or coded, and the
-    states of UNCODED_BATCHES batches that wait to be coded. Where the teacher writes the answers, they are there already.
+    Any worker can make any shard, and two may make the same one: both write the same bytes, under temporary names until
+    they are whole. In memory are a window that the teacher runs over, one that is rendered ahead, one that is written, and
+    the states of two batches. If the teacher writes the answers, they were written before.
 
-    Args:
-        teacher: asked from the calling thread, its `encode` from the threads that render.
-        watch: is told of every batch and skipped record.
-
-    Raises:
+    Raises (here, from the future, or from the next use of the writing thread):
         DataError: too many records are skipped, or a codec costs more than its budget.
         StorageError: the shard cannot be written.
     """
-    facts = finished_facts(store, shard, size_of_store(store))
-    records = options.records(shard, len(samples))
-    if facts is not None:
-        watch.count(records=len(records), through=len(records))
-        return facts
-    question_codec = None if options.question_codec == "none" else CODECS[options.question_codec]
-    where = f"{store.url}: shard {shard}"
-    with storage_errors(where):
+    options = run.options
+    with storage_errors(f"{run.store.url}: shard {shard}"):
         writer = ShardWriter(
-            store,
+            run.store,
             shard,
             answer_codec=CODECS[options.answer_codec],
-            question_codec=question_codec,
-            head=teacher.head,
+            question_codec=None if options.question_codec == "none" else CODECS[options.question_codec],
+            head=run.teacher.head,
             kl_budget=options.kl_budget,
         )
-    with writer:
-        read = answered(samples, shard, store, options) if options.answers.written_by_teacher else samples.__getitem__
-        for window in windows(teacher, read, records, options, threads, watch):
-            coded = _run_window(teacher, window, writer, options, threads, watch)
-            for number, item in enumerate(window):
-                untouched = number not in coded  # by the teacher
-                result = coded.pop(number, item.result)
-                result = _result(result) if isinstance(result, Future) else result
-                with watch.timed("writing"), storage_errors(where):
-                    _write(writer, item, result, watch)
-                notes = item.notes if isinstance(result, CodedRecord) else {}
-                watch.count(records=1, through=int(untouched), **notes)
-        with watch.timed("writing"), storage_errors(where):
-            facts = _commit(writer, store, shard)
-        watch.finished(writer.rows, writer.bytes, teacher.head.weight.shape[0])
-        return facts
+    with contextlib.ExitStack() as unfinished:
+        unfinished.enter_context(writer)
+        unfinished.callback(run.wait_for_writing)
+        for window in windows:
+            _run_teacher(run, window, writer)
+            run.write_later(_append, run, window, writer)
+        committed = run.write_later(_commit, run, writer)
+        unfinished.pop_all()  # from here on `_commit` closes the writer
+    return committed
 
 
-# --------------------------------------------------------------------------------------------------- the teacher, coding
-
-
-def _run_window(
-    teacher: Teacher, window: list[Item], writer: ShardWriter, options: CacheOptions, threads: Threads, watch: Watch
-) -> dict[int, Any]:
-    """Run the window's batches; by place in the window, the coded record to come, or why there is none."""
-    lengths = {number: len(item.encoded) for number, item in enumerate(window) if item.encoded is not None}
-    usable = [(item.sample, item.encoded) for item in window if isinstance(item.sample, Sample) and item.encoded]
-    watch.prove(teacher, usable, batch_tokens=options.batch_tokens)
-    samples = {number: item.sample for number, item in enumerate(window) if isinstance(item.sample, Sample)}
-    results: dict[int, Any] = {}
-    uncoded: deque[list[Future[CodedRecord]]] = deque()
-    for batch in batches_by_length(lengths, options.batch_tokens):
-        while len(uncoded) >= UNCODED_BATCHES:
-            for future in uncoded.popleft():
-                future.exception()  # waits
-        encoded = [item.encoded for item in (window[number] for number in batch) if item.encoded is not None]
-        questions = [options.keeps_question(item.key) for item in encoded]
-        found = teacher.states(encoded, questions=questions, top_k=options.top_k, draws=options.draws)
-        watch.count(samples=len(batch), through=len(batch), tokens=sum(len(item) for item in encoded))
-        started = []
-        for number, states in zip(batch, found, strict=True):
-            window[number].encoded = None  # its tensors are not needed any more
+def _run_teacher(run: Run, window: list[Item], writer: ShardWriter) -> None:
+    """Run the window's batches. Each item then has a record that is being coded, or the reason why there is none."""
+    options, watch = run.options, run.watch
+    lengths = {place: len(item.encoded) for place, item in enumerate(window) if item.encoded is not None}
+    run.prove(window, batch_tokens=options.batch_tokens)
+    coding: list[Future[CodedRecord]] = []
+    for places in batches_by_length(lengths, options.batch_tokens):
+        batch = [item.encoded for item in (window[place] for place in places) if item.encoded is not None]
+        questions = [options.keeps_question(encoded.key) for encoded in batch]
+        with watch.timed("teacher"):
+            found = run.teacher.states(batch, questions=questions, top_k=options.top_k, draws=options.draws)
+        watch.count(samples=len(batch), through=len(batch), tokens=sum(map(len, batch)))
+        wait(coding)  # so that the states of at most two batches are in memory
+        coding = []
+        for place, states in zip(places, found, strict=True):
+            item = window[place]
+            item.encoded = None  # frees its tensors
             if isinstance(states, SampleError):
-                results[number] = states
-                continue
-            results[number] = threads.code.submit(_code, writer, samples[number], states, watch)
-            started.append(results[number])
-        uncoded.append(started)
-    return results
+                item.problem = states
+            else:
+                item.coded = run.code.submit(_code, run, writer, item.sample, states)
+                coding.append(item.coded)
+    watch.count(through=len(window) - len(lengths))
 
 
-def _code(writer: ShardWriter, sample: Sample, states: States, watch: Watch) -> CodedRecord:
-    with watch.timed("coding"):
+def _code(run: Run, writer: ShardWriter, sample: Any, states: States) -> CodedRecord:
+    with run.watch.timed("coding"):
         return writer.code(Record(sample=sample, answer=states.answer, question=states.question))
 
 
-def _result(future: "Future[CodedRecord]") -> CodedRecord | SampleError:
-    try:
-        return future.result()
-    except SampleError as error:
-        return error
+def _append(run: Run, window: list[Item], writer: ShardWriter) -> None:
+    """Append the window's records, or note why there is none."""
+    for item in window:
+        problem, coded = item.problem, None
+        try:
+            coded = item.coded.result() if item.coded is not None else None
+        except SampleError as error:  # a codec cannot hold its states
+            problem = error
+        with run.watch.timed("writing"), storage_errors(f"{run.store.url}: shard {writer.shard}"):
+            if coded is not None:
+                assert isinstance(item.sample, Sample)
+                writer.append(coded, [image.read() for image in item.sample.images])
+                run.watch.count(**item.notes)
+            else:
+                writer.skip(item.sample, str(problem))
+                run.watch.skip(str(problem))
+        run.watch.count(records=1)
 
 
-# --------------------------------------------------------------------------------------------------------------- writing
-
-
-def _write(writer: ShardWriter, item: Item, result: CodedRecord | SampleError | None, watch: Watch) -> None:
-    """Append the record, or note why there is none."""
-    if isinstance(result, CodedRecord):
-        writer.append(result, [image.read() for image in result.sample.images])
-        return
-    assert result is not None, "a record that was rendered has a result"
-    reason = str(result)
-    writer.skip(item.sample, reason)
-    watch.skip(reason)
-
-
-def _commit(writer: ShardWriter, store: Store, shard: int) -> dict[str, Any]:
+def _commit(run: Run, writer: ShardWriter) -> Facts:
     """Put the shard in place, unless another worker has done so in the meantime."""
-    facts = finished_facts(store, shard, size_of_store(store))
-    if facts is not None:
-        return facts
-    try:
-        return writer.commit()
-    except FileNotFoundError:  # who finishes a cache clears away what is unfinished: then this shard is there
+    store, shard = run.store, writer.shard
+    with writer, run.watch.timed("writing"), storage_errors(f"{store.url}: shard {shard}"):
         facts = finished_facts(store, shard, size_of_store(store))
         if facts is None:
-            raise
-        return facts
+            try:
+                facts = writer.commit()
+            except FileNotFoundError:  # a worker that completed the cache removed the temporary files
+                facts = finished_facts(store, shard, size_of_store(store))
+                if facts is None:
+                    raise
+    run.watch.finished(writer.rows, writer.bytes, run.teacher.head.weight.shape[0])
+    return facts
 
 
 SizeOf = Callable[[str], int | None]  # bytes of a file by its name in the cache; None if it is not there
@@ -176,7 +139,7 @@ def size_of_store(store: Store) -> SizeOf:
     return size
 
 
-def finished_facts(store: Store, shard: int, size_of: SizeOf) -> dict[str, Any] | None:
+def finished_facts(store: Store, shard: int, size_of: SizeOf) -> Facts | None:
     """The counts of a shard that is done: its manifest can be read and its tars have the size it says."""
     if size_of(manifest_name(shard)) is None:
         return None

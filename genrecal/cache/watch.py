@@ -1,4 +1,4 @@
-"""How a run of the cache job goes: counts, rates, time by part, the progress shown, and the status file for schedulers."""
+"""Counts, rates, time by part, progress and the status file of a run of the cache job."""
 
 import contextlib
 import json
@@ -13,16 +13,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from genrecal.cache.proof import Proof
-from genrecal.cache.teacher import Teacher
 from genrecal.errors import StoppedError, UsageError
 from genrecal.files import write_whole
 from genrecal.inspect.summary import blind_teacher
 from genrecal.progress import Progress
-from genrecal.samples import Sample
 from genrecal.samples.survey import Reasons, too_many_bad
 from genrecal.shards.manifest import CACHED, ManifestRow
-from genrecal.vlm.rendering import Encoded
 
 STATUS_EVERY_SECONDS = 5.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -30,16 +26,15 @@ PARTS = ("rendering", "teacher", "coding", "writing")
 
 
 class Watch:
-    """Counts what one run of the job does; its methods may be called by several threads. Use as a context manager.
+    """Counts what one run of the job does. Several threads may call its methods. Use as a context manager.
 
     Args:
         total: input records of this run's shards.
-        done: how many of them were finished before, and `skipped` of those skipped.
+        done: records that were finished before; `skipped` of them were skipped.
         num_samples: input records of the whole job.
         max_skip: share of those that may be skipped; one more raises DataError.
         status_file: where a thread writes what `status` gives, every few seconds and at the end; None for nowhere.
-        facts: what else the status says.
-        proof: what the teacher has proved already; None for nothing.
+        facts: further fields of the status.
         title: what is done, for people and programs: `cache`, or `answers` while the teacher writes them.
     """
 
@@ -53,7 +48,6 @@ class Watch:
         max_skip: float = 1.0,
         status_file: Path | None = None,
         facts: dict[str, Any] | None = None,
-        proof: Proof | None = None,
         title: str = "cache",
     ):
         self.total, self.num_samples, self.max_skip = total, num_samples, max_skip
@@ -63,8 +57,7 @@ class Watch:
         self.seconds = dict.fromkeys(PARTS, 0.0)  # of each of PARTS, over all threads
         self.warnings: list[str] = []
         self.state = "running"
-        self._proof = proof or Proof()
-        self._lock, self._proving = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
         self._start = time.monotonic()
         self._ended = threading.Event()
         self._writer = threading.Thread(target=self._keep_writing, name="status", daemon=True)
@@ -72,62 +65,55 @@ class Watch:
         self._progress = Progress(title, total, "samples", done=done)
 
     def count(self, **more: float) -> None:
-        """Count on: `records` of the input that are done with, `samples` and `tokens` that the teacher ran over (no
-        padding), `answers` that it wrote, `bytes` of finished shards, and of what was cached `context_answers` and
-        `unread_reasoning` (see `genrecal.vlm.rendering.Renderer.settle`).
+        """Add to the counts.
 
-        `through` counts the records that the teacher is done with, or has no work with: progress and the time left go by it,
-        since records are done with many at a time.
+        `records`: input records that are finished or skipped. `through`: those that the teacher has run over, or will not;
+        progress and time left go by it. `samples`, `tokens`: that the teacher ran over, without padding. `answers`: that it
+        wrote. `bytes`: of finished shards. `context_answers`, `unread_reasoning`: see `Renderer.settle`.
         """
         with self._lock:
-            self.counts.update(more)  # type: ignore[arg-type]  # a part of one is as good
+            self.counts.update(more)  # type: ignore[arg-type]
             if more.get("through"):
                 self._progress.advance(more["through"], self._note())
 
     def skip(self, reason: str) -> None:
         """Count a skipped record. Raises DataError when there are too many."""
+        self.add({"skipped": 1}, {reason: 1})
+
+    def add(
+        self,
+        counts: dict[str, float],
+        reasons: dict[str, int],
+        seconds: dict[str, float] | None = None,
+        warnings: Sequence[str] = (),
+    ) -> None:
+        """Add what a watch in another process counted. Raises DataError when too many records are skipped."""
+        self.warn(warnings)
+        self.count(**counts)
         with self._lock:
-            self.counts["skipped"] += 1
-            self.reasons[reason] += 1
+            self.reasons.update(reasons)
+            for part, more in (seconds or {}).items():
+                self.seconds[part] += more
             check_skipped(self.counts["skipped"], self.num_samples, self.max_skip, self.reasons)
 
     def finished(self, rows: Sequence[ManifestRow], size: int, head_rows: int) -> None:
         """Count a shard of `size` bytes, and warn if the teacher does no better than chance on its answers."""
         self.count(bytes=size)
-        rows = [row for row in rows if row.status == CACHED]
-        tokens = sum(row.answer_tokens or 0 for row in rows)
-        if tokens:
+        cached = [row for row in rows if row.status == CACHED and row.answer_tokens]
+        if tokens := sum(row.answer_tokens or 0 for row in cached):
             agreement, log_prob = (
-                sum(row.answer_tokens * getattr(row, name) for row in rows) / tokens
+                sum((row.answer_tokens or 0) * getattr(row, name) for row in cached) / tokens
                 for name in ("top1_agreement", "log_prob")
             )
             self.warn(blind_teacher(agreement, log_prob, head_rows))
 
     def warn(self, warnings: Iterable[str]) -> None:
-        """Say the first warning of the run at once: it is seldom true of one shard alone."""
+        """Print the first warning of the run at once: it is seldom true of one shard alone."""
         for warning in warnings:
             with self._lock:
-                first = not self.warnings
                 self.warnings.append(warning)
-            if first:
-                self._progress.say(f"warning: {warning}; `genrecal inspect` reads the shards that are there")
-
-    def add(
-        self, counts: dict[str, int], reasons: dict[str, int], seconds: dict[str, float], warnings: Sequence[str]
-    ) -> None:
-        """Count what a watch in another process counted. Raises DataError when there are too many skipped records."""
-        self.warn(warnings)
-        with self._lock:
-            self.reasons.update(reasons)
-            for part in PARTS:
-                self.seconds[part] += seconds[part]
-        self.count(**counts)
-        check_skipped(self.counts["skipped"], self.num_samples, self.max_skip, self.reasons)
-
-    def prove(self, teacher: Teacher, items: Sequence[tuple[Sample, Encoded]], *, batch_tokens: int = 0) -> None:
-        """Have the teacher prove itself on some of these conversations, if it has not yet. Raises ModelError."""
-        with self._proving:
-            self._proof.check(teacher, items, batch_tokens=batch_tokens)
+                if len(self.warnings) == 1:
+                    self._progress.say(f"warning: {warning}; `genrecal inspect` reads the finished shards")
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -140,7 +126,7 @@ class Watch:
                 self.seconds[part] += time.perf_counter() - start
 
     def status(self) -> dict[str, Any]:
-        """What the status file says; docs/cache.md lists every field."""
+        """The content of the status file; docs/cache.md lists every field."""
         seconds = max(time.monotonic() - self._start, 1e-9)
         left = self._progress.seconds_left()
         return self.facts | {
@@ -166,10 +152,13 @@ class Watch:
 
     def _note(self) -> str:
         seconds = max(time.monotonic() - self._start, 1e-9)
-        tokens, megabytes = self.counts["tokens"] / seconds, self.counts["bytes"] / 1e6 / seconds
-        if self.title == "answers":
-            return f"{self.counts['answers'] / seconds:.1f} answers/s, {self.counts['skipped']} skipped"
-        return f"{tokens:.0f} tokens/s, {megabytes:.1f} MB/s, {self.counts['skipped']} skipped"
+        rate = {name: self.counts[name] / seconds for name in ("answers", "samples", "tokens", "bytes")}
+        shown = [f"{rate['answers']:.1f} answers/s"] if self.title == "answers" else []
+        if rate["tokens"]:
+            # Bytes are counted when a shard is finished.
+            size = f"{rate['bytes'] / 1e6:.1f} MB/s" if rate["bytes"] else f"{rate['samples']:.3g} samples/s"
+            shown = [f"{rate['tokens']:.0f} tokens/s", size]
+        return ", ".join([*shown, f"{self.counts['skipped']} skipped"])
 
     def _write_status(self) -> None:
         """Raises OSError."""
@@ -180,11 +169,11 @@ class Watch:
 
     def _keep_writing(self) -> None:
         while not self._ended.wait(STATUS_EVERY_SECONDS):
-            with contextlib.suppress(OSError):  # a disk that is full now may have room later
+            with contextlib.suppress(OSError):  # a full disk may have room later
                 self._write_status()
 
     def end(self, error: BaseException | None) -> None:
-        """Write the last status, unless that is done. The job says so at once, before it waits for what is under way."""
+        """Write the last status, unless it is written. The job calls this before it waits for its threads."""
         if self._ended.is_set():
             return
         self._ended.set()
@@ -215,9 +204,9 @@ class Watch:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[None]:
-    """While it is open, the signals with which machines are taken back interrupt the block as Ctrl-C does.
+    """In this block, the signals that schedulers send before they take a machine away interrupt as Ctrl-C does.
 
-    Raises StoppedError then. Only the main thread takes signals; in another one nothing changes.
+    Raises StoppedError then. Only the main thread receives signals; in another one nothing changes.
     """
 
     def interrupt(number: int, _: Any) -> None:
@@ -225,9 +214,8 @@ def stop_signals() -> Iterator[None]:
 
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        wanted = [
-            number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN
-        ]  # nohup ignores one
+        # `nohup` ignores SIGHUP, which stays so.
+        wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         before = {number: signal.signal(number, interrupt) for number in wanted}
     try:
         yield
@@ -243,6 +231,6 @@ def stop_signals() -> Iterator[None]:
 
 
 def check_skipped(skipped: int, num_samples: int, max_skip: float, reasons: Counter[str]) -> None:
-    """Raises DataError if more than this share of the input is skipped, with the commonest reasons of this run."""
+    """Raises DataError with the most frequent reasons of this run if more than this share of the input is skipped."""
     if skipped > max_skip * num_samples:
         raise too_many_bad(skipped, num_samples, max_skip, Reasons.of(reasons))

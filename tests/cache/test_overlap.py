@@ -1,4 +1,4 @@
-"""Shards made side by side, rendering and coding in other threads: the same bytes, bounded memory, honest counts."""
+"""Rendering, coding and writing in other threads than the teacher: the same bytes, bounded memory, right counts."""
 
 import dataclasses
 import json
@@ -69,30 +69,21 @@ class Watched:
         return getattr(self.teacher, name)
 
 
-def serially(teacher, data, out, monkeypatch):
-    """One shard after another, one thread of each kind."""
-    with monkeypatch.context() as patch:
-        patch.setattr(job, "SHARDS_AT_ONCE", 1)
-        patch.setattr(windows, "CODERS", 1)
-        run_cache_job(teacher, open_samples([data]), out, OPTIONS, WorkOptions(threads=1))
-    return tree(out)
+def test_bytes_do_not_depend_on_the_speed_of_any_thread(teacher, data, tmp_path, monkeypatch):
+    """Every step takes a random time, so that threads overtake each other in every way."""
+    run_cache_job(teacher, open_samples([data]), tmp_path / "plain", OPTIONS, WorkOptions(threads=1))
+    rng = random.Random(0)
+    for method in ("code", "append"):
+        plain = getattr(shard.ShardWriter, method)
 
+        def slow(writer, *args, plain=plain):
+            time.sleep(rng.random() / 50)
+            return plain(writer, *args)
 
-@pytest.mark.parametrize("seed", range(3))
-def test_bytes_are_those_of_the_serial_order(teacher, data, tmp_path, monkeypatch, seed):
-    """Every step takes a random time, so that threads and shards overtake each other in every way."""
-    expected = serially(teacher, data, tmp_path / "serial", monkeypatch)
-    rng = random.Random(seed)
-    plain = shard.ShardWriter.code
-
-    def slow(writer, record):
-        time.sleep(rng.random() / 50)
-        return plain(writer, record)
-
-    monkeypatch.setattr(shard.ShardWriter, "code", slow)
+        monkeypatch.setattr(shard.ShardWriter, method, slow)
     watched = Watched(teacher, lambda: rng.random() / 50)
     run_cache_job(watched, open_samples([data]), tmp_path / "cache", OPTIONS, WorkOptions(threads=4))
-    assert tree(tmp_path / "cache") == expected
+    assert tree(tmp_path / "cache") == tree(tmp_path / "plain")
     assert watched.threads == {threading.current_thread()}  # the teacher itself sees no other
 
 
@@ -119,7 +110,7 @@ def test_records_in_memory_are_bounded(teacher, data, tmp_path, monkeypatch):
     watched.states = lambda *words, **options: (time.sleep(0.05), plain(*words, **options))[1]
     options = dataclasses.replace(OPTIONS, samples_per_shard=20)
     run_cache_job(watched, open_samples([data]), tmp_path / "cache", options, WorkOptions(threads=threads))
-    bound = job.SHARDS_AT_ONCE * (4 + 2 * threads + 1)
+    bound = 2 * 4 + 2 * threads + 1  # a window that the teacher runs over, one ahead of it, and what is rendered
     assert watched.most_alive <= bound < 40
 
 
@@ -132,7 +123,7 @@ def test_a_window_closes_when_its_tensors_are_large(teacher, data, tmp_path, mon
 
 
 def test_rendering_and_the_teacher_overlap(teacher, data, tmp_path):
-    """The teacher's first batch, of shard 0, waits until a sample of shard 1 is rendered; one after the other would hang."""
+    """The teacher's first batch, of shard 0, waits until a sample of shard 1 is rendered: without overlap it would hang."""
     watched, rendered = Watched(teacher), threading.Event()
     plain_encode, plain_states = watched.encode, watched.states
 
@@ -169,40 +160,35 @@ def test_an_error_in_one_shard_ends_the_job(teacher, data, tmp_path, broken):
     with expected:
         run_cache_job(watched, open_samples([data]), tmp_path / "cache", OPTIONS)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.name.endswith(".tmp")]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("shard", "render", "code"))]
+    names = ("render", "prefetch", "code", "write")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(names)]
 
 
-def test_what_a_processor_raises_is_a_reason_and_no_crash(teacher, data, tmp_path):
+def test_what_a_processor_raises_and_a_codec_cannot_hold_are_reasons(teacher, data, tmp_path, monkeypatch):
     watched = Watched(teacher)
-    plain = watched.encode
+    plain, plain_code = watched.encode, shard.ShardWriter.code
 
     def encode(sample, *, max_tokens):
         if sample.sample_id == "s7":
             raise AttributeError(f"<Broken object at {hex(id(sample))}> has no shape")
         return plain(sample, max_tokens=max_tokens)
 
-    watched.encode = encode
-    options = dataclasses.replace(OPTIONS, max_skip=0.1)
-    report = run_cache_job(watched, open_samples([data]), tmp_path / "cache", options)
-    assert dict(report.reasons) == {"cannot be rendered: AttributeError: <Broken object> has no shape": 1}
-    assert (report.cached, report.skipped) == (39, 1)
-
-
-def test_a_state_that_a_codec_cannot_hold_is_a_reason(teacher, data, tmp_path, monkeypatch):
-    plain = shard.ShardWriter.code
-
     def code(writer, record):
         if record.sample.sample_id == "s3":
             raise SampleError("a hidden state reaches 1e9")
-        return plain(writer, record)
+        return plain_code(writer, record)
 
+    watched.encode = encode
     monkeypatch.setattr(shard.ShardWriter, "code", code)
-    report = run_cache_job(
-        teacher, open_samples([data]), tmp_path / "cache", dataclasses.replace(OPTIONS, max_skip=0.1)
-    )
-    assert dict(report.reasons) == {"a hidden state reaches 1e9": 1}
+    options = dataclasses.replace(OPTIONS, max_skip=0.1)
+    report = run_cache_job(watched, open_samples([data]), tmp_path / "cache", options)
+    assert dict(report.reasons) == {
+        "cannot be rendered: AttributeError: <Broken object> has no shape": 1,
+        "a hidden state reaches 1e9": 1,
+    }
+    assert (report.cached, report.skipped) == (38, 2)
     assert [record.sample.sample_id for record in open_cache(tmp_path / "cache")] == [
-        f"s{i}" for i in range(40) if i != 3
+        f"s{i}" for i in range(40) if i not in (3, 7)
     ]
 
 
@@ -275,14 +261,13 @@ def test_the_time_left_is_by_samples_that_the_teacher_is_through(
             return super().states(batch, top_k=top_k, **options)
 
     monkeypatch.setattr(job, "Watch", Kept)
-    monkeypatch.setattr(job, "SHARDS_AT_ONCE", 1)  # so that a batch is counted before the next one begins
     options = dataclasses.replace(OPTIONS, samples_per_shard=samples_per_shard, max_skip=0.1)
     samples = open_samples([path], image_root=data.parent)
     run_cache_job(Timed(teacher), samples, tmp_path / "cache", options, WorkOptions(threads=1))
     assert [left for _, _, left in seen[:2]] == [None, None]  # nothing yet, and one batch, which has no pace
     for samples, skipped, left in seen[2:]:
-        # A skipped record counts when it is written, and takes no time.
-        assert left == pytest.approx(40 - samples - skipped, rel=0.1, abs=1.01), seen
+        # The skipped record takes no time, and is counted as skipped only when it is written.
+        assert left == pytest.approx(40 - samples - skipped, rel=0.1, abs=2.01), seen
     assert watches[0].status()["seconds_left"] == 0
 
 
