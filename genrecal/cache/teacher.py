@@ -187,7 +187,7 @@ class HFTeacher:
         """See `Teacher.evidence`. Here the head's output must be the model's logits bit for bit."""
         inputs = self.vlm.renderer.collate([encoded])
         counted: list[int] = []
-        with _counting_pictures(self.vlm.body, counted):
+        with _counting_images(self.vlm.body, counted):
             hidden = self.vlm.hidden(inputs)
         logits = self.vlm.model(**self.vlm.on_device(inputs), use_cache=False).logits
         ours = self.vlm.transform(self.vlm.head(hidden))
@@ -207,7 +207,7 @@ class HFTeacher:
 
 
 @contextlib.contextmanager
-def _counting_pictures(body: Any, counted: list[int]) -> Iterator[None]:
+def _counting_images(body: Any, counted: list[int]) -> Iterator[None]:
     """Note the visual embeddings that the body makes, where its family has transformers' usual method for it."""
     original = getattr(body, "get_image_features", None)
     if original is None:

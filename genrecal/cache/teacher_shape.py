@@ -1,4 +1,4 @@
-"""The teachers that are known by name: their sizes, and how their pictures become tokens.
+"""The teachers that are known by name: their sizes, and how their images become tokens.
 
 The sizes are those of their published configs.
 """
@@ -11,7 +11,7 @@ from genrecal.vlm.shape import ImageRule, ModelShape, shape_of
 
 
 def qwen2_vl_tokens(width: int, height: int) -> tuple[int, list[int]]:
-    """Qwen2-VL: sides rounded to 28 pixels, 3,136 to 12,845,056 pixels a picture; a token is 28 x 28, four patches."""
+    """Qwen2-VL: sides rounded to 28 pixels, 3,136 to 12,845,056 pixels an image; a token is 28 x 28, four patches."""
     side, least, most = 28, 56 * 56, 28 * 28 * 16384
     rows, columns = (max(side, round(length / side) * side) for length in (height, width))
     if rows * columns > most:
@@ -24,11 +24,11 @@ def qwen2_vl_tokens(width: int, height: int) -> tuple[int, list[int]]:
     return tokens + 2, [4 * tokens]  # and a token before and one after
 
 
-def tiles(most: int, marks_per_tile: int = 0) -> ImageRule:
-    """InternVL and NVLM-D: the grid of up to `most` tiles of 448 pixels that is nearest in shape, and a thumbnail."""
+def tiles(max_tiles: int, marks_per_tile: int = 0) -> ImageRule:
+    """InternVL and NVLM-D: the grid of up to `max_tiles` tiles of 448 pixels that is nearest in shape, and a thumbnail."""
 
     def rule(width: int, height: int) -> tuple[int, list[int]]:
-        grids = sorted({(c, r) for c in range(1, most + 1) for r in range(1, most // c + 1)}, key=math.prod)
+        grids = sorted({(c, r) for c in range(1, max_tiles + 1) for r in range(1, max_tiles // c + 1)}, key=math.prod)
         best, nearest = (1, 1), math.inf
         for columns, rows in grids:
             distance = abs(width / height - columns / rows)
@@ -36,9 +36,8 @@ def tiles(most: int, marks_per_tile: int = 0) -> ImageRule:
             if distance < nearest or (distance == nearest and larger):
                 best, nearest = (columns, rows), distance
         count = math.prod(best) + (math.prod(best) > 1)
-        return 256 * count + 2 + marks_per_tile * count, [
-            1025
-        ] * count  # a patch is 14 x 14; one more is the class token
+        # A patch is 14 x 14; one more is the class token.
+        return 256 * count + 2 + marks_per_tile * count, [1025] * count
 
     return rule
 

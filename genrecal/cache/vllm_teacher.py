@@ -1,7 +1,7 @@
 """A teacher run by vLLM: tensor and pipeline parallel, for models that one GPU does not hold.
 
 vLLM's pooling runner gives every position's state after the final norm. `genrecal.cache.vllm_worker` cuts out the rows on
-the worker. Pictures go to vLLM as pictures; that its prompt is ours, token for token, is checked for every sample.
+the worker. Images go to vLLM as images; that its prompt is ours, token for token, is checked for every sample.
 That runner does not generate, so answers are written by another engine, which takes the first one's place.
 """
 
@@ -31,7 +31,9 @@ from genrecal.cache.vllm_worker import (
     Rows,
     RowsRequest,
     TeacherWorker,
+    engine_max_tokens,
     pack_states,
+    stop_engine,
     unpack_rows,
     unpack_states,
 )
@@ -44,8 +46,8 @@ from genrecal.vlm.generation import stop_tokens
 from genrecal.vlm.loading import first_line, load_renderer
 from genrecal.vlm.rendering import Encoded, PromptOptions, named_values
 
-OLDEST = (0, 32)  # the vLLM that this was written for and is tested with
-MOST_IMAGES = 64  # a conversation, unless --engine-arg limit_mm_per_prompt says otherwise
+MIN_VERSION = (0, 32)  # the vLLM that this was written for and is tested with
+MAX_IMAGES = 64  # a conversation, unless --engine-arg limit_mm_per_prompt says otherwise
 # What this backend itself must set: another value gives other states, or none.
 OURS = (
     "model", "runner", "convert", "task", "pooler_config", "worker_extension_cls", "dtype", "trust_remote_code",
@@ -55,11 +57,11 @@ OURS = (
 
 @dataclass(frozen=True, kw_only=True)
 class EnginePrompt(Encoded):
-    """A conversation as vLLM takes it. `inputs` holds the text's tensors alone, since vLLM prepares the pictures itself.
+    """A conversation as vLLM takes it. `inputs` holds the text's tensors alone, since vLLM prepares the images itself.
 
     Args:
         raw_ids: token ids with placeholders not yet expanded.
-        images: the pictures in reading order.
+        images: the images in reading order.
     """
 
     raw_ids: list[int]
@@ -67,7 +69,7 @@ class EnginePrompt(Encoded):
 
     @property
     def num_bytes(self) -> int:
-        """With the decoded pictures, three bytes a pixel."""
+        """With the decoded images, three bytes a pixel."""
         return super().num_bytes + sum(3 * image.width * image.height for image in self.images)
 
 
@@ -119,26 +121,23 @@ class VLLMTeacher:
             "tensor_parallel_size": tensor_parallel,
             "pipeline_parallel_size": pipeline_parallel,
             "trust_remote_code": trust_remote_code,
-            "limit_mm_per_prompt": {"image": MOST_IMAGES, "video": 0},
-            "mm_processor_cache_gb": 0,  # every picture is used once
+            "limit_mm_per_prompt": {"image": MAX_IMAGES, "video": 0},
+            "mm_processor_cache_gb": 0,  # every image is used once
             "enable_prefix_caching": False,  # so is every prompt
             **(engine_args or {}),
         }
-        self.max_images = _most_images(self._arguments["limit_mm_per_prompt"])
+        self.max_images = _max_images(self._arguments["limit_mm_per_prompt"])
         self._numbers = itertools.count()
         self._start(writes=False)
-        self.max_tokens = int(self.llm.llm_engine.model_config.max_model_len)
+        self.max_tokens = engine_max_tokens(self.llm)
         self._check_layers()
         self.head = self._read_head(len(self.renderer.tokenizer)).to(head_device)
         self._image_token = self._find_image_token()
 
     def close(self) -> None:
         """Stop the engine and its workers."""
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        self.llm.llm_engine.engine_core.shutdown()
+        stop_engine(self.llm)
         del self.llm
-        cleanup_dist_env_and_memory()
 
     def _start(self, *, writes: bool) -> None:
         """Start the engine that gives states, or the one that writes answers."""
@@ -190,11 +189,11 @@ class VLLMTeacher:
         )
 
     def encode(self, sample: Sample, *, max_tokens: int | None = None) -> EnginePrompt:
-        """Render a sample. Raises SampleError if it cannot be, or the engine does not take so many tokens or pictures."""
+        """Render a sample. Raises SampleError if it cannot be, or the engine does not take so many tokens or images."""
         images = [decode_image(image.read()) for image in sample.images]
         if len(images) > self.max_images:
             raise SampleError(
-                f"{len(images)} pictures, over the engine's limit of {self.max_images} (limit_mm_per_prompt)"
+                f"{len(images)} images, over the engine's limit of {self.max_images} (limit_mm_per_prompt)"
             )
         limit = min(max_tokens or self.max_tokens, self.max_tokens)
         encoded = self.renderer.encode_messages(sample.messages, images, key=sample.key, max_tokens=limit)
@@ -307,7 +306,7 @@ class VLLMTeacher:
         prompt: dict[str, Any] = {"prompt_token_ids": encoded.raw_ids[:end]}
         if encoded.images:
             prompt["multi_modal_data"] = {"image": list(encoded.images)}
-            # An id of its own for each picture saves hashing it, and vLLM takes none for one that it had before.
+            # An id of its own for each image saves hashing it, and vLLM takes none for one that it had before.
             prompt["multi_modal_uuids"] = {"image": [f"genrecal-{next(self._numbers)}" for _ in encoded.images]}
         return prompt
 
@@ -336,10 +335,10 @@ class VLLMTeacher:
         counted: list[int] = []
         self._use(writes=False)
         if self.renderer.takes_pictures:
-            self._on_workers("genrecal_count_pictures", True)
+            self._on_workers("genrecal_count_images", True)
         (rows,) = self.run([encoded], [request])
         if self.renderer.takes_pictures:
-            counted = [n for n in self._on_workers("genrecal_count_pictures", False) if n is not None]
+            counted = [n for n in self._on_workers("genrecal_count_images", False) if n is not None]
         if isinstance(rows, SampleError):
             raise rows
         hidden = rows.question
@@ -407,7 +406,7 @@ def engine_reason(error: BaseException) -> str:
     return text
 
 
-def _most_images(limits: Any) -> int:
+def _max_images(limits: Any) -> int:
     limit = limits.get("image", 999) if isinstance(limits, dict) else 999  # vLLM's own default
     return int(limit.get("count", 999) if isinstance(limit, dict) else limit)
 
@@ -435,9 +434,9 @@ def _import_vllm() -> Any:
             "of its own, or use --backend hf"
         ) from None
     found = tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit())
-    if len(found) == 2 and found < OLDEST:
+    if len(found) == 2 and found < MIN_VERSION:
         raise UsageError(
-            f"--backend vllm: found vLLM {vllm.__version__}, expected {OLDEST[0]}.{OLDEST[1]} or newer; "
+            f"--backend vllm: found vLLM {vllm.__version__}, expected {MIN_VERSION[0]}.{MIN_VERSION[1]} or newer; "
             "pip install -U vllm"
         )
     return vllm

@@ -1,8 +1,8 @@
-"""What runs inside vLLM's worker processes: answer rows are cut out and sent through the head there.
+"""What runs inside vLLM's worker processes, and every use of vLLM's private API (tests/cache/test_vllm.py names each).
 
-So the states of a whole prompt stay on the worker; only the rows that a record holds cross to the engine, packed as the
-bytes of one tensor. vLLM is imported inside functions, and nothing else of genrecal imports this file's class: vLLM finds it
-by name (`worker_extension_cls`).
+Answer rows are cut out and sent through the head on the worker, so the states of a whole prompt stay there. Only the rows
+that a record holds cross to the engine, packed as the bytes of one tensor. vLLM is imported inside functions. It finds
+`TeacherWorker` by name (`worker_extension_cls`).
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ from genrecal.vlm.checkpoint import Checkpoint
 
 TASK = "token_embed"  # vLLM's pooling task that keeps every position
 REQUEST_KEY = "genrecal"  # of a request's `extra_kwargs`
+KEPT, SAMPLED = ("topk_ids", "topk_logits", "logsumexp", "target_logit"), ("ids", "counts", "entropy")  # that cross
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,22 +66,10 @@ def compute_rows(hidden: torch.Tensor, request: RowsRequest, head: FrozenHead) -
     (found,) = head_targets([item], head, top_k=request.top_k, draws=request.draws)
     if isinstance(found, SampleError):
         return _bytes_tensor(safetensors.torch.save({"error": _bytes_tensor(str(found).encode())}))
-    tensors = {
-        "answer": answer,
-        "question": question,
-        "num_states": torch.tensor(len(hidden)),
-        "topk_ids": torch.from_numpy(found.topk_ids),
-        "topk_logits": torch.from_numpy(found.topk_logits),
-        "logsumexp": torch.from_numpy(found.logsumexp),
-        "target_logit": torch.from_numpy(found.target_logit),
-    }
+    tensors = {"answer": answer, "question": question, "num_states": torch.tensor(len(hidden))}
+    tensors |= {name: torch.from_numpy(getattr(found, name)) for name in KEPT}
     if found.sampled is not None:
-        sampled = found.sampled
-        tensors |= {
-            "sample_ids": torch.from_numpy(sampled.ids),
-            "sample_counts": torch.from_numpy(sampled.counts),
-            "entropy": torch.from_numpy(sampled.entropy),
-        }
+        tensors |= {name: torch.from_numpy(getattr(found.sampled, name)) for name in SAMPLED}
     return _bytes_tensor(safetensors.torch.save({name: t.cpu().contiguous() for name, t in tensors.items()}))
 
 
@@ -91,21 +80,14 @@ def unpack_rows(packed: torch.Tensor) -> Rows:
     tensors = safetensors.torch.load(packed.numpy().tobytes())
     if "error" in tensors:
         raise SampleError(tensors["error"].numpy().tobytes().decode())
-    arrays = {name: tensor.numpy() for name, tensor in tensors.items() if name not in ("answer", "question")}
     sampled = None
-    if "entropy" in arrays:
-        sampled = SampledTargets(ids=arrays["sample_ids"], counts=arrays["sample_counts"], entropy=arrays["entropy"])
+    if "entropy" in tensors:
+        sampled = SampledTargets(**{name: tensors[name].numpy() for name in SAMPLED})
     return Rows(
         answer=tensors["answer"],
         question=tensors["question"],
-        num_states=int(arrays["num_states"]),
-        found=HeadTargets(
-            topk_ids=arrays["topk_ids"],
-            topk_logits=arrays["topk_logits"],
-            logsumexp=arrays["logsumexp"],
-            target_logit=arrays["target_logit"],
-            sampled=sampled,
-        ),
+        num_states=int(tensors["num_states"]),
+        found=HeadTargets(**{name: tensors[name].numpy() for name in KEPT}, sampled=sampled),
     )
 
 
@@ -172,7 +154,7 @@ class TeacherWorker:
         pooler.head = RowsHead(head)
         return facts
 
-    def genrecal_count_pictures(self, on: bool) -> int | None:
+    def genrecal_count_images(self, on: bool) -> int | None:
         """Begin (`on`) or end counting visual embeddings. At the end: how many were made, None if none were seen."""
         model = self.model_runner.model
         if on:
@@ -197,7 +179,6 @@ class TeacherWorker:
 
         The pooling runner leaves the head out, so it is built here, loaded by vLLM's own rule, and dropped again.
         """
-        import safetensors.torch
         from vllm.distributed import get_pp_group, get_tp_group
 
         if not get_pp_group().is_last_rank:
@@ -220,7 +201,7 @@ class TeacherWorker:
                 head.to("meta")  # gives its memory back
         if logits is None or get_tp_group().rank_in_group:
             return None
-        return safetensors.torch.save({"states": logits.float().cpu().contiguous()})
+        return pack_states(logits.float())
 
 
 def pack_states(states: torch.Tensor) -> bytes:
@@ -235,6 +216,19 @@ def unpack_states(data: bytes) -> torch.Tensor:
     import safetensors.torch
 
     return safetensors.torch.load(data)["states"]
+
+
+def engine_max_tokens(llm: Any) -> int:
+    """The longest prompt that an engine takes."""
+    return int(llm.llm_engine.model_config.max_model_len)
+
+
+def stop_engine(llm: Any) -> None:
+    """Stop an engine and its workers, so that another one can take its place."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()
 
 
 def _logits_owner(model: nn.Module) -> tuple[nn.Module, str]:

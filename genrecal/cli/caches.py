@@ -30,10 +30,9 @@ class AssumptionGroup:
 
     probe: Annotated[int, assumed("Records to measure, drawn from all.")] = 512
     num_samples: Annotated[int, assumed("Forecast for N samples; 0 for as many as the data have.")] = 0
-    peak_tflops: Annotated[float, assumed("Dense peak of one GPU in the teacher's dtype.")] = 989.0
-    utilisation: Annotated[float, assumed("Share of the peak that the teacher reaches.")] = 0.4
-    gpu_gigabytes: Annotated[float, assumed("Memory of one GPU in GB.")] = 80.0
-    gpu_bandwidth: Annotated[float, assumed("GPU memory bandwidth in GB/s (used to estimate --generate).")] = 3350.0
+    gpu: Annotated[str, assumed("Card: a100, a100-40gb, b200, h100, h200, l4, l40s, mi300x or rtx4090.")] = "h100"
+    gpus: Annotated[int, assumed("Cards that run side by side; 0 for as many as hold the teacher.")] = 0
+    price: Annotated[float, assumed("Price of one card per hour, in any currency.")] = 0.0
     train_rate: Annotated[float, assumed("Samples per second that the trainer takes.")] = 64.0
 
 
@@ -167,7 +166,7 @@ def cache(
         if blank_check:
             _print_blank_check(loaded, samples, blank_check)
         report = run_cache_job(loaded, samples, out, settings, workers)
-    _print_report(out, report, work)
+    _print_report(out, report, work, surveyed.reasons)
 
 
 def _print_blank_check(model: Any, samples: Any, count: int) -> None:
@@ -186,7 +185,8 @@ def _print_blank_check(model: Any, samples: Any, count: int) -> None:
         )
 
 
-def _print_report(out: str, report: Any, work: WorkGroup) -> None:
+def _print_report(out: str, report: Any, work: WorkGroup, printed: Any) -> None:
+    """What the job did; reasons for skipped records of kinds that the survey has not `printed` before it."""
     from genrecal.samples.survey import Reasons
     from genrecal.shards.reader import open_cache
 
@@ -199,7 +199,10 @@ def _print_report(out: str, report: Any, work: WorkGroup) -> None:
             f"{counted(report.shards_missing, 'shard')} to finish; the last worker completes the cache"
         )
         return
-    for line in Reasons.of(open_cache(out).skipped()).lines():
+    reasons = Reasons.of(open_cache(out).skipped())
+    for kind in reasons.counts.keys() & printed.counts.keys():
+        del reasons.counts[kind]
+    for line in reasons.lines():
         note(f"skipped {line}", "yellow")
     if count := report.counts["context_answers"]:
         note(

@@ -1,6 +1,7 @@
 """The forecast against what a real run writes, and the known teachers' sizes against what is known of them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from conftest import SROIE, mixed_samples, write_llava
 
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
-from genrecal.cache.plan import PlanOptions, human_bytes, make_plan, plan_text
+from genrecal.cache.plan import CARDS, Card, PlanOptions, counted, human_bytes, make_plan, plan_text
 from genrecal.cache.teacher import HFTeacher
 from genrecal.cache.teacher_shape import KNOWN, qwen2_vl_tokens, teacher_shape, tiles
 from genrecal.cli import main
@@ -80,11 +81,12 @@ def test_the_demos_bytes_from_a_part_of_it(teacher, tmp_path):
     assert 0 < plan.error_bytes < 0.03 * plan.total_bytes
 
 
-def test_what_writing_the_answers_costs(teacher, tmp_path):
+def test_what_writing_the_answers_costs(teacher, tmp_path, monkeypatch):
     """The demo's teacher answers like the data, so the forecast's lengths are almost those of what it writes."""
     data = write_dataset(tmp_path / "data", num_samples=40, split="train", seed=2)
     options = CacheOptions(samples_per_shard=20, batch_tokens=1000, answers=AnswerSource(kind="greedy", max_tokens=64))
-    shape, samples, assumed = shape_of(ASSETS / "teacher"), open_samples([data]), PlanOptions(gpu_bandwidth=1e-3)
+    shape, samples, assumed = shape_of(ASSETS / "teacher"), open_samples([data]), PlanOptions()
+    monkeypatch.setitem(CARDS, "h100", Card(989, 80, 1e-3))
     plan = make_plan(shape, teacher.vlm.renderer, samples, options, assumed)
     report = run_cache_job(teacher, samples, tmp_path / "cache", options)
     assert plan.total_bytes == pytest.approx(sum(bytes_written(tmp_path / "cache").values()), rel=0.03)
@@ -168,18 +170,16 @@ def test_flops_are_those_that_torch_counts(tiny, family):
     """A real forward under torch's own counter, which takes the text's attention for a full square."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from genrecal.cache.plan import _counted
-
     teacher = HFTeacher.load(tiny(family), dtype=torch.float32, attention="eager")
     shape = shape_of(tiny(family))
     for sample in mixed_samples(4):
         encoded = teacher.encode(sample)
-        counted = _counted(encoded, teacher.vlm.renderer)
-        tokens, targets = counted["question_tokens"] + counted["answer_tokens"], counted["answer_tokens"] + 1
+        counts = counted(teacher.vlm.renderer, sample)
+        tokens, targets = counts["question_tokens"] + counts["answer_tokens"], counts["answer_tokens"] + 1
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             teacher.vlm.hidden(teacher.vlm.renderer.collate([encoded]))
         square = 2.0 * shape.layers * shape.attention_width * tokens**2
-        ours = shape.flops(tokens, 0, counted["patches"]) + square
+        ours = shape.flops(tokens, 0, counts["patches"]) + square
         # Biases and norms are parameters, but no products; the projector meets fewer tokens than the encoder patches.
         assert 0.8 < counter.get_total_flops() / ours < 1.05
         assert shape.flops(tokens, targets, ()) - shape.flops(tokens, 0, ()) == 2 * targets * shape.head_rows * 32
@@ -237,9 +237,25 @@ def test_a_disk_that_is_too_small_is_said_and_fails(tmp_path, capsys):
     data = write_llava(tmp_path / "d", mixed_samples(4))
     words = ["plan", "--teacher", "nvlm-d-72b", "--data", str(data), "--out", str(tmp_path / "c")]
     with pytest.raises(SystemExit) as stop:
-        main([*words, "--num-samples", "9000000000"])
+        main([*words, "--num-samples", "9000000000", "--gpu", "h200", "--gpus", "8", "--price", "2.5"])
     text = capsys.readouterr().out
-    assert stop.value.code == 1 and "NOT enough" in text and "PB" in text and "GPU-hours at 40% of 989" in text
+    assert stop.value.code == 1 and "disk" in text and "NOT enough" in text and "PB" in text
+    assert "GPU-hours on h200 at 40% of 989 TFLOP/s; its weights need 2 cards of 141 GB" in text
+    hours, cost = re.search(r"time +(\S+) hours on 8 h200; costs (\S+)", text).groups()
+    assert float(cost.replace(",", "")) == pytest.approx(8 * 2.5 * float(hours), rel=0.01)
+
+
+def test_hours_and_price_follow_from_the_card(teacher, tmp_path):
+    shape = shape_of(ASSETS / "teacher")
+    samples = open_samples([write_llava(tmp_path / "d", mixed_samples(4))])
+    assumed = PlanOptions(gpu="a100", gpus=4, price=2.0)
+    answers = AnswerSource(kind="greedy", max_tokens=64)
+    plan = make_plan(shape, teacher.vlm.renderer, samples, CacheOptions(answers=answers), assumed)
+    assert plan.gpu_hours == pytest.approx(plan.flops / (0.4 * 312e12 * 3600))
+    assert plan.hours == pytest.approx((plan.gpu_hours + plan.answers.gpu_hours) / 4) and plan.least_gpus == 1
+    assert plan.cost == pytest.approx(2.0 * 4 * plan.hours)
+    big = make_plan(KNOWN["qwen2-vl-72b"], None, samples, CacheOptions(), PlanOptions(gpu="rtx4090", gpus=4))
+    assert big.least_gpus == 7 and "NOT enough for the weights, which need 7" in plan_text(big)
 
 
 def test_a_teacher_that_is_none(tmp_path):
@@ -249,15 +265,7 @@ def test_a_teacher_that_is_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [
-        dict(probe=0),
-        dict(num_samples=-1),
-        dict(utilisation=0),
-        dict(utilisation=1.5),
-        dict(train_rate=0),
-        dict(gpu_bandwidth=0),
-    ],
+    "wrong", [dict(probe=0), dict(num_samples=-1), dict(gpu="h1000"), dict(gpus=-1), dict(price=-1), dict(train_rate=0)]
 )
 def test_wrong_assumptions_are_refused(wrong):
     with pytest.raises(UsageError, match=f"--{next(iter(wrong)).replace('_', '-')}"):

@@ -291,8 +291,47 @@ def test_the_papers_pairs_with_nvlm_d(nvlm_cache, tiny, tmp_path, record_propert
 def test_samples_that_the_engine_does_not_take_are_skipped_with_why(pair):
     with pytest.raises(SampleError, match=r"tokens, over the limit of 1024"):
         pair.vllm.encode(conversation(("q " * 1200, "a")))
-    with pytest.raises(SampleError, match="65 pictures, over the engine's limit of 64"):
+    with pytest.raises(SampleError, match="65 images, over the engine's limit of 64"):
         pair.vllm.encode(conversation(("q", "a"), images={0: 65}))
+
+
+# What genrecal/cache/vllm_worker.py uses of vLLM without a promise that it stays.
+PRIVATE_OF_ENGINE = ("llm_engine.model_config.max_model_len", "llm_engine.engine_core.shutdown", "collective_rpc")
+PRIVATE_OF_WORKER = (
+    "device", "model_runner.model", "model_runner.intermediate_tensors", "model_runner.max_num_tokens",
+    "model_runner.dtype", "model_runner.device", "model_runner.model.make_empty_intermediate_tensors",
+    "model_runner.model.pooler.poolers_by_task", "model_runner.model.embed_multimodal",
+    "model_runner.model.compute_logits", "model_runner.model.get_language_model",
+)  # fmt: skip
+PRIVATE_OF_HEAD = ("weight_loader", "quant_method.process_weights_after_loading")
+
+
+@qwen2_vl
+def test_every_private_name_that_is_used_is_there(pair):
+    """A vLLM that renames one fails here, by name, before anything else does."""
+    import operator
+
+    from vllm import distributed
+    from vllm.model_executor.models import utils
+
+    from genrecal.cache.vllm_worker import TASK, _logits_owner
+
+    [worker] = pair.vllm.llm.collective_rpc(lambda worker: worker)
+    owner, name = _logits_owner(worker.model_runner.model)
+    head, processor = (owner._modules[part].__dict__["module"] for part in (name, "logits_processor"))
+    wanted = [(pair.vllm.llm, path) for path in PRIVATE_OF_ENGINE] + [(worker, path) for path in PRIVATE_OF_WORKER]
+    wanted += [(head, path) for path in PRIVATE_OF_HEAD] + [(processor, "scale"), (processor, "soft_cap")]
+    wanted += [(distributed, name) for name in ("cleanup_dist_env_and_memory", "get_pp_group", "get_tp_group")]
+    wanted += [(distributed.get_pp_group(), name) for name in ("is_first_rank", "is_last_rank")]
+    wanted += [(distributed.get_tp_group(), "rank_in_group"), (utils, "PPMissingLayer")]
+    missing = []
+    for thing, path in wanted:
+        try:
+            operator.attrgetter(path)(thing)
+        except AttributeError:
+            missing.append(f"{type(thing).__name__}: {path}")
+    assert missing == []
+    assert hasattr(worker.model_runner.model.pooler.poolers_by_task[TASK], "head")
 
 
 # --------------------------------------------------------------------------------------------------- broken teachers

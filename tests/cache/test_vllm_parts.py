@@ -1,12 +1,14 @@
 """What of the vllm backend runs without vLLM: rows cut out and packed on the worker, options, and what is refused."""
 
 import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import conversation, mixed_samples, picture, write_llava
 
+import genrecal
 from genrecal.cache.extract import answer_positions, answer_rows, answer_targets, question_rows
 from genrecal.cache.teacher import HFTeacher
 from genrecal.cache.vllm_teacher import EnginePrompt, VLLMTeacher, engine_arguments, engine_reason
@@ -102,6 +104,13 @@ def test_states_that_are_not_finite_come_back_as_the_reason(teacher):
     hidden = torch.full((len(encoded), teacher.vlm.hidden_size), float("nan"), dtype=teacher.head.weight.dtype)
     with pytest.raises(SampleError, match="not finite"):
         unpack_rows(compute_rows(hidden, request_for(encoded, questions=False), teacher.head))
+
+
+def test_private_api_of_vllm_is_used_in_one_file():
+    package = Path(genrecal.__file__).parent
+    private = ("vllm.distributed", "vllm.v1", "llm_engine", "model_runner", "poolers_by_task", 'logits_processor"')
+    found = {p.name for p in package.rglob("*.py") if any(word in p.read_text() for word in private)}
+    assert found == {"vllm_worker.py"}
 
 
 def test_states_as_bytes(teacher):
