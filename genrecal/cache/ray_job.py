@@ -100,8 +100,8 @@ def _make_shards(job: Job, shards: list[int], store: Store, cluster: RayOptions,
     import ray
 
     gpus, teachers = _resources(cluster)
-    # A process makes one task: what a broken GPU or a teacher left in it is gone with it.
-    task: Any = ray.remote(num_gpus=gpus, num_cpus=job.work.threads or 1, max_retries=MAX_RETRIES, max_calls=1)(make)
+    # Ray gives each task with a GPU a process of its own, so a broken GPU context ends with its task.
+    task: Any = ray.remote(num_gpus=gpus, num_cpus=job.work.threads or 1, max_retries=MAX_RETRIES)(make)
     done: dict[int, Facts] = {}
     while True:
         before, failure = len(done), ""

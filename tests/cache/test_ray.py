@@ -26,7 +26,7 @@ from genrecal.shards.answer_source import AnswerSource
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.xdist_group("ray")]  # one cluster for all
 OPTIONS = CacheOptions(samples_per_shard=2, top_k=5)
-SHARDS = 8
+SHARDS = 6
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,7 @@ def cluster():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{Path(__file__).parents[2]}")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")
         head = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": memory}
         head["_system_config"] = {
             "health_check_period_ms": 500,
