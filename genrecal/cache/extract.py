@@ -1,7 +1,8 @@
 """Body outputs -> answer rows and question rows. Both backends and the live teacher end here, so their records agree."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,15 @@ from genrecal.shards.record import NO_TARGET, AnswerRows, QuestionRows, SampledT
 from genrecal.vlm.rendering import Encoded
 
 LOGIT_BUDGET = 2**25  # float32 logits that exist at once: 128 MiB, 220 rows of Qwen's vocabulary
+HeadTargets = dict[str, Any]  # what is kept of each row's logits, under the names that AnswerRows has
+
+
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """A teacher's states over one sample; `question` is None unless it was asked for."""
+
+    answer: AnswerRows
+    question: QuestionRows | None
 
 
 def answer_positions(encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
@@ -33,82 +43,32 @@ def question_positions(encoded: Encoded) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(positions), np.concatenate(turns)
 
 
-def extract_answer(
-    encoded: Encoded, hidden: torch.Tensor, head: FrozenHead, *, top_k: int, draws: int = 0
-) -> AnswerRows:
-    """One sample's answer rows.
+def states_of(
+    encoded: Encoded, answer: torch.Tensor, found: HeadTargets | SampleError, question: torch.Tensor | None
+) -> States | SampleError:
+    """One sample's rows from its answer states `[R, D]`, what the head made of them, and its question states `[Q, D]`.
 
-    Args:
-        hidden: `[L, D]`, the body's output over the conversation (rows past L are not looked at).
-        top_k: logits kept a row; at most V are.
-        draws: K of the sampled targets; 0 for none.
-
-    Raises:
-        SampleError: a state or a logit is not finite.
+    Gives the error instead if a state or a logit is not finite.
     """
-    (answer,) = extract_answers([encoded], [hidden], head, top_k=top_k, draws=draws)
-    if isinstance(answer, SampleError):
-        raise answer
-    return answer
+    if isinstance(found, SampleError):
+        return found
+    values = [None if states is None else states.float().cpu().numpy() for states in (answer, question)]
+    if not all(states is None or np.isfinite(states).all() for states in values):
+        return SampleError("the teacher's hidden states hold NaN or Inf")
 
+    def columns(positions: np.ndarray, turns: np.ndarray, hidden: np.ndarray) -> dict[str, Any]:
+        return {
+            "turn": turns.astype(np.int32),
+            "position": positions.astype(np.int32),
+            "token_id": encoded.input_ids[positions].astype(np.int32),
+            "hidden": round_to_bf16(hidden),
+        }
 
-def extract_answers(
-    batch: Sequence[Encoded], hidden: Iterable[torch.Tensor], head: FrozenHead, *, top_k: int, draws: int = 0
-) -> list[AnswerRows | SampleError]:
-    """The answer rows of several samples, which go through the head together; else as `extract_answer`."""
-    items = []
-    for encoded, rows in zip(batch, hidden, strict=True):
-        states = rows[torch.from_numpy(answer_positions(encoded)[0]).to(rows.device)]
-        items.append((encoded.key, states, answer_targets(encoded)["target_id"]))
-    results: list[AnswerRows | SampleError] = []
-    found = head_targets(items, head, top_k=top_k, draws=draws)
-    for encoded, (_, states, _), targets in zip(batch, items, found, strict=True):
-        try:
-            results.append(targets if isinstance(targets, SampleError) else answer_rows(encoded, states, targets))
-        except SampleError as error:
-            results.append(error)
-    return results
-
-
-def answer_rows(encoded: Encoded, states: torch.Tensor, found: "HeadTargets") -> AnswerRows:
-    """The answer rows of `encoded` from their states `[R, D]` and what the head made of them. Raises as `extract_answer`."""
-    positions, turns = answer_positions(encoded)
-    return AnswerRows(
-        turn=turns.astype(np.int32),
-        position=positions.astype(np.int32),
-        token_id=encoded.input_ids[positions].astype(np.int32),
-        hidden=_finite_bf16(states),
-        **answer_targets(encoded),
-        target_logit=found.target_logit,
-        topk_ids=found.topk_ids,
-        topk_logits=found.topk_logits,
-        logsumexp=found.logsumexp,
-        sampled=found.sampled,
+    rows = columns(*answer_positions(encoded), values[0])
+    return States(
+        answer=AnswerRows(**rows, **answer_targets(encoded), **found),
+        question=None if values[1] is None else QuestionRows(**columns(*question_positions(encoded), values[1])),
     )
-
-
-def extract_question(encoded: Encoded, hidden: torch.Tensor) -> QuestionRows:
-    """One sample's question rows from `hidden` `[L, D]`. Raises SampleError if a state is not finite."""
-    positions, _ = question_positions(encoded)
-    return question_rows(encoded, hidden[torch.from_numpy(positions).to(hidden.device)])
-
-
-def question_rows(encoded: Encoded, states: torch.Tensor) -> QuestionRows:
-    """The question rows of `encoded` from their states `[R, D]`. Raises SampleError if one is not finite."""
-    positions, turns = question_positions(encoded)
-    return QuestionRows(
-        turn=turns.astype(np.int32),
-        position=positions.astype(np.int32),
-        token_id=encoded.input_ids[positions].astype(np.int32),
-        hidden=_finite_bf16(states),
-    )
-
-
-def _finite_bf16(states: torch.Tensor) -> np.ndarray:
-    values = states.float().cpu().numpy()
-    if not np.isfinite(values).all():
-        raise SampleError("the teacher's hidden states hold NaN or Inf")
-    return round_to_bf16(values)
 
 
 def answer_targets(encoded: Encoded) -> dict[str, np.ndarray]:
@@ -118,17 +78,6 @@ def answer_targets(encoded: Encoded) -> dict[str, np.ndarray]:
         for name, values in zip(columns, (answer.ids, answer.starts, answer.ends), strict=True):
             columns[name] += [*values.tolist(), NO_TARGET]
     return {name: np.array(values, np.int32) for name, values in columns.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadTargets:
-    """What is kept of each row's logits; shapes and dtypes as in AnswerRows."""
-
-    topk_ids: np.ndarray
-    topk_logits: np.ndarray
-    logsumexp: np.ndarray
-    target_logit: np.ndarray
-    sampled: SampledTargets | None
 
 
 def head_targets(
@@ -142,10 +91,7 @@ def head_targets(
     """
     counts = [len(target_id) for _, _, target_id in items]
     states, target_id = torch.cat([item[1] for item in items]), np.concatenate([item[2] for item in items])
-    # float64 [rows, K]
-    numbers = (
-        np.concatenate([uniforms(item[0], n, draws) for item, n in zip(items, counts, strict=True)]) if draws else None
-    )
+    numbers = [uniforms(item[0], n, draws) for item, n in zip(items, counts, strict=True)] if draws else []
     num_logits, device = head.weight.shape[0], head.weight.device
     targets = torch.from_numpy(np.maximum(target_id, 0).astype(np.int64)).to(device)
     pieces, drawn = [], []
@@ -154,15 +100,15 @@ def head_targets(
         values, ids = logits.topk(min(top_k, num_logits), dim=-1)
         target = logits.gather(1, targets[chunk, None])[:, 0]
         pieces.append((ids.int().cpu(), values.cpu(), logits.logsumexp(-1).cpu(), target.cpu()))
-        if numbers is not None:
-            u = torch.from_numpy(numbers[chunk]).to(device)
+        if draws:
+            u = torch.from_numpy(np.concatenate(numbers)[chunk]).to(device)  # float64 [r, K]
             # They work in float64, on three copies: a few rows at a time, so that the chunk's logits stay the largest.
             for part in _chunks(len(logits), max(1, len(logits) // 8)):
                 ids, entropy = draw(logits[part], u[part])
                 drawn.append((ids.cpu(), entropy.float().cpu()))
-    columns = [torch.cat(part) for part in zip(*pieces, strict=True)]
-    topk_ids, topk_logits, logsumexp, target_logit = (column.numpy() for column in columns)
-    finite = np.isfinite(topk_logits).all(1) & np.isfinite(logsumexp)
+    names = ("topk_ids", "topk_logits", "logsumexp", "target_logit")
+    columns = {name: torch.cat(part).numpy() for name, part in zip(names, zip(*pieces, strict=True), strict=True)}
+    finite = np.isfinite(columns["topk_logits"]).all(1) & np.isfinite(columns["logsumexp"])
     if drawn:
         ids, entropy = (torch.cat(part) for part in zip(*drawn, strict=True))
         distinct, times = count_draws(ids.numpy())
@@ -172,17 +118,11 @@ def head_targets(
         if not finite[rows].all():
             results.append(SampleError("the teacher's logits are not finite"))
             continue
-        results.append(
-            HeadTargets(
-                topk_ids=topk_ids[rows],
-                topk_logits=topk_logits[rows],
-                logsumexp=logsumexp[rows],
-                target_logit=target_logit[rows],
-                sampled=SampledTargets(ids=distinct[rows], counts=times[rows], entropy=entropy[rows].numpy())
-                if drawn
-                else None,
-            )
+        kept: HeadTargets = {name: column[rows] for name, column in columns.items()}
+        kept["sampled"] = (
+            SampledTargets(ids=distinct[rows], counts=times[rows], entropy=entropy[rows].numpy()) if drawn else None
         )
+        results.append(kept)
     return results
 
 

@@ -9,24 +9,23 @@ from typing import Any, Protocol
 import torch
 
 from genrecal.cache.batching import batches_by_length
-from genrecal.cache.extract import answer_positions, extract_answers, extract_question
+from genrecal.cache.extract import (
+    States,
+    answer_positions,
+    answer_targets,
+    head_targets,
+    question_positions,
+    states_of,
+)
 from genrecal.cache.generate import write_batch
 from genrecal.errors import ModelError, SampleError
 from genrecal.samples import Sample
 from genrecal.shards.answer_source import AnswerSource
 from genrecal.shards.head import FrozenHead
-from genrecal.shards.record import AnswerRows, QuestionRows, Record
+from genrecal.shards.record import Record
 from genrecal.vlm.checkpoint import FinalNorm
 from genrecal.vlm.loading import VLM, image_token_id, load_vlm
 from genrecal.vlm.rendering import Encoded, Renderer
-
-
-@dataclass(frozen=True, kw_only=True)
-class States:
-    """A teacher's states over one sample; `question` is None unless it was asked for."""
-
-    answer: AnswerRows
-    question: QuestionRows | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,17 +169,16 @@ class HFTeacher:
         self, batch: Sequence[Encoded], questions: Sequence[bool], top_k: int, draws: int
     ) -> list[States | SampleError]:
         hidden = self.vlm.states(batch)
-        results: list[States | SampleError] = []
-        answers = extract_answers(batch, hidden, self.head, top_k=top_k, draws=draws)
-        for encoded, rows, answer, wants_question in zip(batch, hidden, answers, questions, strict=True):
-            try:
-                if isinstance(answer, SampleError):
-                    raise answer
-                question = extract_question(encoded, rows) if wants_question else None
-                results.append(States(answer=answer, question=question))
-            except SampleError as error:
-                results.append(error)
-        return results
+        answers = [rows[answer_positions(encoded)[0]] for encoded, rows in zip(batch, hidden, strict=True)]
+        items = [
+            (encoded.key, states, answer_targets(encoded)["target_id"])
+            for encoded, states in zip(batch, answers, strict=True)
+        ]
+        found = head_targets(items, self.head, top_k=top_k, draws=draws)
+        return [
+            states_of(encoded, answer, targets, rows[question_positions(encoded)[0]] if wanted else None)
+            for encoded, rows, answer, targets, wanted in zip(batch, hidden, answers, found, questions, strict=True)
+        ]
 
     @torch.inference_mode()
     def evidence(self, encoded: Encoded) -> Evidence:

@@ -21,10 +21,10 @@ import torch
 import xxhash
 from PIL import Image
 
-from genrecal.cache.extract import answer_positions, answer_rows, answer_targets, question_rows
+from genrecal.cache.extract import States, answer_positions, answer_targets, states_of
 from genrecal.cache.generate import answer_text
 from genrecal.cache.proof import logits_agree
-from genrecal.cache.teacher import Evidence, States
+from genrecal.cache.teacher import Evidence
 from genrecal.cache.vllm_worker import (
     REQUEST_KEY,
     TASK,
@@ -221,17 +221,12 @@ class VLLMTeacher:
             )
             for encoded, wanted in zip(batch, questions, strict=True)
         ]
-        results: list[States | SampleError] = []
-        for encoded, wanted, rows in zip(batch, questions, self.run(batch, requests), strict=True):
-            try:
-                if isinstance(rows, SampleError):
-                    raise rows
-                answer = answer_rows(encoded, rows.answer, rows.found)
-                question = question_rows(encoded, rows.question) if wanted else None
-                results.append(States(answer=answer, question=question))
-            except SampleError as error:
-                results.append(error)
-        return results
+        return [
+            rows
+            if isinstance(rows, SampleError)
+            else states_of(encoded, rows.answer, rows.found, rows.question if wanted else None)
+            for encoded, wanted, rows in zip(batch, questions, self.run(batch, requests), strict=True)
+        ]
 
     def run(self, batch: Sequence[Encoded], requests: Sequence[RowsRequest]) -> list[Rows | SampleError]:
         """Run conversations and give back the rows asked for.

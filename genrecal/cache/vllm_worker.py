@@ -67,9 +67,9 @@ def compute_rows(hidden: torch.Tensor, request: RowsRequest, head: FrozenHead) -
     if isinstance(found, SampleError):
         return _bytes_tensor(safetensors.torch.save({"error": _bytes_tensor(str(found).encode())}))
     tensors = {"answer": answer, "question": question, "num_states": torch.tensor(len(hidden))}
-    tensors |= {name: torch.from_numpy(getattr(found, name)) for name in KEPT}
-    if found.sampled is not None:
-        tensors |= {name: torch.from_numpy(getattr(found.sampled, name)) for name in SAMPLED}
+    tensors |= {name: torch.from_numpy(found[name]) for name in KEPT}
+    if found["sampled"] is not None:
+        tensors |= {name: torch.from_numpy(getattr(found["sampled"], name)) for name in SAMPLED}
     return _bytes_tensor(safetensors.torch.save({name: t.cpu().contiguous() for name, t in tensors.items()}))
 
 
@@ -87,7 +87,7 @@ def unpack_rows(packed: torch.Tensor) -> Rows:
         answer=tensors["answer"],
         question=tensors["question"],
         num_states=int(tensors["num_states"]),
-        found=HeadTargets(**{name: tensors[name].numpy() for name in KEPT}, sampled=sampled),
+        found={name: tensors[name].numpy() for name in KEPT} | {"sampled": sampled},
     )
 
 

@@ -9,11 +9,11 @@ from conftest import conversation, mixed_samples
 
 from genrecal.cache import extract
 from genrecal.cache.draws import uniforms
-from genrecal.cache.extract import extract_answer, extract_answers, extract_question
 from genrecal.cache.teacher import HFTeacher
 from genrecal.errors import SampleError
 from genrecal.shards.codecs import round_to_bf16
 from genrecal.shards.record import NO_TARGET
+from genrecal.vlm.loading import VLM
 
 FAMILIES = ["qwen2_vl", "qwen2_vl_padded_head", "internvl_llama", "idefics3"]
 
@@ -125,34 +125,38 @@ def test_byte_ranges_are_in_the_answer(teacher_of):
     assert b"".join(pieces) == text.encode() and pieces[-1] == b""
 
 
-def test_samples_go_through_the_head_together_and_a_bad_one_spoils_no_other(teacher_of):
+def test_samples_go_through_the_head_together_and_a_bad_one_spoils_no_other(teacher_of, monkeypatch):
     teacher = teacher_of("qwen2_vl")
     batch = [teacher.encode(sample) for sample in mixed_samples(4)]
     hidden = [torch.randn(len(encoded), teacher.vlm.hidden_size) for encoded in batch]
     hidden[1][-2] = float("nan")
+
+    def states(places, draws):
+        monkeypatch.setattr(VLM, "states", lambda self, batch: [hidden[place] for place in places])
+        return teacher.states([batch[i] for i in places], questions=[True] * len(places), top_k=4, draws=draws)
+
     for draws in (0, 9):
-        together = extract_answers(batch, hidden, teacher.head, top_k=4, draws=draws)
+        together = states(range(4), draws)
         assert isinstance(together[1], SampleError) and "finite" in str(together[1])
         for place in (0, 2, 3):
-            alone = extract_answer(batch[place], hidden[place], teacher.head, top_k=4, draws=draws)
-            for name, value in vars(alone).items():
-                got = getattr(together[place], name)
-                if isinstance(value, np.ndarray):
-                    assert np.allclose(got, value, atol=1e-5), name
-            assert (alone.sampled is None) == (draws == 0)
+            [alone], got = states([place], draws), together[place]
+            for part in ("answer", "question"):
+                for name, value in vars(getattr(alone, part)).items():
+                    if isinstance(value, np.ndarray):
+                        assert np.allclose(getattr(getattr(got, part), name), value, atol=1e-5), name
+            assert (alone.answer.sampled is None) == (draws == 0)
             if draws:
-                assert np.allclose(together[place].sampled.entropy, alone.sampled.entropy, atol=1e-5)
-                assert (together[place].sampled.ids != alone.sampled.ids).any(1).sum() <= 1
+                assert np.allclose(got.answer.sampled.entropy, alone.answer.sampled.entropy, atol=1e-5)
+                assert (got.answer.sampled.ids != alone.answer.sampled.ids).any(1).sum() <= 1
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_states_that_are_not_finite_are_refused(teacher_of, bad):
+@pytest.mark.parametrize("row", [0, -1])  # of the question, and of the answer
+def test_states_that_are_not_finite_are_refused(teacher_of, monkeypatch, bad, row):
     teacher = teacher_of("qwen2_vl")
     encoded = teacher.encode(conversation(("q", "an answer")))
     hidden = torch.randn(len(encoded), teacher.vlm.hidden_size)
-    hidden[-1, 3] = bad
-    with pytest.raises(SampleError, match="finite|NaN"):
-        extract_answer(encoded, hidden, teacher.head, top_k=4)
-    hidden[-1, 3], hidden[0, 0] = 0.0, bad
-    with pytest.raises(SampleError, match="NaN"):
-        extract_question(encoded, hidden)
+    hidden[row, 3] = bad
+    monkeypatch.setattr(VLM, "states", lambda self, batch: [hidden])
+    [found] = teacher.states([encoded], questions=[True], top_k=4)
+    assert isinstance(found, SampleError) and ("finite" in str(found) or "NaN" in str(found))

@@ -9,7 +9,7 @@ import torch
 from conftest import conversation, mixed_samples, picture, write_llava
 
 import genrecal
-from genrecal.cache.extract import answer_positions, answer_rows, answer_targets, question_rows
+from genrecal.cache.extract import answer_positions, answer_targets, states_of
 from genrecal.cache.teacher import HFTeacher
 from genrecal.cache.vllm_teacher import EnginePrompt, VLLMTeacher, engine_arguments, engine_reason
 from genrecal.cache.vllm_worker import (
@@ -55,16 +55,16 @@ def test_rows_of_the_worker_are_those_of_hf(teacher, questions, draws):
         rows = unpack_rows(packed)
         assert packed.dtype == torch.uint8 and rows.num_states == len(encoded)
         assert rows.answer.dtype == teacher.head.weight.dtype
-        got = answer_rows(encoded, rows.answer, rows.found)
+        got = states_of(encoded, rows.answer, rows.found, rows.question if questions else None)
         for name in ("turn", "position", "token_id", "hidden", "target_id", "topk_ids", "topk_logits", "logsumexp"):
-            assert np.array_equal(getattr(want.answer, name), getattr(got, name))
+            assert np.array_equal(getattr(want.answer, name), getattr(got.answer, name))
         if draws:
             for name in ("ids", "counts", "entropy"):
-                assert np.array_equal(getattr(want.answer.sampled, name), getattr(got.sampled, name))
+                assert np.array_equal(getattr(want.answer.sampled, name), getattr(got.answer.sampled, name))
         else:
-            assert got.sampled is None
+            assert got.answer.sampled is None
         if questions:
-            assert np.array_equal(want.question.hidden, question_rows(encoded, rows.question).hidden)
+            assert np.array_equal(want.question.hidden, got.question.hidden)
         else:
             assert rows.question.shape == (0, hidden.shape[1])  # they stay on the worker
 
