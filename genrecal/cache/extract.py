@@ -52,23 +52,28 @@ def states_of(
     """
     if isinstance(found, SampleError):
         return found
-    values = [None if states is None else states.float().cpu().numpy() for states in (answer, question)]
-    if not all(states is None or np.isfinite(states).all() for states in values):
-        return SampleError("the teacher's hidden states hold NaN or Inf")
+    try:
+        rows: dict[str, Any] = {**_columns(encoded, *answer_positions(encoded), answer), **answer_targets(encoded)}
+        return States(
+            answer=AnswerRows(**rows, **found),
+            question=None
+            if question is None
+            else QuestionRows(**_columns(encoded, *question_positions(encoded), question)),
+        )
+    except SampleError as error:
+        return error
 
-    def columns(positions: np.ndarray, turns: np.ndarray, hidden: np.ndarray) -> dict[str, Any]:
-        return {
-            "turn": turns.astype(np.int32),
-            "position": positions.astype(np.int32),
-            "token_id": encoded.input_ids[positions].astype(np.int32),
-            "hidden": round_to_bf16(hidden),
-        }
 
-    rows = columns(*answer_positions(encoded), values[0])
-    return States(
-        answer=AnswerRows(**rows, **answer_targets(encoded), **found),
-        question=None if values[1] is None else QuestionRows(**columns(*question_positions(encoded), values[1])),
-    )
+def _columns(encoded: Encoded, positions: np.ndarray, turns: np.ndarray, states: torch.Tensor) -> dict[str, np.ndarray]:
+    hidden = states.float().cpu().numpy()
+    if not np.isfinite(hidden).all():
+        raise SampleError("the teacher's hidden states hold NaN or Inf")
+    return {
+        "turn": turns.astype(np.int32),
+        "position": positions.astype(np.int32),
+        "token_id": encoded.input_ids[positions].astype(np.int32),
+        "hidden": round_to_bf16(hidden),
+    }
 
 
 def answer_targets(encoded: Encoded) -> dict[str, np.ndarray]:

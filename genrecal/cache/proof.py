@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from genrecal.cache.teacher import Evidence, States, Teacher
+from genrecal.cache.extract import States
+from genrecal.cache.teacher import Evidence, Teacher
 from genrecal.errors import ModelError, SampleError
 from genrecal.samples import BadRecord, ImageSource, Sample, decode_image
 from genrecal.shards.record import AnswerRows

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from genrecal.cache.batching import batches_by_length
-from genrecal.cache.teacher import States
+from genrecal.cache.extract import States
 from genrecal.cache.windows import Item, Run
 from genrecal.errors import DamageError, SampleError
 from genrecal.samples import Sample

@@ -32,9 +32,10 @@ from pair_runs import STUDENTS, note_pair, train_and_check
 import genrecal.demo
 from genrecal.cache import vllm_teacher
 from genrecal.cache.answers import up_to_turn
+from genrecal.cache.extract import States
 from genrecal.cache.job import CacheOptions, run_cache_job
 from genrecal.cache.proof import blank_check, compare_backends, prove
-from genrecal.cache.teacher import HFTeacher, States
+from genrecal.cache.teacher import HFTeacher
 from genrecal.cache.vllm_teacher import VLLMTeacher
 from genrecal.cli import main
 from genrecal.errors import ModelError, SampleError, UsageError
