@@ -48,12 +48,14 @@ def train(
     if teacher is not None and not teacher.startswith("live:"):
         raise UsageError(f"--teacher {teacher!r}: expected live:MODEL")
     if dry_run:
+        from genrecal.objectives import objective_named
         from genrecal.shards.mixture import open_caches
         from genrecal.train.export import check_layout
         from genrecal.train.forecast import forecast_text, make_forecast
         from genrecal.vlm.loading import is_weight_file, model_folder
 
-        opened = open_caches(cache, settings.data.weights)
+        several = objective_named(settings.objective).several_teachers(settings.loss)
+        opened = open_caches(cache, settings.data.weights, several_teachers=several)
         options: dict[str, Any] = {"stages": numbers, "out": out, "trust_remote_code": trust_remote_code}
         found = make_forecast(settings, student, opened, gpus=gpus, gpu_gigabytes=gpu_gigabytes, **options)
         show(found.to_json() if json_ else forecast_text(found), json_)

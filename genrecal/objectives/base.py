@@ -121,6 +121,7 @@ class Objective(Generic[B]):
         logs: the terms it logs, besides "sft", the student's own cross-entropy.
         one_tokenizer: whether teacher and student must give an answer the same tokens.
         own_answers: whether the cache's answers must be the teacher's own.
+        any_teacher: whether a run's caches may be of several teachers; `Record.cache` says whose a record is.
         student: after `prepare`, the student. head: the teacher's frozen head, or None.
     """
 
@@ -132,6 +133,7 @@ class Objective(Generic[B]):
     logs: ClassVar[tuple[str, ...]] = ()
     one_tokenizer: ClassVar[bool] = False
     own_answers: ClassVar[bool] = False
+    any_teacher: ClassVar[bool] = False
 
     student: VLM
     head: FrozenHead | None = None
@@ -150,6 +152,11 @@ class Objective(Generic[B]):
                 f"loss.target {loss.target!r}: objective {name} needs the teacher's probabilities themselves, of which draws "
                 f"say too little; expected {' or '.join(cls.targets)}"
             )
+
+    @classmethod
+    def several_teachers(cls, loss: LossConfig) -> bool:
+        """Whether a run's caches may be of several teachers."""
+        return cls.any_teacher and not (cls.targets and loss.target == "exact")
 
     @property
     def tier(self) -> Tier:

@@ -10,7 +10,7 @@ import torch
 from genrecal.objectives.base import Batch, Objective, Term
 from genrecal.objectives.cells import Cells, TokenMap
 from genrecal.objectives.divergences import Divergence, student_losses
-from genrecal.shards.mixture import Mixture
+from genrecal.shards.mixture import Mixture, tokenizer_digest
 from genrecal.shards.record import Record
 from genrecal.vlm.cached_teacher import teacher_renderer
 from genrecal.vlm.loading import VLM
@@ -30,19 +30,27 @@ class ByteKl(Objective[ByteKlBatch]):
     source = "docs/method.md; of its matched part, GOLD (TRL) and ULD, arXiv 2402.12030"
     targets = ("topk",)
     logs = ("byte_kl", "compared")
+    any_teacher = True
 
     def prepare(self, student: VLM, cache: Mixture, samples: np.ndarray, modules: Mapping[str, Any]) -> None:
         super().prepare(student, cache, samples, modules)
-        teacher = teacher_renderer(cache.first)
-        same = not shared_tokens(teacher, student.renderer).differences
         # Beyond the tokenizer's entries a head has rows of padding, which count on neither side.
         entries = max(student.renderer.tokenizer.get_vocab().values()) + 1  # ids may have gaps
         self.student_ids = min(entries, student.head.out_features)
-        self.map = TokenMap(teacher, student.renderer, student_rows=self.student_ids, same=same)
+        maps: dict[str, TokenMap] = {}  # by the teacher's tokenizer
+        for each in cache.caches:
+            if (digest := tokenizer_digest(each)) not in maps:
+                teacher = teacher_renderer(each)
+                same = not shared_tokens(teacher, student.renderer).differences
+                maps[digest] = TokenMap(teacher, student.renderer, student_rows=self.student_ids, same=same)
+        several = len(cache.caches) > 1
+        self.maps = {each.path if several else "": maps[tokenizer_digest(each)] for each in cache.caches}
 
     def batch(self, student: Batch, samples: Sequence[Encoded], records: Sequence[Record]) -> ByteKlBatch:
         cells = [
-            self.map.cells(record.answer, sample.answers, [text.encode() for text in record.sample.answers])
+            self.maps[record.cache].cells(
+                record.answer, sample.answers, [text.encode() for text in record.sample.answers]
+            )
             for sample, record in zip(samples, records, strict=True)
         ]
         return ByteKlBatch(**vars(student), cells=Cells.joined(cells))

@@ -23,6 +23,7 @@ class UldBatch(TeacherBatch):
 class Uld(Objective[UldBatch]):
     what = "distance of the sorted probabilities, token by token up to the shorter answer"
     source = "Universal Logit Distillation, arXiv 2402.12030"
+    any_teacher = True
     targets = ("topk", "exact")
     logs = ("uld",)
 

@@ -1,4 +1,4 @@
-"""Several caches of one teacher as one sequence: what a run trains on."""
+"""Several caches as one sequence: what a run trains on."""
 
 import hashlib
 import json
@@ -15,7 +15,8 @@ from genrecal.shards.head import FrozenHead
 from genrecal.shards.order import MixedOrder, SampleOrder
 from genrecal.shards.reader import Cache, CachedRecord
 
-SAME = ("hidden_size", "head_rows", "vocab_size", "top_k", "sampled_targets", "template_args")  # in cache.json of all
+SAME_TEACHER = ("hidden_size", "head_rows", "vocab_size")  # in cache.json, of one teacher
+SAME = ("top_k", "sampled_targets", "template_args")  # in cache.json of all
 
 
 class Mixture(Sequence[CachedRecord]):
@@ -24,14 +25,16 @@ class Mixture(Sequence[CachedRecord]):
     Where there are several, a sample's key has its cache's path before it: caches number their samples alike.
 
     Args:
-        caches: of one teacher, one or more.
+        caches: one or more.
         weights: an epoch takes so many times each cache's samples: of weight 0.5 half of them, and the other half in the
             epoch after; of weight 2 each twice. Empty for 1 each.
+        several_teachers: whether the caches may be of several teachers.
 
-    Raises UsageError for caches of several teachers or that hold other targets, and for weights that do not fit them.
+    Raises UsageError for caches of other teachers than allowed or that hold other targets, and for weights that do not fit
+    them.
     """
 
-    def __init__(self, caches: Sequence[Cache], weights: Sequence[float] = ()):
+    def __init__(self, caches: Sequence[Cache], weights: Sequence[float] = (), *, several_teachers: bool = False):
         if weights and len(weights) != len(caches):
             raise UsageError(
                 f"data.weights: expected a number for each of {len(caches)} caches, in the order of --cache, got {len(weights)}"
@@ -40,7 +43,7 @@ class Mixture(Sequence[CachedRecord]):
         if repeated := [cache.path for cache in caches if places.count(cache.store.absolute) > 1]:
             raise UsageError(f"--cache {repeated[-1]}: given twice; data.weights can have its samples seen more often")
         for cache in caches[1:]:
-            _check_same(caches[0], cache)
+            _check_same(caches[0], cache, several_teachers)
         self.caches, self.weights = tuple(caches), tuple(weights) or (1.0,) * len(caches)
         self._starts = np.cumsum([0, *map(len, caches)])
 
@@ -51,8 +54,13 @@ class Mixture(Sequence[CachedRecord]):
 
     @property
     def first(self) -> Cache:
-        """One of them, for what is the same in all: the teacher, its head and tokenizer, and the shape of its targets."""
+        """One of them, for what is the same in all: the shape of the targets, and of one teacher its head and tokenizer."""
         return self.caches[0]
+
+    @property
+    def teachers(self) -> str:
+        """Their names, for messages."""
+        return ", ".join(dict.fromkeys(str(cache.description["teacher"]["name"]) for cache in self.caches))
 
     @property
     def hidden_size(self) -> int:
@@ -130,9 +138,11 @@ class Mixture(Sequence[CachedRecord]):
         return MixedOrder(orders, self.counts(indices))
 
 
-def open_caches(paths: Iterable[str | os.PathLike[str]], weights: Sequence[float] = ()) -> Mixture:
-    """Open caches of one teacher as one sequence; each a directory or any fsspec URL."""
-    return Mixture([Cache(path) for path in paths], weights)
+def open_caches(
+    paths: Iterable[str | os.PathLike[str]], weights: Sequence[float] = (), *, several_teachers: bool = False
+) -> Mixture:
+    """Open caches as one sequence (`Mixture`); each a directory or any fsspec URL."""
+    return Mixture([Cache(path) for path in paths], weights, several_teachers=several_teachers)
 
 
 def tokenizer_digest(cache: Cache) -> str:
@@ -142,17 +152,18 @@ def tokenizer_digest(cache: Cache) -> str:
     return hashlib.sha256("".join(f"{name} {files[name]}\n" for name in names).encode()).hexdigest()
 
 
-def _check_same(first: Cache, other: Cache) -> None:
+def _check_same(first: Cache, other: Cache, several_teachers: bool) -> None:
     def facts(cache: Cache) -> dict[str, Any]:
         return {
             "the teacher's head (sha256)": cache.description["teacher"]["head_sha256"],
             "the teacher's tokenizer (sha256)": tokenizer_digest(cache),
-            **{name: cache.description.get(name) for name in SAME},
+            **{name: cache.description.get(name) for name in (*SAME_TEACHER, *SAME)},
         }
 
     for (what, expected), got in zip(facts(first).items(), facts(other).values(), strict=True):
-        if expected != got:
+        if expected != got and (what in SAME or not several_teachers):
+            advice = "" if what in SAME else "; objectives that read neither states nor the teacher's head take several"
             raise UsageError(
                 f"--cache {other.path}: {what}: expected {expected}, as {first.path} has, got {got}; only caches of one "
-                "teacher and with targets of one kind can be mixed"
+                f"teacher and with targets of one kind can be mixed{advice}"
             )

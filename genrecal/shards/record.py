@@ -115,6 +115,11 @@ class Record:
     answer: AnswerRows
     question: QuestionRows | None
 
+    @property
+    def cache(self) -> str:
+        """The path of its cache, where several are mixed; else ""."""
+        return self.sample.key.rpartition("/")[0]
+
 
 def row_entropy(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Entropy in nats and tail mass, `[R]` each, of top-k log-probabilities `[R, k]`; the tail counts as one token."""

@@ -162,7 +162,7 @@ def make_forecast(
     return Forecast(
         student=student,
         student_parameters=num_parameters,
-        teacher=str(cache.first.description["teacher"]["name"]),
+        teacher=cache.teachers,
         engine=resolve_engine(config.engine, gpus),
         gpus=gpus,
         gpu_gigabytes=gpu_gigabytes,

@@ -66,7 +66,7 @@ def cache_facts(cache: Mixture) -> dict[str, Any]:
         for tier in ("answer", "question")
     }
     return {
-        "teacher": cache.first.description["teacher"]["name"],
+        "teacher": cache.teachers,
         "samples": len(cache),
         "with_question": int(cache.column("has_question").sum()),
         "question_tokens": int(cache.column("question_tokens").sum()),

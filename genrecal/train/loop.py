@@ -234,7 +234,8 @@ def open_for(run: Run, stages: Sequence[int]) -> Mixture:
             )
         for stage in stages_to_train(run.config, stages):
             objective_of(run, stage).check_cache(run.config.objective, cache)
-    mixture = Mixture(caches, run.config.data.weights)
+    several = run.teacher == "cache" and objective_named(run.config.objective).several_teachers(run.config.loss)
+    mixture = Mixture(caches, run.config.data.weights, several_teachers=several)
     check_pair(
         run.config.objective, mixture.first, run.student, prompt=run.prompt, trust_remote_code=run.trust_remote_code
     )

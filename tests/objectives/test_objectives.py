@@ -1,8 +1,11 @@
 """Every objective from one cache: what each trains on, on the real loss path, and what is refused before anything loads."""
 
 import json
+import math
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import mixed_samples, write_llava
@@ -13,6 +16,7 @@ from genrecal.cache.teacher import HFTeacher
 from genrecal.errors import UsageError
 from genrecal.objectives import OBJECTIVES
 from genrecal.objectives.base import map_tensors
+from genrecal.objectives.cells import TokenMap
 from genrecal.objectives.pairs import shared_with
 from genrecal.objectives.uld import rows_by_place
 from genrecal.samples import open_samples
@@ -25,7 +29,8 @@ from genrecal.train.config import load_config
 from genrecal.train.logs import read_metrics
 from genrecal.train.loop import build_distiller, open_for, train
 from genrecal.train.run import Run
-from genrecal.vlm.loading import load_processor
+from genrecal.vlm.cached_teacher import teacher_renderer
+from genrecal.vlm.loading import load_processor, load_vlm
 from genrecal.vlm.rendering import Renderer
 
 SMALL = "batch_size=4 accumulation=1 max_steps=2 lr=1e-3 lr_end=1e-3 checkpoint_every=0".split()
@@ -98,6 +103,66 @@ def test_byte_kl_of_one_tokenizer_is_kl(run_of):
         found.append((output.loss.detach(), torch.cat([g.flatten() for g in gradients])))
     for got, wanted in zip(*found, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_caches_of_two_teachers_train_as_by_hand(run_of, tiny, cache, tmp_path):
+    """The first step's loss over all samples of both, worked out row by row with each teacher's own tokenizer."""
+    data, other = write_llava(tmp_path / "d", mixed_samples(4)), tmp_path / "other"
+    options = CacheOptions(samples_per_shard=8, draws=12, top_k=16, question_fraction=0.0)
+    run_cache_job(HFTeacher.load(tiny(OTHER), dtype=torch.float32), open_samples([data]), other, options)
+    weights = ["loss.ce_weight=0.5", "loss.kl_weight=2.0", "stage2.batch_size=12", "stage2.max_steps=1"]
+    run = replace(run_of("byte-kl", *weights, student=SAME), caches=(str(cache), str(other)))
+    train(run, stages=[2])
+    student = load_vlm(tiny(SAME), dtype=torch.float32)
+    loss, tokens, compared = 0.0, 0, []
+    for path in run.caches:
+        table = TokenMap(
+            teacher_renderer(open_cache(path)),
+            student.renderer,
+            student_rows=len(student.renderer.tokenizer),
+            same=path == str(cache),
+        )
+        for record in open_cache(path):
+            encoded = student.renderer.encode(record.sample)
+            with torch.no_grad():
+                states = student.hidden(student.renderer.collate([encoded]))[0]
+                own = torch.cat([states[s - 1 : e - 1] for s, e, is_answer in encoded.segments() if is_answer])
+                log_q = student.transform(student.head(own)).double().log_softmax(-1).numpy()
+            ids = np.concatenate([answer.ids for answer in encoded.answers])
+            answer = record.answer_rows()
+            tokens += answer.predicts.sum()
+            cells = table.cells(answer, encoded.answers, [text.encode() for text in record.sample.answers])
+            compared += cells.valid.tolist()
+            for row, valid in enumerate(cells.valid):
+                loss -= 0.5 * log_q[row, ids[row]]
+                if not valid:
+                    continue
+                left = 1.0
+                for cell in np.flatnonzero(cells.cell_rows == row):
+                    q = np.exp(log_q[row, cells.pair_ids[cells.pair_cells == cell]]).sum()
+                    left -= q
+                    loss += 2.0 * math.exp(cells.log_p[cell]) * (cells.log_p[cell] - math.log(q))
+                loss += 2.0 * math.exp(cells.log_rest[row]) * (cells.log_rest[row] - math.log(left))
+    first = read_metrics(run.path)[0]
+    assert (first["stage"], first["step"], first["samples"]) == (2, 0, 12)
+    assert first["loss"] == pytest.approx(loss / tokens, rel=1e-4)
+    assert first["compared"] == pytest.approx(np.mean(compared), rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["genrecal", "kl", "dskd", "uld"])
+def test_objectives_that_need_one_teacher_refuse_caches_of_two(tiny, run_of, cache, tmp_path, objective):
+    other = shutil.copytree(cache, tmp_path / "other")
+    content = json.loads((other / "cache.json").read_text())
+    content["teacher"]["head_sha256"] = "0" * 64
+    (other / "cache.json").write_text(json.dumps(content))
+    run = run_of(objective, "loss.target=exact")
+    with pytest.raises(
+        UsageError, match="the teacher's head .*; objectives that read neither states nor the .* take several"
+    ):
+        open_for(replace(run, caches=(str(cache), str(other))), [2])
+    if objective == "uld":  # without the head it takes them
+        run = run_of(objective, "loss.target=topk", name="topk")
+        assert len(open_for(replace(run, caches=(str(cache), str(other))), [2]).caches) == 2
 
 
 @pytest.mark.parametrize("target", ["topk", "exact", "sample"])
