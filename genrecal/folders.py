@@ -1,4 +1,4 @@
-"""Whose a folder is: one process works in it, and nothing else than what it is for lies there."""
+"""Checks of output folders: one process at a time writes to one, and it holds nothing but what it is for."""
 
 import contextlib
 import json
@@ -17,8 +17,7 @@ KINDS = {"cache.json": "a cache", "run.json": "a run", "compare.json": "a compar
 
 
 def refuse_other_content(folder: Path, kind: str, *, ours: Sequence[str] = ()) -> None:
-    """Raises UsageError for what cannot be a folder that is written to, and for one that holds something else than `kind`.
-    Hidden files do not count.
+    """Raise UsageError if `folder` cannot be written or holds something else than `kind`. Hidden files do not count.
 
     Args:
         kind: what the folder is for, such as "a run". ours: names that may be there before it is begun.
@@ -37,11 +36,10 @@ def refuse_other_content(folder: Path, kind: str, *, ours: Sequence[str] = ()) -
 
 
 class FolderLock:
-    """A file that says which process works in a folder, from here until `with` ends.
+    """A file that names the process that works in a folder, until `with` ends.
 
-    One that a process of this machine left behind is taken over, and so is that of an earlier start of the same Slurm job.
-
-    Raises UsageError if another process holds it; of another machine's it cannot be known whether it still runs, and the
+    A lock that a dead process of this machine left behind is taken over, and so is that of an earlier start of the same Slurm
+    job. Raises UsageError if another process holds it. Whether a process of another machine still runs cannot be known: the
     message says what to delete if it does not.
     """
 
@@ -68,7 +66,7 @@ class FolderLock:
             who = f"process {left['pid']} on {left['host']}, since {left['since']}"
             ended = _why_ended(left)
         except (ValueError, TypeError, KeyError):
-            who, ended = "a process that it does not name", None
+            who, ended = "an unnamed process", None
         if ended is None:
             raise UsageError(
                 f"{self.path}: {who}, is {doing} this folder; wait until it ends, or choose another --out. If it was killed, "
@@ -92,24 +90,18 @@ def _why_ended(owner: dict[str, Any]) -> str | None:
         running = process_runs(owner["pid"]) and process_identity(owner["pid"]) == owner["process"]
         return None if running else "it no longer runs"
     job = slurm_start()
-    return (
-        "an earlier start of this Slurm job"
-        if job and owner["job"] and job[0] == owner["job"][0] and job != owner["job"]
-        else None
-    )
+    restarted = job and owner["job"] and job[0] == owner["job"][0] and job != owner["job"]
+    return "an earlier start of this Slurm job" if restarted else None
 
 
 def slurm_start() -> list[str] | None:
     """The Slurm job that this process belongs to, and how often it was restarted."""
-    return (
-        [os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0")]
-        if "SLURM_JOB_ID" in os.environ
-        else None
-    )
+    job = os.environ.get("SLURM_JOB_ID")
+    return [job, os.environ.get("SLURM_RESTART_COUNT", "0")] if job else None
 
 
 def process_identity(pid: int) -> str | None:
-    """What tells a process from another that got its number later, after a restart of the machine too; None if it ended."""
+    """Tells a process from a later one with the same number, after a restart of the machine too; None if it ended."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -120,7 +112,7 @@ def process_identity(pid: int) -> str | None:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """No other process is here at the same time, as far as the file system can lock."""
+    """Keep other processes out, as far as the file system can lock."""
     import fcntl
 
     descriptor = os.open(folder, os.O_RDONLY)

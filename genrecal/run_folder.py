@@ -43,10 +43,9 @@ def read_evaluations(run: Path) -> list[dict[str, Any]]:
 
 def read_lines(run: Path) -> list[dict[str, Any]]:
     """Steps and evaluations as they were written."""
-    path = run / METRICS_FILE
+    path, lines = run / METRICS_FILE, []
     if not path.exists():
         return []
-    lines = []
     for line in path.read_text().splitlines():
         try:
             lines.append(json.loads(line))
@@ -61,7 +60,8 @@ SNAPSHOTS = "snapshots"
 MOMENTS = ("start", "end")
 POOLINGS = ("question", "answer", "all")  # tokens whose recalibrated states are averaged
 PAIRINGS = ("own", "splice")  # what of the student is compared with the teacher; see genrecal.train.snapshot
-MOST_SNAPSHOT_BYTES = 2**26
+MAX_SNAPSHOT_BYTES = 2**26
+TENSORS = ("similarity", "tokens", "token_is_answer")  # of a snapshot, in its file as KIND/NAME
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,34 +88,29 @@ class Snapshot:
     token_is_answer: dict[str, np.ndarray] = field(default_factory=dict)
 
     def write(self, run: Path) -> None:
-        """Into the run's folder."""
-        tensors = {f"similarity/{name}": value for name, value in self.similarity.items()}
-        tensors |= {f"tokens/{name}": value for name, value in self.tokens.items()}
-        tensors |= {f"is_answer/{name}": value for name, value in self.token_is_answer.items()}
+        """Write it into the run's folder."""
         facts = {name: getattr(self, name) for name in ("stage", "moment", "samples", "own", "keys", "categories")}
-        data = safetensors.numpy.save(
-            {name: np.ascontiguousarray(value) for name, value in tensors.items()}, {"genrecal": json.dumps(facts)}
-        )
+        tensors = {f"{kind}/{k}": np.ascontiguousarray(v) for kind in TENSORS for k, v in getattr(self, kind).items()}
+        data = safetensors.numpy.save(tensors, {"genrecal": json.dumps(facts)})
         write_whole(run / SNAPSHOTS / f"stage{self.stage}-{self.moment}.safetensors", data)
 
 
 def read_snapshots(run: Path) -> list[Snapshot]:
-    """A run's, in order. Raises UsageError for a file that is none."""
+    """A run's snapshots, in order. Raises UsageError for a file that is none."""
     paths = [run / SNAPSHOTS / f"stage{stage}-{moment}.safetensors" for stage in (1, 2) for moment in MOMENTS]
     return [_read_snapshot(path) for path in paths if path.exists()]
 
 
 def _read_snapshot(path: Path) -> Snapshot:
     try:
-        if path.stat().st_size > MOST_SNAPSHOT_BYTES:
-            raise ValueError(f"it has more than {MOST_SNAPSHOT_BYTES} bytes")
+        if path.stat().st_size > MAX_SNAPSHOT_BYTES:
+            raise ValueError(f"it has more than {MAX_SNAPSHOT_BYTES} bytes")
+        tensors: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in TENSORS}
         with safetensors.safe_open(path, framework="numpy") as file:
             facts = dict(json.loads(file.metadata()["genrecal"]))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-
-        def kind(prefix: str) -> dict[str, np.ndarray]:
-            return {n.removeprefix(prefix): value for n, value in tensors.items() if n.startswith(prefix)}
-
+            for name in file.keys():
+                kind, _, rest = name.partition("/")
+                tensors[kind][rest] = file.get_tensor(name)
         snapshot = Snapshot(
             stage=int(facts["stage"]),
             moment=str(facts["moment"]),
@@ -123,33 +118,32 @@ def _read_snapshot(path: Path) -> Snapshot:
             own={str(who): {str(k): float(v) for k, v in parts.items()} for who, parts in facts["own"].items()},
             keys=tuple(map(str, facts["keys"])),
             categories=tuple(map(str, facts["categories"])),
-            similarity=kind("similarity/"),
-            tokens=kind("tokens/"),
-            token_is_answer=kind("is_answer/"),
+            **tensors,
         )
-        _check_shapes(snapshot)
+        if not _fits(snapshot):
+            raise ValueError("its tensors do not fit each other")
         return snapshot
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path}: not a snapshot of a run: {error}; delete it, the report does without") from None
+        raise UsageError(f"{path}: not a snapshot of a run: {error}; delete it, the report works without it") from None
 
 
-def _check_shapes(snapshot: Snapshot) -> None:
-    """Raises ValueError where tensors do not fit each other."""
-    samples = len(snapshot.keys)
-    if samples != len(snapshot.categories) or samples > 100:
-        raise ValueError(f"it compares {samples} samples of {len(snapshot.categories)} categories")
-    if snapshot.similarity and set(snapshot.similarity) != {f"{p}.{q}" for p in PAIRINGS for q in POOLINGS}:
-        raise ValueError(f"it has the matrices {', '.join(sorted(snapshot.similarity))}")
-    for name, matrix in snapshot.similarity.items():
-        if matrix.shape != (samples, samples) or matrix.dtype != np.float32:
-            raise ValueError(f"{name} is {matrix.dtype} {matrix.shape}, expected float32 ({samples}, {samples})")
+def _fits(snapshot: Snapshot) -> bool:
+    """Whether matrices are those of the keys, and tokens those of their marks."""
+    size = len(snapshot.keys)
+    names = {f"{pairing}.{pooling}" for pairing in PAIRINGS for pooling in POOLINGS}
     groups = {f"{who} {when}" for who in ("student", "teacher") for when in ("before", "after")}
-    if snapshot.tokens and set(snapshot.tokens) != groups:
-        raise ValueError(f"it has the tokens {', '.join(sorted(snapshot.tokens))}")
-    widths = {value.shape[1:] for value in snapshot.tokens.values()}
-    for name, value in snapshot.tokens.items():
-        marks = snapshot.token_is_answer.get(name.split()[0], np.empty(0))
-        if value.ndim != 2 or len(widths) != 1 or value.dtype != np.float32 or marks.shape != value.shape[:1]:
-            raise ValueError(f"{name} is {value.dtype} {value.shape}, with {marks.shape} marks")
-        if not 1 <= len(value) <= 5000 or not 1 <= value.shape[1] <= 1000 or not np.isfinite(value).all():
-            raise ValueError(f"{name} is {value.shape}, expected finite values of 1 to 5000 tokens")
+    return (
+        size == len(snapshot.categories) <= 100
+        and snapshot.similarity.keys() in (set(), names)
+        and all(m.shape == (size, size) and m.dtype == np.float32 for m in snapshot.similarity.values())
+        and snapshot.tokens.keys() in (set(), groups)
+        and len({states.shape[1:] for states in snapshot.tokens.values()}) <= 1
+        and all(
+            states.ndim == 2
+            and 1 <= len(states) <= 5000
+            and 1 <= states.shape[1] <= 1000
+            and np.isfinite(states).all()
+            and snapshot.token_is_answer[group.split()[0]].shape == states.shape[:1]
+            for group, states in snapshot.tokens.items()
+        )
+    )

@@ -35,31 +35,27 @@ def test_one_process_at_a_time_and_the_lock_goes_with_it(tmp_path: Path) -> None
     assert not list(folder.iterdir())
 
 
-@pytest.mark.parametrize(
-    "left", ["killed", "zombie", "another process has its number", "before a restart of the machine"]
-)
+@pytest.mark.parametrize("left", ["killed", "zombie", "number reused", "machine restarted"])
 def test_a_lock_that_was_left_behind_is_explained_and_taken_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], left: str
 ) -> None:
-    code = "from genrecal.folders import FolderLock; from pathlib import Path; import time\n"
-    code += (
-        f"FolderLock(Path({str(tmp_path)!r}) / 'lock.json', 'training in'); print('held', flush=True); time.sleep(600)"
-    )
+    code = f"""from genrecal.folders import FolderLock; from pathlib import Path; import time
+FolderLock(Path({str(tmp_path)!r}) / 'lock.json', 'training in'); print('held', flush=True); time.sleep(600)"""
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == b"held\n"
         with pytest.raises(UsageError, match=f"process {process.pid} on "):
             lock_in(tmp_path)
-        if left == "zombie":  # killed, and its parent has not asked yet
+        if left == "killed":
+            process.kill()
+            process.wait()
+        elif left == "zombie":  # killed, and its parent has not asked yet
             process.kill()
             while process_identity(process.pid) is not None:
                 time.sleep(0.01)
-        elif left == "killed":
-            process.kill()
-            process.wait()
         else:
             owner = json.loads((tmp_path / "lock.json").read_text())
             boot, _, start = owner["process"].partition(" ")
-            owner["process"] = f"{boot} {int(start) - 1}" if left.startswith("another") else f"other {start}"
+            owner["process"] = f"{boot} {int(start) - 1}" if left == "number reused" else f"other {start}"
             (tmp_path / "lock.json").write_text(json.dumps(owner))
         with lock_in(tmp_path):
             err = capsys.readouterr().err
@@ -113,22 +109,20 @@ def _race(folder: Path, barrier, results) -> None:  # type: ignore[no-untyped-de
 
 
 @pytest.mark.parametrize("stale", [False, True])
-def test_of_many_at_once_one_has_it(tmp_path: Path, stale: bool) -> None:
+def test_one_of_many_at_once_gets_the_lock(tmp_path: Path, stale: bool) -> None:
     context, count = multiprocessing.get_context("fork"), 8
-    for round in range(5):
-        folder = tmp_path / str(round)
+    left = {"host": "h", "machine": machine_name(), "pid": 1, "process": "x", "job": None, "since": "t"}
+    for folder in (tmp_path / str(number) for number in range(5)):
         folder.mkdir()
         if stale:
-            left = {"host": "h", "machine": machine_name(), "pid": 1, "process": "x", "job": None, "since": "t"}
             (folder / "lock.json").write_text(json.dumps(left))
         barrier, results = context.Barrier(count), context.Queue()
         processes = [context.Process(target=_race, args=(folder, barrier, results)) for _ in range(count)]
         for process in processes:
             process.start()
-        found = sorted(results.get(timeout=600) for _ in processes)
+        assert sorted(results.get(timeout=600) for _ in processes) == ["held"] + ["refused"] * (count - 1)
         for process in processes:
             process.join()
-        assert found == ["held"] + ["refused"] * (count - 1)
         assert not list(folder.iterdir())
 
 
