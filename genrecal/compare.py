@@ -1,37 +1,37 @@
 """`genrecal compare`: several trainings of one student at equal steps, each with several seeds, and one table.
 
 OUT/compare.json                    what the students are asked, and how
-OUT/runs/VARIANT/seedN/             a run's folder, as of `genrecal train`; its output.txt where several run side by side
-OUT/predictions/VARIANT/seedN.jsonl what the student that it gave answers; its existence is the mark that it is finished
+OUT/runs/VARIANT/seedN/             a run's folder, as `genrecal train` writes it, with output.txt where several run at once
+OUT/predictions/VARIANT/seedN.jsonl the answers of that run's student; once this file exists, the run is finished
 OUT/table.md                        the table
+OUT/report.json                     variants, seeds and data, for `genrecal report OUT`
 """
 
 import contextlib
 import json
-import math
 import multiprocessing
 import re
 import shlex
 import tomllib
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 
 from genrecal.errors import DataError, GenrecalError, SampleError, TrainingError, UsageError
-from genrecal.evaluate.evaluate import Prediction, clustered_mean, evaluate, read_predictions, save_evaluation
+from genrecal.evaluate.evaluate import evaluate, read_predictions, save_evaluation
 from genrecal.evaluate.scores import check_metric
 from genrecal.files import write_whole
 from genrecal.folders import refuse_other_content
+from genrecal.report.answers import Answers, Mean, mean_of, signed
 from genrecal.report.summary import markdown_table, plus_minus
-from genrecal.run_folder import OUTPUT_FILE
+from genrecal.run_folder import COMPARE_FILE, OUTPUT_FILE, REPORT_FILE
 from genrecal.samples import BadRecord, SampleSet, decode_image
 from genrecal.shards.mixture import Mixture
 from genrecal.train.config import TrainConfig, config_from, read_settings
@@ -41,7 +41,7 @@ from genrecal.train.run import Run, flat
 from genrecal.vlm.checkpoint import model_digests
 from genrecal.vlm.loading import load_renderer, model_folder, resolve_device
 
-COMPARE_FILE, TABLE_FILE = "compare.json", "table.md"
+TABLE_FILE = "table.md"
 PROBED = 64  # records among which one must be a question that the student can be asked
 
 
@@ -75,13 +75,6 @@ class Asking:
     batch_size: int = 8
     max_new_tokens: int | None = None
     dtype: str = "auto"
-
-
-class Mean(NamedTuple):
-    """A mean with its standard error."""
-
-    value: float
-    error: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,20 +130,16 @@ def variants_of(
         name, equals, words = text.partition("=")
         given = shlex.split(words) if equals else [f"objective={name}"]
         tables.append((name.strip(), read_settings(None, given, option=f"--try {name.strip()}")))
-    if file is not None:
-        try:
-            content = tomllib.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--tries {file}: {error}") from None
-        if loose := [name for name, table in content.items() if not isinstance(table, dict)]:
-            raise UsageError(
-                f"--tries {file}: {loose[0]} stands in no table; expected a table of settings for each variant"
-            )
-        tables += content.items()
+    try:
+        tables += tomllib.loads(file.read_text()).items() if file is not None else []
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--tries {file}: {error}") from None
     if not tables:
         raise UsageError("nothing to compare: expected --try NAME=SETTINGS, or --tries FILE")
     variants = []
     for name, table in tables:
+        if not isinstance(table, dict):
+            raise UsageError(f"--tries {file}: {name} is in no table; expected a table of settings for each variant")
         values = _merged(common, table)
         own = values.pop("cache", list(caches))
         own = [own] if isinstance(own, str) else own
@@ -158,11 +147,18 @@ def variants_of(
             raise UsageError(f"{name}: seed is set by --seeds, which are the same for all variants; leave it out")
         if not isinstance(own, list) or not own or not all(isinstance(path, str) for path in own):
             raise UsageError(f"{name}: cache: expected a directory or URL, or a list of them, got {own!r}")
-        try:
+        with named(name):
             variants.append(Variant(name=name, caches=tuple(own), config=config_from(values)))
-        except UsageError as error:
-            raise UsageError(f"{name}: {error}") from None
     return variants
+
+
+@contextlib.contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put the name of what failed before an error's message."""
+    try:
+        yield
+    except GenrecalError as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -174,16 +170,7 @@ def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------- the job
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """One run: a variant with one seed. `load_samples` opens the questions, in whatever process asks them."""
-
-    title: str
-    run: Run
-    stages: Sequence[int]
-    load_samples: Callable[[], SampleSet]
-    asking: Asking
-    predictions: Path
+Key = tuple[int, Variant]  # a run: its seed and its variant
 
 
 def compare(
@@ -235,32 +222,37 @@ def compare(
     steps = _check_runs(runs, stages)
     _check_questions(next(iter(runs.values())), samples)
     _begin(out, student, samples, asking)
-    jobs_of = {
-        (seed, variant): _Job(
-            title=f"{variant.name}, seed {seed}",
-            run=run,
-            stages=stages,
-            load_samples=load_samples,
-            asking=asking,
-            predictions=variant.predictions_path(out, seed),
-        )
-        for (seed, variant), run in runs.items()
-    }
-    left = [job for job in jobs_of.values() if not job.predictions.exists()]
-    done = len(jobs_of) - len(left)
+    left = [key for key in runs if not key[1].predictions_path(out, key[0]).exists()]
+    done = len(runs) - len(left)
     if done:
-        say(f"{out}: {done} of {len(jobs_of)} runs are finished already")
-    for job in _carry_out(left, jobs):
+        say(f"{out}: {done} of {len(runs)} runs are finished already")
+
+    def tasks(apart: bool) -> dict[Key, Callable[[], None]]:
+        return {
+            (seed, variant): partial(
+                _train_and_ask, f"{variant.name}, seed {seed}", runs[seed, variant], stages, load_samples, asking,
+                variant.predictions_path(out, seed), apart,
+            )
+            for seed, variant in left
+        }  # fmt: skip
+
+    for seed, variant in _carry_out(tasks(jobs > 1 and len(left) > 1), jobs):
         done += 1
-        accuracy = np.mean([prediction.score for prediction in read_predictions(job.predictions)])
-        say(f"{job.title}: accuracy {accuracy:.1%}; {done} of {len(jobs_of)} runs")
-    found = {
-        variant.name: [read_predictions(variant.predictions_path(out, seed)) for seed in seeds] for variant in variants
-    }
-    comparison = Comparison(
-        rows=rows_of(found), questions=len(found[variants[0].name][0]), seeds=list(seeds), steps=steps
-    )
+        accuracy = mean_of([read_predictions(variant.predictions_path(out, seed))], "score").value
+        say(f"{variant.name}, seed {seed}: accuracy {accuracy:.1%}; {done} of {len(runs)} runs")
+    found = {v.name: [read_predictions(v.predictions_path(out, seed)) for seed in seeds] for v in variants}
+    questions = len(found[variants[0].name][0])
+    comparison = Comparison(rows=rows_of(found), questions=questions, seeds=list(seeds), steps=steps)
     write_whole(out / TABLE_FILE, f"{comparison_text(comparison)}\n".encode())
+    facts = {
+        "variants": {variant.name: variant.folder for variant in variants},
+        "seeds": list(seeds),
+        "data": [str(Path(name).absolute()) if "://" not in name else name for name in samples.names],
+        "image_root": None if samples.image_root is None else str(samples.image_root),
+        "fields": samples.fields.fields,
+        "roles": samples.fields.roles,
+    }
+    write_whole(out / REPORT_FILE, (json.dumps(facts, indent=2) + "\n").encode())
     return comparison
 
 
@@ -273,7 +265,7 @@ def _check_names(variants: Sequence[Variant], seeds: Sequence[int]) -> None:
         raise UsageError(f"--seeds {','.join(map(str, seeds))}: expected different numbers, such as 0,1,2")
 
 
-def _check_runs(runs: dict[tuple[int, Variant], Run], stages: Sequence[int]) -> dict[int, int]:
+def _check_runs(runs: dict[Key, Run], stages: Sequence[int]) -> dict[int, int]:
     """The student's optimizer steps in each of its stages, which all runs have in common.
 
     Raises UsageError for whatever would stop one of the runs, and for unequal steps or samples.
@@ -282,14 +274,12 @@ def _check_runs(runs: dict[tuple[int, Variant], Run], stages: Sequence[int]) -> 
     taken: dict[str, dict[int, tuple[int, int]]] = {}  # likewise, in each stage: steps, samples
     for (_, variant), run in runs.items():
         name = variant.name
-        try:
+        with named(name):
             if name not in caches:
                 resolve_device(run.config.device)
                 caches[name] = open_for(run, stages)
             batches = run.check(caches[name])["global_batch"]
             check_stages(run, caches[name], stages, batches)
-        except GenrecalError as error:
-            raise type(error)(f"{name}: {error}") from None
         plans = {
             stage: plan_stage(run.config.stage(stage), caches[name], global_batch=batches[f"stage{stage}"])
             for stage in sorted(set(stages) - {1})
@@ -316,8 +306,8 @@ def _check_questions(run: Run, samples: SampleSet) -> None:
             reasons.append(f"{sample.location}: {sample.reason}")
             continue
         try:
-            pictures = [decode_image(image.read()) for image in sample.images]
-            renderer.encode_messages(sample.messages, pictures, key=sample.key)
+            images = [decode_image(image.read()) for image in sample.images]
+            renderer.encode_messages(sample.messages, images, key=sample.key)
             return
         except SampleError as error:
             reasons.append(f"{sample.location or sample.key}: {error}")
@@ -353,12 +343,12 @@ def _begin(out: Path, student: str, samples: SampleSet, asking: Asking) -> None:
 # ---------------------------------------------------------------------------------------------------------- the runs
 
 
-def _carry_out(left: Sequence[_Job], jobs: int) -> Iterator[_Job]:
-    """Train and ask; each job as it is finished."""
-    if jobs == 1 or len(left) < 2:
-        for job in left:
-            _train_and_ask(job)
-            yield job
+def _carry_out(tasks: dict[Key, Callable[[], None]], jobs: int) -> Iterator[Key]:
+    """Run the tasks, several in processes of their own; give each as it is finished."""
+    if jobs == 1 or len(tasks) < 2:
+        for key, task in tasks.items():
+            task()
+            yield key
         return
     context = multiprocessing.get_context("spawn")  # CUDA and thread pools do not survive a fork
     numbers = context.SimpleQueue()
@@ -366,16 +356,14 @@ def _carry_out(left: Sequence[_Job], jobs: int) -> Iterator[_Job]:
         numbers.put(number)
     pool = ProcessPoolExecutor(jobs, context, _start_process, (numbers, max(1, torch.get_num_threads() // jobs)))
     try:
-        futures = {pool.submit(_train_and_ask, job, apart=True): job for job in left}
+        futures = {pool.submit(task): key for key, task in tasks.items()}
         for future in as_completed(futures):
-            try:
-                future.result()
-            except BrokenProcessPool:
-                raise TrainingError(
-                    "a process of the comparison was killed (out of memory?); the same command goes on from what is "
-                    "finished; try fewer --jobs"
-                ) from None
+            future.result()
             yield futures[future]
+    except BrokenProcessPool:
+        raise TrainingError(
+            "a process of the comparison was killed (out of memory?); run the same command to resume, with fewer --jobs"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -389,13 +377,16 @@ def _start_process(numbers: Any, threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _train_and_ask(job: _Job, *, apart: bool = False) -> None:
-    """One run from its beginning, or from where it stopped, to its student's answers.
-
-    Args:
-        apart: one of several side by side: what it prints goes to a file in its folder.
-    """
-    run = job.run
+def _train_and_ask(
+    title: str,
+    run: Run,
+    stages: Sequence[int],
+    load_samples: Callable[[], SampleSet],
+    asking: Asking,
+    predictions: Path,
+    apart: bool,
+) -> None:
+    """Train a run, or resume it, and write its student's answers. `apart`: what it prints goes to a file in its folder."""
     with contextlib.ExitStack() as stack:
         if apart:
             run.path.mkdir(parents=True, exist_ok=True)
@@ -404,82 +395,47 @@ def _train_and_ask(job: _Job, *, apart: bool = False) -> None:
             if run.config.device in ("auto", "cuda") and torch.cuda.is_available():
                 device = f"cuda:{_number % torch.cuda.device_count()}"
                 run = replace(run, config=replace(run.config, device=device))
-        try:
-            train(run, stages=job.stages)
-            dtype = job.asking.dtype if job.asking.dtype == "auto" else getattr(torch, job.asking.dtype)
+        with named(title):
+            train(run, stages=stages)
+            dtype = asking.dtype if asking.dtype == "auto" else getattr(torch, asking.dtype)
             student = run.student_after(run.last_finished_stage(), dtype, resolve_device(run.config.device))
-            evaluation = evaluate(
-                student,
-                job.load_samples(),
-                metric=job.asking.metric,
-                batch_size=job.asking.batch_size,
-                max_new_tokens=job.asking.max_new_tokens,
-                title=f"ask {job.title}",
-            )
-        except GenrecalError as error:
-            raise type(error)(f"{job.title}: {error}") from None
-    save_evaluation(evaluation, job.predictions)
+            options = {name: getattr(asking, name) for name in ("metric", "batch_size", "max_new_tokens")}
+            save_evaluation(evaluate(student, load_samples(), title=f"ask {title}", **options), predictions)
 
 
 # ---------------------------------------------------------------------------------------------------------- the table
 
 
-def rows_of(found: dict[str, list[list[Prediction]]]) -> list[Row]:
+def rows_of(found: dict[str, Answers]) -> list[Row]:
     """Means and standard errors of every variant's predictions, a list for each seed; the first is the baseline.
 
     The error is that of a mean over seeds, and of a gain that of the differences seed by seed. With one seed it is taken
     over conversations instead, and of a gain over the differences question by question.
     """
     baseline = next(iter(found.values()))
-    rows = []
-    for name, runs in found.items():
-        gains: dict[str, Mean | None] = {"score": None, "log_loss": None}
-        if runs is not baseline:
-            pairs = list(zip(runs, baseline, strict=True))
-            gains = {field: _mean([_values(own, field, first) for own, first in pairs]) for field in gains}
-        rows.append(
-            Row(
-                name=name,
-                accuracy=_mean([_values(run, "score") for run in runs]),
-                log_loss=_mean([_values(run, "log_loss") for run in runs]),
-                accuracy_gain=gains["score"],
-                log_loss_gain=gains["log_loss"],
-            )
+    return [
+        Row(
+            name=name,
+            accuracy=mean_of(runs, "score"),
+            log_loss=mean_of(runs, "log_loss"),
+            accuracy_gain=None if runs is baseline else mean_of(runs, "score", baseline),
+            log_loss_gain=None if runs is baseline else mean_of(runs, "log_loss", baseline),
         )
-    return rows
-
-
-def _values(run: Sequence[Prediction], field: str, baseline: Sequence[Prediction] | None = None) -> list[list[float]]:
-    """A field of every question, less the baseline's of the same question, grouped by conversation."""
-    before = {(p.key, p.turn): getattr(p, field) for p in baseline} if baseline is not None else {}
-    if before and before.keys() != {(p.key, p.turn) for p in run}:
-        raise DataError("the students were not asked the same questions, so their answers cannot be compared")
-    groups: dict[str, list[float]] = defaultdict(list)
-    for p in run:
-        groups[p.key].append(getattr(p, field) - before.get((p.key, p.turn), 0.0))
-    return list(groups.values())
-
-
-def _mean(seeds: Sequence[Sequence[Sequence[float]]]) -> Mean:
-    """Values of each seed and conversation -> their mean, with its error over seeds, or conversations if there is one."""
-    means = [clustered_mean(groups) for groups in seeds]
-    if len(means) == 1:
-        return Mean(*means[0])
-    values = np.array([mean for mean, _ in means])
-    return Mean(float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))))
+        for name, runs in found.items()
+    ]
 
 
 def comparison_text(comparison: Comparison) -> str:
-    """The table as Markdown, and a line that says what its numbers are."""
+    """The table as Markdown, and a line that explains its numbers."""
     first = comparison.rows[0].name
-    header = ["variant", "accuracy", "answer log-loss", "accuracy, points more", "log-loss, more"]
+    header = ["variant", "accuracy", "answer log-loss", f"accuracy gain over {first}, points", "log-loss difference"]
     table = [
         [
             row.name,
             plus_minus(*row.accuracy, percent=True),
             plus_minus(*row.log_loss),
-            _signed(row.accuracy_gain, 100, 1),
-            _signed(row.log_loss_gain, 1, 3),
+            signed(row.accuracy_gain, 100, 1),
+            signed(row.log_loss_gain, 1, 3),
         ]
         for row in comparison.rows
     ]
@@ -488,13 +444,7 @@ def comparison_text(comparison: Comparison) -> str:
     return (
         f"{markdown_table(header, table)}\n\n"
         f"n = {comparison.questions} held-out questions; seed{'' if one else 's'} {', '.join(map(str, comparison.seeds))}; "
-        f'± one standard error over {"conversations" if one else "seeds"}. "more" is than {first}, '
+        f"± one standard error over {'conversations' if one else 'seeds'}. Differences are to {first}, "
         f"{'question by question' if one else 'seed by seed'}. Steps of the student, the same for all: {steps}. Log-loss: "
-        "nats an answer, end of turn included."
+        "nats per answer, end of turn included."
     )
-
-
-def _signed(gain: Mean | None, scale: float, digits: int) -> str:
-    if gain is None:
-        return ""
-    return f"{gain.value * scale:+.{digits}f} ± {'-' if math.isnan(gain.error) else f'{gain.error * scale:.{digits}f}'}"

@@ -18,6 +18,10 @@ RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = "lock.json"  # while a training writes to the folder
 OUTPUT_FILE = "output.txt"  # what a run of a comparison printed
+COMPARE_FILE, REPORT_FILE = (
+    "compare.json",
+    "report.json",
+)  # of a comparison: what is asked; its variants, seeds and data
 CACHE_FACTS = "cache-facts.json"  # what the cache was when the run began
 EVALUATION, EVALUATIONS = "evaluation", "evaluations"  # of a line of metrics, and the folder of all answers
 

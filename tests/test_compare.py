@@ -50,7 +50,7 @@ def test_variants_take_common_settings_and_their_own(tmp_path):
         (["a=objective"], "", "--try a 'objective': expected a.b=value"),
         (["a=seed=3"], "", "a: seed is set by --seeds"),
         (["a=cache=3"], "", "a: cache: expected a directory or URL, or a list of them, got 3"),
-        ([], "lr = 1", "lr stands in no table"),
+        ([], "lr = 1", "lr is in no table"),
         ([], "[a", "tries.toml: "),
     ],
 )
@@ -152,7 +152,7 @@ def test_a_comparison(made, tiny, command, tmp_path):
     assert [[p.log_loss for p in p_s] for p_s in found["sft"]] != [[p.log_loss for p in p_s] for p_s in found["no-reg"]]
     first, second = rows_of(found)
     assert f"| no reg  | {second.accuracy.value:.1%} ± {second.accuracy.error:.1%}" in printed
-    assert f"{second.log_loss_gain.value:+.3f} ± {second.log_loss_gain.error:.3f} |" in printed
+    assert f"{second.log_loss_gain.value:+.3f} ± {second.log_loss_gain.error:.3f} " in printed
     assert f"n = {len(expected)} held-out questions; seeds 0, 1; ± one standard error over seeds" in printed
     assert "2 in stage 2 and 2 in stage 3" in printed and printed == (out / "table.md").read_text()
 
@@ -178,9 +178,6 @@ def test_a_comparison(made, tiny, command, tmp_path):
         (["--try", "a b", "--try", "a-b=seed=1"], "a b: objective 'a b'"),
         (["--try", "a b=objective=sft", "--try", "a-b=objective=sft"], "no other variant's"),
         ([*TRIES, "--seeds", "0,0"], "--seeds 0,0: expected different numbers"),
-        ([*TRIES, "--seeds", "one"], "--seeds 'one': expected numbers with commas"),
-        ([*TRIES, "--metric", "best"], "--metric 'best': expected auto or one of"),
-        ([*TRIES, "--dtype", "int8"], "--dtype 'int8'"),
         (
             [*TRIES, "--try", "more=stage3.max_steps=3"],
             "stage 3 takes 3 steps over 9 samples in more, and 2 over 6 in sft",
@@ -195,20 +192,9 @@ def test_mistakes_are_found_before_anything_is_trained(command, tmp_path, words,
     assert not (tmp_path / "out").exists()
 
 
-def test_unlike_caches_take_equal_steps(made, command, tmp_path):
-    """Six samples in two epochs are twelve: the steps count, not the caches."""
-    words = ["--seeds", "0", "--stages", "2", "--try", "sft", "--try", f"six=objective=sft cache={made / 'six'}"]
-    status, printed, told = command(tmp_path / "out", *words)
-    assert status == 0 and "± one standard error over conversations" in printed, told
-
-
-def test_a_cache_that_is_not_there(command, tmp_path):
+def test_a_missing_cache_and_data_without_a_question(command, tmp_path):
     status, _, told = command(tmp_path / "out", *TRIES, "--try", f"other=cache={tmp_path / 'nowhere'}")
     assert status == 1 and "error: other: " in told and "nowhere" in told
-    assert not (tmp_path / "out").exists()
-
-
-def test_nothing_that_can_be_asked(command, tmp_path):
     data = tmp_path / "data.json"
     data.write_text(json.dumps([{"id": "x", "conversations": [{"from": "human", "value": "q"}]}]))
     status, _, told = command(tmp_path / "out", *TRIES, data=data)

@@ -1,8 +1,9 @@
 """How student and teacher are aligned, from a run's snapshots: similarity matrices and t-SNE (paper, Figures 6 and 7)."""
 
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from genrecal.report.chart import HEIGHT, WIDTH
 from genrecal.report.run_figures import RunFigures, figure, percent
 from genrecal.run_folder import PAIRINGS, POOLINGS, Snapshot
 
-CELL, MARGIN = 30, 30  # of a matrix's picture: a cell's side, and room for its numbers
+CELL, MARGIN = 30, 30  # of a matrix's drawing: a cell's side, and room for its numbers
 NEIGHBOURS = 10
 POOLING_WORDS = {"question": "question tokens", "answer": "answer tokens", "all": "all tokens"}
 PAIRING_WORDS = {
@@ -21,35 +22,10 @@ PAIRING_WORDS = {
 GROUPS = ("student before", "student after", "teacher before", "teacher after")  # the Recalibrator
 
 
-@dataclass(frozen=True, kw_only=True)
-class Matrix:
-    """A matrix of cosines, drawn. `cells`: rows of (x, y, share of the scale from 0 to 1, cosine)."""
-
-    title: str
-    alt: str
-    diagonal: float
-    off_diagonal: float
-    cells: tuple[tuple[tuple[int, int, float, float], ...], ...]
-
-    @property
-    def side(self) -> int:
-        return 2 * MARGIN + CELL * len(self.cells)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scatter:
-    """A t-SNE, drawn: of each group its places (x, y, whether an answer token)."""
-
-    title: str
-    alt: str
-    groups: dict[str, tuple[tuple[float, float, bool], ...]]
-
-
 def diagonal_means(cosines: np.ndarray) -> tuple[float, float]:
     """Mean of the diagonal and of the rest of a square matrix `[S, S]`."""
-    size = len(cosines)
-    on = float(np.trace(cosines, dtype=np.float64)) / size
-    return on, (float(cosines.sum(dtype=np.float64)) - on * size) / (size * size - size)
+    diagonal = np.eye(len(cosines), dtype=bool)
+    return float(cosines[diagonal].mean(dtype=np.float64)), float(cosines[~diagonal].mean(dtype=np.float64))
 
 
 def moment_words(snapshot: Snapshot) -> str:
@@ -58,62 +34,56 @@ def moment_words(snapshot: Snapshot) -> str:
 
 def similarity_rows(runs: Sequence[RunFigures]) -> list[list[str]]:
     """Run, regularisation's weight, moment, what is compared, tokens, diagonal, off-diagonal, their difference."""
+    found = [(run, snapshot) for run in runs for snapshot in run.snapshots if snapshot.similarity]
     rows = []
-    for run in runs:
-        for snapshot in run.snapshots:
-            for pairing in PAIRINGS:
-                for pooling in POOLINGS:
-                    if (cosines := snapshot.similarity.get(f"{pairing}.{pooling}")) is not None:
-                        on, off = diagonal_means(cosines)
-                        rows.append([
-                            run.name, str(run.setting("loss.reg_weight")), moment_words(snapshot),
-                            {"own": "student's answer", "splice": "teacher's answer"}[pairing], POOLING_WORDS[pooling],
-                            f"{on:.3f}", f"{off:.3f}", f"{on - off:+.3f}",
-                        ])  # fmt: skip
+    for (run, snapshot), pairing, pooling in itertools.product(found, PAIRINGS, POOLINGS):
+        on, off = diagonal_means(snapshot.similarity[f"{pairing}.{pooling}"])
+        rows.append([
+            run.name, str(run.setting("loss.reg_weight")), moment_words(snapshot),
+            {"own": "student's answer", "splice": "teacher's answer"}[pairing], POOLING_WORDS[pooling],
+            f"{on:.3f}", f"{off:.3f}", f"{on - off:+.3f}",
+        ])  # fmt: skip
     return rows
 
 
-def matrices(runs: Sequence[RunFigures], pairing: str, pooling: str) -> tuple[list[Matrix], float, float]:
-    """Of each run at each moment, on one scale, whose ends are the least and the largest cosine of them all."""
-    found = [
-        (run, snapshot, snapshot.similarity[f"{pairing}.{pooling}"])
-        for run in runs
-        for snapshot in run.snapshots
-        if f"{pairing}.{pooling}" in snapshot.similarity
-    ]
-    finite = [cosines[np.isfinite(cosines)] for *_, cosines in found]
-    values = np.concatenate(finite) if finite else np.empty(0)
+def matrices(runs: Sequence[RunFigures], pairing: str, pooling: str) -> tuple[list[dict[str, Any]], float, float]:
+    """Each run's matrices at each moment, drawn on one scale, and the scale's ends: the least and the largest cosine.
+
+    A drawn matrix has a title, alt text, its side, the means of its diagonal and of the rest, and rows of cells: x, y, share
+    of the scale from 0 to 1, cosine.
+    """
+    name = f"{pairing}.{pooling}"
+    found = [(run, snapshot) for run in runs for snapshot in run.snapshots if name in snapshot.similarity]
+    values = np.concatenate([np.empty(0), *(snapshot.similarity[name].ravel() for _, snapshot in found)])
+    values = values[np.isfinite(values)]
     low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
     drawn = []
-    for run, snapshot, cosines in found:
+    for run, snapshot in found:
+        cosines = snapshot.similarity[name]
         on, off = diagonal_means(cosines)
+        shares = np.where(np.isfinite(cosines), (cosines - low) / (high - low or 1.0), 0.0).round(3)
         title = f"{run.name}, {moment_words(snapshot)}" if len(runs) > 1 else moment_words(snapshot)
-        drawn.append(
-            Matrix(
-                title=title,
-                alt=f"{title}, {POOLING_WORDS[pooling]}: cosines of {len(cosines)} samples. Mean of the diagonal {on:.3f}, "
-                f"of the rest {off:.3f}.",
-                diagonal=on,
-                off_diagonal=off,
-                cells=tuple(
-                    tuple(_cell(i, j, float(cosine), low, high) for j, cosine in enumerate(row))
-                    for i, row in enumerate(cosines)
-                ),
-            )
-        )
+        drawn.append({
+            "title": title,
+            "alt": f"{title}, {POOLING_WORDS[pooling]}: cosines of {len(cosines)} samples. Mean of the diagonal {on:.3f}, "
+                   f"of the rest {off:.3f}.",
+            "side": 2 * MARGIN + CELL * len(cosines),
+            "diagonal": on,
+            "off_diagonal": off,
+            "cells": [
+                [(MARGIN + j * CELL, MARGIN + i * CELL, float(shares[i, j]), float(cosine)) for j, cosine in enumerate(row)]
+                for i, row in enumerate(cosines)
+            ],
+        })  # fmt: skip
     return drawn, low, high
-
-
-def _cell(row: int, column: int, cosine: float, low: float, high: float) -> tuple[int, int, float, float]:
-    share = (cosine - low) / (high - low) if math.isfinite(cosine) and high > low else 0.0
-    return MARGIN + column * CELL, MARGIN + row * CELL, round(share, 3), cosine
 
 
 # -------------------------------------------------------------------------------------------------------------------- t-SNE
 
 
-def scatter(snapshot: Snapshot) -> Scatter:
-    """Tokens of all four groups in two dimensions, the same every time. Raises UsageError without scikit-learn."""
+def scatter(snapshot: Snapshot) -> dict[str, Any]:
+    """Tokens of all four groups in two dimensions, the same every time: title, alt text, and by group the tokens' x, y and
+    whether each is an answer token. Raises UsageError without scikit-learn."""
     try:
         from sklearn.manifold import TSNE
     except ImportError:
@@ -127,22 +97,23 @@ def scatter(snapshot: Snapshot) -> Scatter:
     places = np.round(8 + (fitted - low) / span * (WIDTH - 16, HEIGHT - 16), 1)
     pieces = np.split(places, np.cumsum([len(snapshot.tokens[group]) for group in GROUPS])[:-1])
     shares = neighbour_shares(snapshot)["student after"]
-    return Scatter(
-        title=moment_words(snapshot),
-        alt=f"t-SNE of {len(states)} tokens, {moment_words(snapshot)}. Nearest to the student's tokens after the Recalibrator "
-        f"are the {' and the '.join(f'{name} it for {share:.0%}' for name, share in shares.items())}.",
-        groups={
-            group: tuple(
-                (float(x), float(y), bool(is_answer))
-                for (x, y), is_answer in zip(piece, snapshot.token_is_answer[group.split()[0]], strict=True)
-            )
+    near = " and the ".join(f"{name} it for {share:.0%}" for name, share in shares.items())
+    marks = snapshot.token_is_answer
+    return {
+        "title": moment_words(snapshot),
+        "alt": f"t-SNE of {len(states)} tokens, {moment_words(snapshot)}. Nearest to the student's tokens after the "
+        f"Recalibrator are the {near}.",
+        "groups": {
+            group: [
+                (*map(float, place), bool(mark)) for place, mark in zip(piece, marks[group.split()[0]], strict=True)
+            ]
             for group, piece in zip(GROUPS, pieces, strict=True)
         },
-    )
+    }
 
 
 def neighbour_shares(snapshot: Snapshot) -> dict[str, dict[str, float]]:
-    """Of each group: among the ten nearest tokens of other groups, the share that each other group has.
+    """For each group: the share that each other group has among the ten nearest tokens of other groups.
 
     Distances are those of the states, not of the t-SNE.
     """
@@ -160,14 +131,13 @@ def neighbour_shares(snapshot: Snapshot) -> dict[str, dict[str, float]]:
 
 def neighbour_rows(runs: Sequence[RunFigures]) -> list[list[str]]:
     """Run, moment, group, and the shares of each group among its tokens' neighbours."""
-    rows = []
-    for run in runs:
-        for snapshot in run.snapshots:
-            if snapshot.tokens:
-                for group, shares in neighbour_shares(snapshot).items():
-                    cells = ["-" if name == group else percent(shares[name]) for name in GROUPS]
-                    rows.append([run.name, moment_words(snapshot), group, *cells])
-    return rows
+    return [
+        [run.name, moment_words(snapshot), group, *("-" if name == group else percent(shares[name]) for name in GROUPS)]
+        for run in runs
+        for snapshot in run.snapshots
+        if snapshot.tokens
+        for group, shares in neighbour_shares(snapshot).items()
+    ]
 
 
 def own_rows(runs: Sequence[RunFigures]) -> list[list[str]]:

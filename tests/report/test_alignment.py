@@ -9,7 +9,7 @@ from made_run import made_snapshot, write_run
 
 from genrecal.cli import main
 from genrecal.report.alignment import diagonal_means, matrices, neighbour_shares, scatter
-from genrecal.report.run_figures import read_runs
+from genrecal.report.run_figures import read_run
 from genrecal.report.run_page import write_run_report
 
 
@@ -56,13 +56,14 @@ def test_cells_are_on_one_scale(tmp_path):
     write_run(tmp_path / "a")
     for snapshot in (made_snapshot(1, "start"), made_snapshot(2, "end", seed=3)):
         snapshot.write(tmp_path / "a")
-    runs = read_runs([tmp_path / "a"])
+    runs = [read_run(tmp_path / "a", "a")]
     drawn, low, high = matrices(runs, "splice", "all")
     whole = np.stack([s.similarity["splice.all"] for s in runs[0].snapshots])
     assert (low, high) == pytest.approx((whole.min(), whole.max()))
-    shares = np.array([[[share for *_, share, _ in row] for row in matrix.cells] for matrix in drawn])
+    shares = np.array([[[share for *_, share, _ in row] for row in matrix["cells"]] for matrix in drawn])
     np.testing.assert_allclose(shares, (whole - low) / (high - low), atol=1e-3)
-    assert (drawn[0].cells[2][1][0] - drawn[0].cells[2][0][0], drawn[0].cells[1][0][1] - drawn[0].cells[0][0][1]) == (
+    cells = drawn[0]["cells"]
+    assert (cells[2][1][0] - cells[2][0][0], cells[1][0][1] - cells[0][0][1]) == (
         30,
         30,
     )
@@ -72,7 +73,7 @@ def test_tsne_keeps_clouds_apart_and_is_the_same_every_time():
     snapshot = made_snapshot()
     drawn = scatter(snapshot)
     assert drawn == scatter(snapshot)
-    places = {group: np.array([place[:2] for place in places]) for group, places in drawn.groups.items()}
+    places = {group: np.array([place[:2] for place in places]) for group, places in drawn["groups"].items()}
     centres = {group: value.mean(0) for group, value in places.items()}
 
     def apart(one, other):
@@ -82,7 +83,7 @@ def test_tsne_keeps_clouds_apart_and_is_the_same_every_time():
     assert apart("student after", "teacher after") < 0.5 * apart("student after", "teacher before")
     every = np.concatenate(list(places.values()))
     assert every.min() >= 0 and (every.max(0) <= (360, 210)).all()
-    assert [place[2] for place in drawn.groups["teacher before"]] == [True, False] * 6
+    assert [place[2] for place in drawn["groups"]["teacher before"]] == [True, False] * 6
     assert neighbour_shares(snapshot)["student after"]["teacher after"] == 1
 
 

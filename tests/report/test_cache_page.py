@@ -4,6 +4,7 @@ import base64
 import io
 import re
 
+import numpy as np
 import pytest
 from conftest import conversation, mixed_samples, png, write_llava
 from html_page import HOSTILE, Page, assert_harmless
@@ -15,7 +16,8 @@ from genrecal.cli import main
 from genrecal.inspect import describe_record, summarize
 from genrecal.inspect.record import ImageDescription
 from genrecal.report import cache_page
-from genrecal.report.cache_page import ORIGINAL_BYTES, _picture
+from genrecal.report.cache_page import _image
+from genrecal.report.page import ORIGINAL_BYTES
 from genrecal.samples import open_samples
 from genrecal.shards.reader import open_cache
 
@@ -87,7 +89,7 @@ def test_records_are_the_caches(page, path):
     """Every token with its probability and alternatives; the pictures byte for byte."""
     cache = open_cache(path)
     shown = re.findall(r"Record \d of 8 shown: (\S+)", page.text)
-    assert len(shown) == 8 and shown[0] == cache[0].key and shown[-1] == cache[9].key
+    assert shown == [cache[int(place)].key for place in np.argsort(cache.column("log_prob"), kind="stable")[:8]]
     pictures = [base64.b64decode(given["src"].split(",")[1]) for tag, given in page.tags if tag == "img"]
     assert pictures == [data for key in shown for data in cache.by_key(key).images] and len(pictures) > 4
     for key in shown:
@@ -107,7 +109,7 @@ def test_records_are_the_caches(page, path):
             assert (token.end_of_turn and row[0].startswith("end of turn")) or row[0].startswith('"')
     doubts = [float(given["style"].split()[-1]) for tag, given in page.tags if given.get("class") == "token"]
     assert len(doubts) == sum(len(describe_record(cache.by_key(key)).tokens) for key in shown)
-    assert doubts[0] == pytest.approx(1 - describe_record(cache[0]).tokens[0].probability, abs=1e-3)
+    assert doubts[0] == pytest.approx(1 - describe_record(cache.by_key(shown[0])).tokens[0].probability, abs=1e-3)
 
 
 def test_one_record_and_bounds(path, tmp_path, monkeypatch):
@@ -143,7 +145,7 @@ def test_html_alone(path, tmp_path, capsys, words):
 
 
 def picture(data, **facts):
-    return _picture(ImageDescription(index=0, member="k.0.png", bytes=len(data), **facts), data, 10**7)
+    return _image(ImageDescription(index=0, member="k.0.png", bytes=len(data), **facts), data, 10**7)
 
 
 def test_pictures_that_are_large_or_of_other_kinds_are_made_small():
@@ -158,11 +160,12 @@ def test_pictures_that_are_large_or_of_other_kinds_are_made_small():
         (stream.getvalue(), {"format": "BMP", "width": 40, "height": 30}, (40, 30)),
     ):
         found = picture(data, **facts)
-        assert found.uri.startswith("data:image/jpeg;base64,") and "shown smaller" in found.caption
-        assert Image.open(io.BytesIO(base64.b64decode(found.uri.split(",")[1]))).size == size
+        caption, _, uri = found
+        assert uri.startswith("data:image/jpeg;base64,") and "shown smaller" in caption
+        assert Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).size == size
     small = png()
     found = picture(small, format="PNG", width=90, height=60)
-    assert found.uri == "data:image/png;base64," + base64.b64encode(small).decode()
+    assert found[2] == "data:image/png;base64," + base64.b64encode(small).decode()
     bomb = picture(small, format="PNG", width=90_000, height=90_000)  # the header's word; what it holds is decoded anew
-    assert bomb.uri.startswith("data:image/jpeg")
-    assert picture(b"<svg onload='alert(1)'/>", problem="cannot identify image file").uri is None
+    assert bomb[2].startswith("data:image/jpeg")
+    assert picture(b"<svg onload='alert(1)'/>", problem="cannot identify image file")[2] is None
