@@ -13,7 +13,7 @@ import multiprocessing
 import re
 import shlex
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -406,7 +406,7 @@ def _train_and_ask(
 # ---------------------------------------------------------------------------------------------------------- the table
 
 
-def rows_of(found: dict[str, Answers]) -> list[Row]:
+def rows_of(found: Mapping[str, Answers]) -> list[Row]:
     """Means and standard errors of every variant's predictions, a list for each seed; the first is the baseline.
 
     The error is that of a mean over seeds, and of a gain that of the differences seed by seed. With one seed it is taken

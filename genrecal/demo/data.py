@@ -406,6 +406,7 @@ def make_sample(index: int, split: Split, seed: int, flaws: Flaws = CLEAN) -> Sa
         return make_scene(category, rng, split, flaw if flaw.random() < flaws.unclear_images else None)
 
     scenes: list[Scene] = []
+    turns: tuple[Turn, ...]
     if form < TEXT_ONLY_SHARE:
         category, source, turns = SCIENCE, "demo-arithmetic", (ask_text(rng, split),)
     else:

@@ -1,7 +1,7 @@
 """`genrecal demo`: the main job at toy scale, through the same functions as every other command.
 
 Data: genrecal.demo.data, where three in ten of the given training answers are wrong and the held-out ones are right: there
-a teacher has something to give. Teacher and student: genrecal/demo/assets, made once by scripts/make_demo_assets.py.
+a teacher has something to give. Teacher and student: genrecal/demo/assets, trained once by scripts/make_demo_assets.py.
 """
 
 import os
@@ -19,11 +19,12 @@ import torch
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher
-from genrecal.compare import Asking, Comparison, Mean, Variant, compare
+from genrecal.compare import Asking, Comparison, Variant, compare
 from genrecal.errors import UsageError
 from genrecal.evaluate.evaluate import Evaluation, evaluate, evaluation_of, read_predictions, save_evaluation
 from genrecal.folders import refuse_other_content
 from genrecal.inspect import summarize
+from genrecal.report.answers import signed
 from genrecal.report.cache_page import write_cache_page
 from genrecal.report.run_page import write_run_report
 from genrecal.report.summary import markdown_table, plus_minus, terms_by_stage, write_report
@@ -56,93 +57,81 @@ SETTINGS = (
 def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], Any]) -> None:
     """Data, caches, students trained in five ways at equal steps, export, evaluation, and a table of what came out.
 
-    torch is set to one thread: at this size two are slower (20 s against 15 s for 80 training steps on two cores), and
-    far slower beside other work; two students are trained side by side instead. Run again into the same folder, it goes on
-    from what is finished. Raises UsageError if the cache or a run there was made with other settings or assets, or if
-    matplotlib or scikit-learn are missing.
+    torch is set to one thread: at this size two are slower (20 s against 15 s for 80 training steps on two cores), and far
+    slower beside other work; two students are trained side by side instead. Run again into the same folder, it resumes.
+    Raises UsageError if the cache or a run there was made with other settings or assets, or if matplotlib or scikit-learn
+    are missing.
     """
     _check_imports()
     if not (out / "data").is_dir():
         refuse_other_content(out, "a demo")
     torch.set_num_threads(1)
-    began = time.monotonic()
-    train_data, test_data = _write_data(out, seed)
     timings: dict[str, float] = {}
-    with _timed(timings, "cache"):
-        _write_caches(out, train_data)
-    for folder in ("cache", "cache-own"):
-        summary = summarize(open_cache(out / folder))
-        size = sum(summary.bytes[f"{tier} tars"] for tier in ("samples", "questions")) / 1e6
-        say(f"{folder}: {summary.cached} conversations, {summary.answer_tokens} answer tokens, {size:.1f} MB")
-    variants = demo_variants(out)
-    load_test = partial(open_samples, [test_data])
-    with _timed(timings, "train and ask students"):
-        found = compare(
-            variants,
-            str(ASSETS / "student"),
-            load_test,
-            out / "compared",
-            seeds=[seed],
-            asking=ASKING,
-            jobs=min(2, os.cpu_count() or 1),
-            say=say,
-        )
-    with _timed(timings, "ask teacher and student before"):
-        before = {name: _ask(out, name, load_test()) for name in ("teacher", "student before")}
-    with _timed(timings, "export"):
-        students = [_export(out, variant, seed) for variant in variants]
-    timings["all"] = time.monotonic() - began
-    after = {
-        variant.name: evaluation_of(read_predictions(variant.predictions_path(out / "compared", seed)), [])
-        for variant in variants
-    }
-    table = _table(before | after, found)
+    compared = out / "compared"
+    with _timed(timings, "all"):
+        train_data, test_data = _write_data(out, seed)
+        with _timed(timings, "cache"):
+            _write_caches(out, train_data)
+        for folder in ("cache", "cache-own"):
+            summary = summarize(open_cache(out / folder))
+            size = sum(summary.bytes[f"{tier} tars"] for tier in ("samples", "questions")) / 1e6
+            say(f"{folder}: {summary.cached} conversations, {summary.answer_tokens} answer tokens, {size:.1f} MB")
+        variants = demo_variants(out)
+        load_test = partial(open_samples, [test_data])
+        student, jobs = str(ASSETS / "student"), min(2, os.cpu_count() or 1)
+        with _timed(timings, "train and ask students"):
+            found = compare(variants, student, load_test, compared, seeds=[seed], asking=ASKING, jobs=jobs, say=say)
+        with _timed(timings, "ask teacher and student before"):
+            results = {name: _ask(out, name, load_test()) for name in ("teacher", "student before")}
+        with _timed(timings, "export"):
+            students = [_export(out, variant, seed) for variant in variants]
+    for variant in variants:
+        results[variant.name] = evaluation_of(read_predictions(variant.predictions_path(compared, seed)), [])
+    table = _table(results, found)
     report, run_page, cache_page = out / "report.md", out / "report.html", out / "cache.html"
-    metrics = read_metrics(variants[1].run_path(out / "compared", seed))
-    write_report(
-        report,
-        "genrecal demo",
-        [
-            ("Held-out questions", f"{table}\n\n{_table_note(found)}"),
-            ("Loss terms of GenRecal, first and last tenth of each stage", markdown_table(
-                ["stage", "term", "first", "last"], terms_by_stage(metrics))),
-            ("Seconds", markdown_table(["part", "seconds"], [[k, f"{v:.0f}"] for k, v in timings.items()])),
-        ],
-    )  # fmt: skip
-    write_run_report([variant.run_path(out / "compared", seed) for variant in variants], run_page)
+    terms = terms_by_stage(read_metrics(variants[1].run_path(compared, seed)))
+    sections = [
+        ("Held-out questions", f"{table}\n\n{_table_note(found)}"),
+        ("Loss terms of GenRecal, first and last tenth of each stage", markdown_table(["stage", "term", "first", "last"], terms)),
+        ("Seconds", markdown_table(["part", "seconds"], [[k, f"{v:.0f}"] for k, v in timings.items()])),
+    ]  # fmt: skip
+    write_report(report, "genrecal demo", sections)
+    answers = [out / "predictions" / f"{name}.jsonl" for name in ("teacher", "student-before")]
+    write_run_report([compared, *answers], run_page)
     write_cache_page(open_cache(out / "cache"), cache_page)
     say(table)
     say(_table_note(found))
-    say(f"cache {out / 'cache'}\ncache {out / 'cache-own'}\nruns {out / 'compared' / 'runs'}")
+    say(f"cache {out / 'cache'}\ncache {out / 'cache-own'}\nruns {compared / 'runs'}")
     say(f"students {', '.join(map(str, students))}\nreport {report}")
     say(f"page of the runs {run_page}\npage of the cache {cache_page}")
 
 
 def demo_variants(out: Path) -> list[Variant]:
     """What is compared, the baseline first: from the given answers, or from those that the teacher wrote."""
+    tries = (
+        ("SFT", "sft", "cache"),
+        ("GenRecal", "genrecal", "cache"),
+        ("byte-kl alone", "byte-kl", "cache", "loss.ce_weight=0"),
+        ("SFT on the teacher's answers", "sft", "cache-own"),
+        ("byte-kl on the teacher's answers", "byte-kl", "cache-own"),
+    )
     return [
         Variant(
             name=name,
             caches=(str(out / cache),),
-            config=load_config(None, [*SETTINGS, f"objective={objective}", *settings]),
+            config=load_config(None, [*SETTINGS, f"objective={objective}", *more]),
         )
-        for name, objective, cache, *settings in (
-            ("SFT", "sft", "cache"),
-            ("GenRecal", "genrecal", "cache"),
-            ("byte-kl alone", "byte-kl", "cache", "loss.ce_weight=0"),
-            ("SFT on the teacher's answers", "sft", "cache-own"),
-            ("byte-kl on the teacher's answers", "byte-kl", "cache-own"),
-        )
+        for name, objective, cache, *more in tries
     ]
 
 
 def _write_data(out: Path, seed: int) -> tuple[Path, Path]:
     from genrecal.demo.data import Flaws, write_dataset
 
-    flaws = Flaws(wrong_answers=WRONG_ANSWERS)
+    flaws, data = Flaws(wrong_answers=WRONG_ANSWERS), out / "data"
     return (
-        write_dataset(out / "data" / "train", num_samples=TRAIN_SAMPLES, split="train", seed=seed, flaws=flaws),
-        write_dataset(out / "data" / "test", num_samples=TEST_SAMPLES, split="test", seed=seed),
+        write_dataset(data / "train", num_samples=TRAIN_SAMPLES, split="train", seed=seed, flaws=flaws),
+        write_dataset(data / "test", num_samples=TEST_SAMPLES, split="test", seed=seed),
     )
 
 
@@ -172,23 +161,17 @@ def _export(out: Path, variant: Variant, seed: int) -> Path:
 def _table(results: dict[str, Evaluation], found: Comparison) -> str:
     categories = next(iter(results.values())).by_category
     gains = {row.name: row.accuracy_gain for row in found.rows}
-    rows = []
-    for name, result in results.items():
-        score = result.overall
-        rows.append(
-            [
-                name,
-                plus_minus(score.accuracy, score.accuracy_error, percent=True),
-                _points(gains.get(name)),
-                plus_minus(score.log_loss, score.log_loss_error),
-                *(f"{result.by_category[category].accuracy:.1%}" for category in categories),
-            ]
-        )
+    rows = [
+        [
+            name,
+            plus_minus(result.overall.accuracy, result.overall.accuracy_error, percent=True),
+            signed(gains.get(name), 100, 1),
+            plus_minus(result.overall.log_loss, result.overall.log_loss_error),
+            *(f"{result.by_category[category].accuracy:.1%}" for category in categories),
+        ]
+        for name, result in results.items()
+    ]
     return markdown_table(["model", "accuracy", "more than SFT", "answer log-loss", *categories], rows)
-
-
-def _points(gain: Mean | None) -> str:
-    return "" if gain is None else f"{100 * gain.value:+.1f} ± {100 * gain.error:.1f}"
 
 
 def _table_note(found: Comparison) -> str:

@@ -231,10 +231,10 @@ def accuracy_lines(runs: Sequence[RunFigures], name: str = "accuracy") -> dict[s
                 if math.isfinite(x):
                     values = number(score.get(name)), number(score.get(f"{name}_error"))
                     points.setdefault(category, []).append((x, *values))
-        for category, values in points.items():
-            xs, ys, errors = zip(*values, strict=True)
-            line = Line(label=run.name, xs=xs, ys=ys, errors=errors, colour=place, dots=True)
-            found.setdefault(category, []).append(line)
+        for category, measured in points.items():
+            xs, ys, errors = ([point[i] for point in measured] for i in range(3))
+            drawn = Line(label=run.name, xs=xs, ys=ys, errors=errors, colour=place, dots=True)
+            found.setdefault(category, []).append(drawn)
     return found
 
 
@@ -314,26 +314,23 @@ Row = tuple[str, list[str]]  # a name and a value for each run
 
 def comparison_rows(runs: Sequence[RunFigures]) -> list[Row]:
     """The runs side by side: their models and data, and how each stage ended."""
-
-    def row(name: str, value: Callable[[RunFigures], Any]) -> Row:
-        return name, [_text(value(run)) for run in runs]
-
+    states = ["shards" if run.run.get("teacher") == "cache" else run.run.get("teacher") for run in runs]
     rows = [
-        row("student", lambda run: run.run.get("student")),
-        row("teacher", lambda run: run.cache.get("teacher")),
-        row("its states from", lambda run: "shards" if run.run.get("teacher") == "cache" else run.run.get("teacher")),
-        row("caches", _caches),
-        row("objective", lambda run: run.setting("objective")),
-        row("teacher's own cross-entropy, whole cache", lambda run: figure(run.teacher_own)),
-        row("regularisation's weight", lambda run: run.setting("loss.reg_weight")),
-        row("seed", lambda run: run.setting("seed")),
+        _row("student", (run.run.get("student") for run in runs)),
+        _row("teacher", (run.cache.get("teacher") for run in runs)),
+        _row("its states from", states),
+        _row("caches", map(_caches, runs)),
+        _row("objective", (run.setting("objective") for run in runs)),
+        _row("teacher's own cross-entropy, whole cache", (run.teacher_own for run in runs), figure),
+        _row("regularisation's weight", (run.setting("loss.reg_weight") for run in runs)),
+        _row("seed", (run.setting("seed") for run in runs)),
     ]
     for stage in _stages(runs):
-        rows.append(row(f"stage {stage}: steps", lambda run, stage=stage: run.num_steps(stage) or None))
+        rows.append(_row(f"stage {stage}: steps", (run.num_steps(stage) or None for run in runs)))
         for term in ("ce", "kl_first", "kl_later", "reg_kl", "aligned_kl", "sft"):
             values = [run.ends(stage, term)[1] for run in runs]
             if any(map(math.isfinite, values)):
-                rows.append((f"stage {stage}: {term}, last tenth", list(map(figure, values))))
+                rows.append(_row(f"stage {stage}: {term}, last tenth", values, figure))
     return rows
 
 
@@ -347,31 +344,32 @@ def different_settings(runs: Sequence[RunFigures]) -> list[Row]:
 
 def cost_rows(runs: Sequence[RunFigures]) -> list[Row]:
     """What the runs took. Teacher passes are forward passes over one conversation."""
-
-    def row(name: str, value: Callable[[RunFigures], float], show: Callable[[float], str] = _count) -> Row:
-        return name, [show(value(run)) for run in runs]
-
     stages = _stages(runs)
-    rows = [row(f"stage {stage}: samples seen", lambda run, s=stage: run.total(s, "samples")) for stage in stages]
+    live = [0.0 if run.run.get("teacher") == "cache" else _with_teacher(run) for run in runs]
+    hours = [_seconds(run) * number(run.run.get("processes")) for run in runs]
+    cached = [number(run.cache.get("samples")) for run in runs]
+    rows = [_row(f"stage {n}: samples seen", (run.total(n, "samples") for run in runs), _count) for n in stages]
     rows += [
-        row("teacher passes of this run", lambda r: 0.0 if r.run.get("teacher") == "cache" else _with_teacher(r)),
-        row("teacher passes of the cache, once for all its runs", lambda run: number(run.cache.get("samples"))),
-        row("teacher passes with the teacher beside the student", _with_teacher),
+        _row("teacher passes of this run", live, _count),
+        _row("teacher passes of the cache, once for all its runs", cached, _count),
+        _row("teacher passes with the teacher beside the student", map(_with_teacher, runs), _count),
     ]
     tiers = {"samples": "answers and images", "questions": "question states", "manifest": "manifests"}
     for tier, words in tiers.items():
-        rows.append(row(f"cache: bytes of {words}", lambda run, t=tier: number(at(run.cache, f"bytes.{t}")), _bytes))
-    rows += [row(f"stage {stage}: hours", lambda run, s=stage: run.total(s, "seconds"), _hours) for stage in stages]
-    rows.append(("processes", [_text(run.run.get("processes")) for run in runs]))
-    rows.append(row("hours of all processes", lambda r: _seconds(r) * number(r.run.get("processes")), _hours))
-    for stage in stages:
-        rows += [
-            row(f"stage {stage}: student tokens per second",
-                lambda run, s=stage: run.total(s, "student_tokens") / (run.total(s, "seconds") or math.nan)),
-            row(f"stage {stage}: peak memory, GB", lambda run, s=stage: run.peak_memory(s), figure),
-            row(f"stage {stage}: waiting for data", lambda run, s=stage: run.data_wait(s), lambda v: percent(v, 1)),
-        ]  # fmt: skip
+        rows.append(_row(f"cache: bytes of {words}", (number(at(run.cache, f"bytes.{tier}")) for run in runs), _bytes))
+    rows += [_row(f"stage {n}: hours", (run.total(n, "seconds") for run in runs), _hours) for n in stages]
+    rows.append(_row("processes", (run.run.get("processes") for run in runs)))
+    rows.append(_row("hours of all processes", hours, _hours))
+    for n in stages:
+        rates = [run.total(n, "student_tokens") / (run.total(n, "seconds") or math.nan) for run in runs]
+        rows.append(_row(f"stage {n}: student tokens per second", rates, _count))
+        rows.append(_row(f"stage {n}: peak memory, GB", (run.peak_memory(n) for run in runs), figure))
+        rows.append(_row(f"stage {n}: waiting for data", (run.data_wait(n) for run in runs), lambda v: percent(v, 1)))
     return rows
+
+
+def _row(name: str, values: Iterable[Any], show: Callable[[Any], str] | None = None) -> Row:
+    return name, [(show or _text)(value) for value in values]
 
 
 def _stages(runs: Sequence[RunFigures]) -> list[int]:
