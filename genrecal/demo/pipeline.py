@@ -92,7 +92,8 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], Any]) -> None:
     terms = terms_by_stage(read_metrics(variants[1].run_path(compared, seed)))
     sections = [
         ("Held-out questions", f"{table}\n\n{_table_note(found)}"),
-        ("Loss terms of GenRecal, first and last tenth of each stage", markdown_table(["stage", "term", "first", "last"], terms)),
+        ("Loss terms of GenRecal, first and last tenth of each stage",
+         markdown_table(["stage", "term", "first", "last"], terms)),
         ("Seconds", markdown_table(["part", "seconds"], [[k, f"{v:.0f}"] for k, v in timings.items()])),
     ]  # fmt: skip
     write_report(report, "genrecal demo", sections)
