@@ -65,7 +65,11 @@ MOMENTS = ("start", "end")
 POOLINGS = ("question", "answer", "all")  # tokens whose recalibrated states are averaged
 PAIRINGS = ("own", "splice")  # what of the student is compared with the teacher; see genrecal.train.snapshot
 MAX_SNAPSHOT_BYTES = 2**26
-TENSORS = ("similarity", "tokens", "token_is_answer")  # of a snapshot, in its file as KIND/NAME
+TENSORS = {
+    "similarity": "similarity",
+    "tokens": "tokens",
+    "is_answer": "token_is_answer",
+}  # in its file KIND/NAME, by field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +98,11 @@ class Snapshot:
     def write(self, run: Path) -> None:
         """Write it into the run's folder."""
         facts = {name: getattr(self, name) for name in ("stage", "moment", "samples", "own", "keys", "categories")}
-        tensors = {f"{kind}/{k}": np.ascontiguousarray(v) for kind in TENSORS for k, v in getattr(self, kind).items()}
+        tensors = {
+            f"{kind}/{name}": np.ascontiguousarray(value)
+            for kind, field_name in TENSORS.items()
+            for name, value in getattr(self, field_name).items()
+        }
         data = safetensors.numpy.save(tensors, {"genrecal": json.dumps(facts)})
         write_whole(run / SNAPSHOTS / f"stage{self.stage}-{self.moment}.safetensors", data)
 
@@ -109,12 +117,12 @@ def _read_snapshot(path: Path) -> Snapshot:
     try:
         if path.stat().st_size > MAX_SNAPSHOT_BYTES:
             raise ValueError(f"it has more than {MAX_SNAPSHOT_BYTES} bytes")
-        tensors: dict[str, dict[str, np.ndarray]] = {kind: {} for kind in TENSORS}
+        tensors: dict[str, dict[str, np.ndarray]] = {field_name: {} for field_name in TENSORS.values()}
         with safetensors.safe_open(path, framework="numpy") as file:
             facts = dict(json.loads(file.metadata()["genrecal"]))
             for name in file.keys():
                 kind, _, rest = name.partition("/")
-                tensors[kind][rest] = file.get_tensor(name)
+                tensors[TENSORS[kind]][rest] = file.get_tensor(name)
         snapshot = Snapshot(
             stage=int(facts["stage"]),
             moment=str(facts["moment"]),

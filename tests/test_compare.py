@@ -1,7 +1,6 @@
 """`genrecal compare`: variants at equal steps, found again when they are finished, and a table that is arithmetic."""
 
 import json
-import math
 import shutil
 
 import numpy as np
@@ -12,8 +11,8 @@ from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.cli import main
 from genrecal.compare import Asking, _begin, rows_of, variants_of
-from genrecal.errors import DataError, UsageError
-from genrecal.evaluate.evaluate import Prediction, evaluate, read_predictions
+from genrecal.errors import UsageError
+from genrecal.evaluate.evaluate import evaluate, read_predictions
 from genrecal.samples import open_samples
 from genrecal.train.config import load_config
 from genrecal.train.loop import train
@@ -59,44 +58,6 @@ def test_wrong_variants(tmp_path, tries, content, message):
     with pytest.raises(UsageError) as raised:
         variants_of(tries, tmp_path / "tries.toml", caches=["c"])
     assert message in str(raised.value)
-
-
-# ----------------------------------------------------------------------------------------------------------- the table
-
-
-def answers(*scores, losses=None):
-    """Predictions with these scores: two questions in each conversation."""
-    losses = losses or [1.0] * len(scores)
-    return [
-        Prediction(
-            key=f"{i // 2}", turn=i % 2, category="", question="", answer="", prediction="", metric="exact",
-            score=score, log_loss=loss,
-        )
-        for i, (score, loss) in enumerate(zip(scores, losses, strict=True))
-    ]  # fmt: skip
-
-
-def test_errors_and_gains_over_seeds():
-    base = [answers(0, 1, 0, 0), answers(1, 1, 0, 0), answers(1, 1, 1, 0)]
-    other = [answers(1, 1, 0, 0), answers(1, 1, 1, 0, losses=[3, 1, 1, 1]), answers(0, 1, 1, 0)]
-    first, second = rows_of({"base": base, "other": other})
-    own, gains = np.array([0.5, 0.75, 0.5]), np.array([0.25, 0.25, -0.25])
-    assert first.accuracy_gain is None and first.log_loss_gain is None
-    assert second.accuracy == pytest.approx((own.mean(), own.std(ddof=1) / math.sqrt(3)))
-    assert second.accuracy_gain == pytest.approx((gains.mean(), gains.std(ddof=1) / math.sqrt(3)))
-    assert second.log_loss_gain == pytest.approx((0.5 / 3, np.std([0, 0.5, 0], ddof=1) / math.sqrt(3)))
-
-
-def test_with_one_seed_errors_are_over_conversations():
-    """Two conversations of two questions: their sums' spread about the mean, as `genrecal evaluate` has it."""
-    _, row = rows_of({"base": [answers(0, 1, 0, 0)], "other": [answers(1, 1, 1, 0)]})
-    assert row.accuracy == pytest.approx((0.75, math.sqrt(2 * (0.5**2 + 0.5**2)) / 4))
-    assert row.accuracy_gain == pytest.approx((0.5, 0.0))  # each conversation gained one
-
-
-def test_unlike_questions_are_not_compared():
-    with pytest.raises(DataError, match="not asked the same questions"):
-        rows_of({"base": [answers(0, 1)], "other": [answers(0, 1, 1)]})
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs
