@@ -121,7 +121,7 @@ def run_regime(regime: Regime, chosen: list[str], out: Path, seeds: list[int], j
         num_samples=TEST_SAMPLES,
         split="test",
         seed=0,
-        flaws=Flaws(unclear_images=regime.flaws.unclear_pictures),
+        flaws=Flaws(unclear_images=regime.flaws.unclear_images),
     )
     train = write_dataset(out / "train", num_samples=regime.samples, split="train", seed=0, flaws=regime.flaws)
     given, own = out / "cache-given", out / "cache-own"

@@ -64,8 +64,8 @@ def test_one_sentence_names_every_baseline_and_the_start():
     best, others = best_and_others(models)
     assert (best.name, [other.name for other in others]) == ("ours", ["SFT", "student before"])
     assert verdict(models) == (
-        "ours answers 75.0% ± 25.0% of 4 held-out questions right: +25.0 ± 25.0 points compared "
-        "with SFT (no clear difference), +75.0 ± 25.0 points compared with student before; the teacher answers 100.0% ± 0.0%. It is the best of 2."
+        "ours answers 75.0% ± 25.0% of 4 held-out questions right: +25.0 ± 25.0 points compared with SFT (no clear "
+        "difference), +75.0 ± 25.0 points compared with student before; the teacher answers 100.0% ± 0.0%. It is the best of 2."
     )
     apart = Model(name="elsewhere", seeds=[answers(1, 1)])
     assert comparable([*models, apart]) == (models, ["elsewhere"])
