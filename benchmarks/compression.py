@@ -40,7 +40,7 @@ def made_rows(rows: int, width: int, top_k: int) -> AnswerRows:
         turn=np.zeros(rows, np.int32),
         position=place + 700,
         token_id=np.roll(target, 1),
-        hidden=round_to_bf16(states.astype(np.float32)),
+        states=round_to_bf16(states.astype(np.float32)),
         target_id=target,
         target_start=4 * place,
         target_end=4 * place + 4,

@@ -70,7 +70,7 @@ class Made:
 
     def record(self) -> Record:
         hidden = (self.states.astype(np.uint32) << 16).view(np.float32)
-        return Record(sample=self.sample, answer=replace(self.rows, hidden=hidden), question=None)
+        return Record(sample=self.sample, answer=replace(self.rows, states=hidden), question=None)
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {name: getattr(self.rows, name) for name in PLAIN}
@@ -94,7 +94,7 @@ def make_records(count: int, tokens: int, width: int) -> list[Made]:
         place = np.arange(tokens + 1, dtype=np.int32)
         rows = AnswerRows(
             turn=np.zeros(tokens + 1, np.int32), position=place + 700, token_id=np.roll(target, 1),
-            hidden=np.empty((0, 0), np.float32), target_id=target, target_start=4 * place, target_end=4 * place + 4,
+            states=None, target_id=target, target_start=4 * place, target_end=4 * place + 4,
             target_logit=logits[:, 0].copy(), topk_ids=ids, topk_logits=logits.copy(), logsumexp=logits[:, 0] + 1,
         )  # fmt: skip
         stream = io.BytesIO()

@@ -26,6 +26,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -40,20 +41,35 @@ from genrecal.cache.options import CacheOptions
 from genrecal.cache.teacher import HFTeacher, LiveTeacher
 from genrecal.demo.data import write_dataset
 from genrecal.demo.pipeline import ASSETS
+from genrecal.objectives import OBJECTIVES
+from genrecal.objectives.base import map_tensors
 from genrecal.report.summary import markdown_table
 from genrecal.samples import open_samples
+from genrecal.shards.mixture import open_caches
 from genrecal.shards.reader import open_cache
 from genrecal.train import loop
+from genrecal.train.batches import BatchBuilder, ShardSource
 from genrecal.train.config import load_config
 from genrecal.train.logs import read_metrics
 from genrecal.train.run import Run
-from genrecal.vlm.loading import load_vlm
+from genrecal.vlm.loading import load_renderer, load_vlm
 
 SOURCES = ("shards", "memory", "live")
 SKIPPED_STEPS = 2  # compile, fill caches and queues
 
 # What differs from the configs of the demo's two models.
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def wide(width: int, heads: int) -> dict[str, Any]:
+    return {
+        "text_config": {"hidden_size": width, "intermediate_size": 256, "num_hidden_layers": 1,
+                        "num_attention_heads": heads, "num_key_value_heads": 4,
+                        "rope_parameters": ROPE | {"mrope_section": [16, 24, 24]}},
+        "vision_config": {"hidden_size": width, "embed_dim": 192, "depth": 1},
+    }  # fmt: skip
+
+
 SHAPES: dict[str, Any] = {
     "demo": None,
     # 9:1 in parameters; the student is deep and narrow, as a real one is next to the Recalibrator's two blocks.
@@ -71,6 +87,9 @@ SHAPES: dict[str, Any] = {
                               "num_attention_heads": 3},
         },
     },
+    # Little but the width of a 7B's or a 72B's states: what reading and decoding them costs beside a small step.
+    "d3584": {"teacher": wide(3584, 28)},
+    "d8192": {"teacher": wide(8192, 64)},
     # Qwen2-VL-72B and InternVL2.5-8B, the paper's 9:1, with their depths and an eighth of every width, the vocabulary's
     # too: each matrix product has the share of a step that it has there.
     "72b-8b/8": {
@@ -121,6 +140,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--stages", default="1,2")
     parser.add_argument("--words", type=int, default=0, help="put before each first question")
+    parser.add_argument("--answer-words", type=int, default=0, help="put behind each first answer")
     parser.add_argument("--vocab", type=int, default=0, help="rows of both heads, in place of the shape's")
     parser.add_argument("--question-fraction", type=float, default=1.0, help="as of `genrecal cache`")
     parser.add_argument("--workers", type=int, default=1)
@@ -131,6 +151,7 @@ def main() -> None:
     facts, rows = compare(options)
     print(facts + "\n")
     print(markdown_table(HEADER, rows))
+    print("\n" + markdown_table(LOADING, options.loading))
     if options.grow:
         print("\n" + markdown_table(["stage 1 with", *HEADER[1:]], grow(options)))
 
@@ -165,6 +186,7 @@ def compare(options: argparse.Namespace, *, sources: tuple[str, ...] = SOURCES) 
                 for source in sources:
                     found.setdefault((stage, source), []).append(child(measure, source, stage, options))
                     sys.stderr.write(f"{stage} {source} {found[stage, source][-1]}\n")
+        options.loading = [child(loading, stage, options) for stage in stages]
     facts = (
         f"{options.shape}, {options.device}, batch {options.batch} x {options.accumulation}: N_t {prepared['teacher']:,}, "
         f"N_s {prepared['student']:,} parameters, (N_t + N_s) / N_s = {1 + prepared['teacher'] / prepared['student']:.2f}; "
@@ -227,12 +249,12 @@ def prepare(options: argparse.Namespace) -> dict[str, float]:
         make_model(options.work / role, role, options)
     samples = options.batch * options.accumulation * (options.steps + SKIPPED_STEPS)
     data = write_dataset(options.work / "data", num_samples=samples, split="train", seed=0)
-    if options.words:
-        records = json.loads(data.read_text())
-        for record in records:
-            said = record["conversations"][0]
-            said["value"] += " " + " ".join(["the", "red", "bar", "is"][n % 4] for n in range(options.words))
-        data.write_text(json.dumps(records))
+    records = json.loads(data.read_text())
+    for record in records:
+        for turn, words in enumerate((options.words, options.answer_words)):
+            more = " ".join(["the", "red", "bar", "is"][n % 4] for n in range(words))
+            record["conversations"][turn]["value"] += f" {more}" if words else ""
+    data.write_text(json.dumps(records))
     teacher = HFTeacher.load(options.work / "teacher", dtype=dtype_of(options), device=options.device)
     asked = CacheOptions(samples_per_shard=64, question_fraction=options.question_fraction)
     run_cache_job(teacher, open_samples([data]), options.work / "cache", asked)
@@ -294,6 +316,34 @@ def dtype_of(options: argparse.Namespace) -> torch.dtype:
 
 
 # ------------------------------------------------------------------------------------------------------- one measurement
+
+
+LOADING = ["stage", "CPU ms per sample, records", "with rendering, as a batch", "bytes per answer row"]
+
+
+def loading(stage: int, options: argparse.Namespace) -> list[str]:
+    """What a loader process spends on a sample, and the teacher's bytes that it hands over; in stage 1 with question states."""
+    torch.set_num_threads(1)
+    cache = open_caches([options.work / "cache"])
+    objective = OBJECTIVES["genrecal"](stage, load_config(None, options.set))
+    source = ShardSource(cache)
+    builder = BatchBuilder(source, load_renderer(options.work / "student"), objective)
+    batches = [range(start, start + 4) for start in range(0, min(len(cache), 64) - 3, 4)]
+    times = []
+    for _ in range(5):
+        start = time.process_time()
+        for indices in batches:
+            source.fetch(indices, objective.tier)
+        middle = time.process_time()
+        built = [builder[indices].batch for indices in batches]
+        times.append((middle - start, time.process_time() - middle))
+    sizes: list[int] = []
+    for batch in built:
+        batch.student_inputs = {}
+        map_tensors(batch, lambda tensor: sizes.append(tensor.nbytes))
+    samples, rows = 4 * len(batches), sum(len(cache[i].answer_rows()) for indices in batches for i in indices)
+    read, whole = (statistics.median(part) / samples * 1e3 for part in zip(*times, strict=True))
+    return [str(stage), f"{read:.2f}", f"{whole:.2f}", f"{sum(sizes) / rows:,.0f}"]
 
 
 def measure(what: str, stage: int, options: argparse.Namespace) -> dict[str, float]:

@@ -79,7 +79,7 @@ def make_record(index: int, head: FrozenHead, *, question: bool, hidden=lambda s
         turn=turn,
         position=position,
         token_id=rng.integers(0, VOCABULARY, rows).astype(np.int32),
-        hidden=hidden(states),
+        states=hidden(states),
         target_id=np.where(last, NO_TARGET, target).astype(np.int32),
         target_start=np.where(last, NO_TARGET, np.arange(rows) % 5).astype(np.int32),
         target_end=np.where(last, NO_TARGET, np.arange(rows) % 5 + 1).astype(np.int32),
@@ -96,7 +96,7 @@ def make_record(index: int, head: FrozenHead, *, question: bool, hidden=lambda s
         turn=np.searchsorted(position[last], asked).astype(np.int32),
         position=asked.astype(np.int32),
         token_id=rng.integers(0, VOCABULARY, len(asked)).astype(np.int32),
-        hidden=make_states(rng, len(asked)),
+        states=make_states(rng, len(asked)),
     )
     return Record(sample=sample, answer=answer, question=rows)
 

@@ -18,7 +18,7 @@ def make_answer(turn_lengths=(2, 3), width=8, k=4, vocab=200_000, seed=0, draws=
         turn=turn,
         position=np.arange(10, 10 + rows, dtype=np.int32),
         token_id=rng.integers(0, vocab, rows).astype(np.int32),
-        hidden=round_to_bf16(rng.normal(size=(rows, width)).astype(np.float32)),
+        states=round_to_bf16(rng.normal(size=(rows, width)).astype(np.float32)),
         target_id=target,
         target_start=np.where(target == NO_TARGET, NO_TARGET, np.arange(rows)).astype(np.int32),
         target_end=np.where(target == NO_TARGET, NO_TARGET, np.arange(rows) + 1).astype(np.int32),
@@ -45,5 +45,5 @@ def make_question(rows=5, width=8, seed=0):
         turn=np.zeros(rows, np.int32),
         position=np.arange(rows, dtype=np.int32),
         token_id=rng.integers(0, 99, rows).astype(np.int32),
-        hidden=round_to_bf16(rng.normal(size=(rows, width)).astype(np.float32)),
+        states=round_to_bf16(rng.normal(size=(rows, width)).astype(np.float32)),
     )

@@ -28,7 +28,6 @@ HEAVY = {
     "transformers",
     "peft",
     "pyarrow",
-    "numba",
     "numpy",
     "ray",
     "vllm",
@@ -66,8 +65,8 @@ def test_what_is_installed_is_what_is_imported():
     package_of = {module: package for package, module in MODULES.items()}
     packages = {package_of.get(module, module) for module in imported()}
     assert needed - packages == {"tensorboard"}  # torch.utils.tensorboard writes with it, and torch does not require it
-    # By transformers, numba, Jinja and vLLM, as parts of their interfaces.
-    brought = {"huggingface_hub", "llvmlite", "markupsafe", "tokenizers", "tqdm"}
+    # By transformers, Jinja and vLLM, as parts of their interfaces.
+    brought = {"huggingface_hub", "markupsafe", "tokenizers", "tqdm"}
     assert packages - needed - extras - brought == set()
 
 

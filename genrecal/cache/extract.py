@@ -72,7 +72,7 @@ def _columns(encoded: Encoded, positions: np.ndarray, turns: np.ndarray, states:
         "turn": turns.astype(np.int32),
         "position": positions.astype(np.int32),
         "token_id": encoded.input_ids[positions].astype(np.int32),
-        "hidden": round_to_bf16(hidden),
+        "states": round_to_bf16(hidden),
     }
 
 

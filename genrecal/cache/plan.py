@@ -460,7 +460,7 @@ def made_question(rows: int, shape: ModelShape, options: CacheOptions) -> Questi
         turn=np.zeros(rows, np.int32),
         position=np.arange(rows, dtype=np.int32),
         token_id=np.random.default_rng(0).integers(0, shape.head_rows, rows).astype(np.int32),
-        hidden=made_states(rows, shape.hidden_size),
+        states=made_states(rows, shape.hidden_size),
     )
 
 
@@ -484,7 +484,7 @@ def made_answer(rows: int, shape: ModelShape, options: CacheOptions) -> AnswerRo
         turn=np.zeros(rows, np.int32),
         position=place,
         token_id=np.roll(ids[:, 0].int().numpy(), 1),
-        hidden=made_states(rows, shape.hidden_size),
+        states=made_states(rows, shape.hidden_size),
         target_id=target,
         target_start=4 * place,
         target_end=4 * place + 4,

@@ -16,6 +16,7 @@ from torch import nn
 from genrecal.errors import DamageError, UsageError
 from genrecal.objectives.losses import Exact, Sampled, Target, TopK, chunked_cross_entropy
 from genrecal.objectives.settings import LossConfig, Settings
+from genrecal.shards.codecs import Coded, CodedStates
 from genrecal.shards.head import FrozenHead
 from genrecal.shards.mixture import Mixture
 from genrecal.shards.reader import Cache
@@ -37,7 +38,8 @@ class Tier(IntEnum):
 class Batch:
     """A micro-batch as the student sees it. An objective that reads the teacher adds fields in a subclass.
 
-    Fields may be tensors, or dataclasses of them; `to` moves all to a device.
+    Fields may be tensors, the teacher's coded states, or dataclasses of them. `to` moves all to a device; `decoded` decodes
+    the states there, before `Objective.terms`.
 
     Args:
         keys: the samples.
@@ -67,21 +69,27 @@ class Batch:
         passes = [move(inputs) for inputs in self.student_passes]
         return dataclasses.replace(moved, student_inputs=move(self.student_inputs), student_passes=passes)
 
+    def decoded(self: "B") -> "B":
+        """With float32 `[R, D_t]` in place of the teacher's coded states, decoded on the device where they are."""
+        return map_tensors(self, lambda states: states.decode(), kind=CodedStates)
+
 
 B = TypeVar("B", bound=Batch)
 T = TypeVar("T")
 
 
-def map_tensors(value: T, function: Any) -> T:
-    """`function` on every tensor of a dataclass, its dataclasses and dicts."""
-    if isinstance(value, torch.Tensor):
+def map_tensors(value: T, function: Any, kind: type = torch.Tensor) -> T:
+    """`function` on every tensor (or other `kind`) of a dataclass, its dataclasses, dicts and tuples."""
+    if isinstance(value, kind):
         return function(value)  # type: ignore[no-any-return]
     if isinstance(value, list):
         return [map_tensors(item, function) for item in value]  # type: ignore[return-value]
     if isinstance(value, dict):
-        return {name: map_tensors(item, function) for name, item in value.items()}  # type: ignore[return-value]
+        return {name: map_tensors(item, function, kind) for name, item in value.items()}  # type: ignore[return-value]
+    if isinstance(value, tuple):
+        return tuple(map_tensors(item, function, kind) for item in value)  # type: ignore[return-value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changed = {f.name: map_tensors(getattr(value, f.name), function) for f in dataclasses.fields(value)}
+        changed = {f.name: map_tensors(getattr(value, f.name), function, kind) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **changed)
     return value
 
@@ -277,7 +285,7 @@ def teacher_part(records: Sequence[Record], kind: str) -> dict[str, Any]:
 def target_of(records: Sequence[Record], kind: str) -> Target:
     """The teacher's distribution at every row that predicts."""
     if kind == "exact":
-        return Exact(hidden=over_rows(records, "hidden"))
+        return Exact(hidden=states_of([record.answer.coded[record.answer.predicts] for record in records]))
     if kind == "sample":
         drawn = []
         for record in records:
@@ -294,6 +302,11 @@ def target_of(records: Sequence[Record], kind: str) -> Target:
         return Sampled.of_counts(ids, counts, entropy)
     log_probs = over_rows(records, "topk_logits") - over_rows(records, "logsumexp")[:, None]
     return TopK(ids=over_rows(records, "topk_ids").long(), log_probs=log_probs)
+
+
+def states_of(coded: Sequence[Coded]) -> Any:
+    """The rows of all, one after another: a tensor `[R, D_t]` once `Batch.decoded` has decoded them."""
+    return CodedStates.joined(coded)
 
 
 def over_rows(records: Sequence[Record], name: str) -> torch.Tensor:

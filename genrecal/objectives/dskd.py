@@ -12,7 +12,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from genrecal.objectives.base import Batch, Objective, TeacherBatch, Term, Tier, over_rows, teacher_part, turn_lengths
+from genrecal.objectives.base import (
+    Batch,
+    Objective,
+    TeacherBatch,
+    Term,
+    Tier,
+    over_rows,
+    states_of,
+    teacher_part,
+    turn_lengths,
+)
 from genrecal.objectives.divergences import Divergence, student_losses
 from genrecal.objectives.losses import Exact, head_losses
 from genrecal.shards.head import FrozenHead
@@ -51,7 +61,7 @@ class Dskd(Objective[DskdBatch]):
         return DskdBatch(
             **vars(student),
             **teacher_part(records, self.loss.target),
-            teacher_states=over_rows(records, "hidden"),
+            teacher_states=states_of([record.answer.coded[record.answer.predicts] for record in records]),
             token_ids=over_rows(records, "token_id").long(),
             student_turns=student_turns,
             turns=turns,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from genrecal.errors import UsageError
-from genrecal.objectives.base import Batch, Objective, TeacherBatch, Term, Tier, teacher_part, turn_lengths
+from genrecal.objectives.base import Batch, Objective, TeacherBatch, Term, Tier, states_of, teacher_part, turn_lengths
 from genrecal.objectives.losses import head_losses, rows_of
 from genrecal.objectives.recalibrator import Recalibrator
 from genrecal.objectives.settings import LossConfig, Settings
@@ -206,7 +206,7 @@ class Genrecal(Objective[GenrecalBatch]):
 def splice_of(student: Batch, samples: Sequence[Encoded], records: Sequence[Record]) -> Splice:
     """The student's questions with the teacher's answers."""
     length = student.student_inputs["input_ids"].shape[1]
-    own = [r.answer.hidden[np.diff(r.answer.turn, prepend=-1) == 0] for r in records]  # all but each turn's first row
+    own = [r.answer.coded[np.diff(r.answer.turn, prepend=-1) == 0] for r in records]  # all but each turn's first row
     questions = [
         [np.arange(s, e) + number * length for s, e, is_answer in item.segments() if not is_answer]
         for number, item in enumerate(samples)
@@ -214,7 +214,7 @@ def splice_of(student: Batch, samples: Sequence[Encoded], records: Sequence[Reco
     lengths = [turn_lengths(record) for record in records]
     index = splice_index(questions, lengths, student.student_inputs["input_ids"].numel())
     return Splice(
-        answers=torch.from_numpy(np.concatenate(own)),
+        answers=states_of(own),
         rows=torch.from_numpy(index.rows),
         predicts=torch.from_numpy(index.predicts),
     )
@@ -230,7 +230,7 @@ def regularisation_of(records: Sequence[Record]) -> Regularisation:
         if record.question is not None:
             turn = record.question.turn
             questions.append([np.flatnonzero(turn == t) + at for t in range(len(lengths))])
-            states.append(record.question.hidden)
+            states.append(record.question.coded)
             at += len(turn)
             kept_lengths.append(lengths)
             kept.append(np.arange(place, place + sum(lengths)))
@@ -238,7 +238,7 @@ def regularisation_of(records: Sequence[Record]) -> Regularisation:
     if not states:
         none = torch.zeros(0, dtype=torch.int64)
         row = torch.zeros(1, 1, dtype=torch.int64)
-        width = records[0].answer.hidden.shape[1]
+        width = records[0].answer.coded.facts["hidden_size"]
         return Regularisation(questions=torch.zeros(1, width), rows=row, predicts=none, which=none)
     index = splice_index(questions, kept_lengths, at)
     # The splice counts the answers of the kept samples only; point it at their places among all answer states.
@@ -247,7 +247,7 @@ def regularisation_of(records: Sequence[Record]) -> Regularisation:
     is_answer = source >= at
     source[is_answer] = which[source[is_answer] - at] + at
     return Regularisation(
-        questions=torch.from_numpy(np.concatenate(states)),
+        questions=states_of(states),
         rows=torch.from_numpy(source),
         predicts=torch.from_numpy(index.predicts),
         which=torch.from_numpy(which),

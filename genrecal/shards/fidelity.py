@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from genrecal.shards.codecs import Codec
+from genrecal.shards.codecs import Codec, decode
 from genrecal.shards.head import FrozenHead
 
 ROWS_PER_SHARD = 512  # measured of each tier; the head's product over every row would cost as much as the encoding
@@ -56,8 +56,8 @@ class FidelityMeter:
         if not self._rows:
             return Fidelity(rows=0, relative_l2=0.0, cosine=1.0, kl_mean=0.0, kl_p99=0.0, top1_agreement=1.0)
         states = np.concatenate(self._rows)
-        facts = self.codec.facts(states.shape[1])
-        return compare(head, states, self.codec.decode(self.codec.encode(states, facts), facts))
+        decoded = decode(self.codec.encode(states), self.codec.facts(states.shape[1]))
+        return compare(head, states, decoded.numpy())
 
 
 def compare(head: FrozenHead, states: np.ndarray, decoded: np.ndarray) -> Fidelity:

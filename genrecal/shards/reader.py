@@ -3,9 +3,9 @@
 import bisect
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -30,16 +30,8 @@ from genrecal.shards.index import (
 )
 from genrecal.shards.index import SCHEMA as INDEX_SCHEMA
 from genrecal.shards.layout import TIERS, manifest_name, read_cache_json, tar_name, wrong_settings
-from genrecal.shards.manifest import CACHED, DIGEST, MEMBER, SCHEMA, SKIPPED
-from genrecal.shards.record import (
-    AnswerRows,
-    QuestionRows,
-    Record,
-    answer_rows,
-    question_rows,
-    read_stored,
-    read_table,
-)
+from genrecal.shards.manifest import CACHED, DIGEST, SCHEMA, SKIPPED
+from genrecal.shards.record import AnswerRows, QuestionRows, Record, answer_rows, question_rows, read_table
 from genrecal.shards.storage import Store, files_in, open_store
 from genrecal.shards.strict_json import strict_json
 
@@ -48,7 +40,6 @@ MANIFESTS_HELD = 256  # of shards read from lately; a manifest of 256 records ta
 MOST_CONVERSATION_BYTES = 2**24
 MOST_SAMPLE_BYTES = 2**32  # of what is read of a sample at once; 100,000 tokens of D 16384 are 3.3e9 in bf16
 LARGEST_GAP = 2**16  # bytes between two members that are read with them rather than asked for apart
-MEMBER_FIELDS = [part.name for part in MEMBER]
 
 
 class Cache(Sequence["CachedRecord"]):
@@ -226,18 +217,18 @@ class Cache(Sequence["CachedRecord"]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         shard, place = self._index.place(int(self._index.rows[index]))
-        return CachedRecord(self, Row(self._manifest_of(shard), place))
+        return CachedRecord(self, self._manifest_of(shard).row(place))
 
     def __iter__(self) -> Iterator["CachedRecord"]:
         return (self[i] for i in range(len(self)))
 
-    def row_of(self, key: str) -> "Row | None":
+    def row_of(self, key: str) -> dict[str, Any] | None:
         """The manifest row of an input record, cached or skipped; None if no finished shard has the key."""
         for shard in self._shards_of_key(key):
             manifest = self._manifest_of(shard)
             found = pc.index(manifest.table.column("key"), key).as_py()
             if found >= 0:
-                return Row(manifest, found)
+                return manifest.row(found)
         return None
 
     def by_key(self, key: str) -> "CachedRecord":
@@ -270,54 +261,16 @@ class ShardManifest:
 
     table: pa.Table
     facts: dict[str, Any]
-    _values: dict[str, list[Any]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def cached(self) -> pa.Table:
         """The rows of cached samples."""
         return self.table.filter(pc.equal(self.table.column("status"), CACHED))
 
-    def value(self, name: str, place: int) -> Any:
-        """A row's value in a column. One at a time out of Arrow, four take as long as a short record's states."""
-        if name not in self._values:
-            self._values[name] = self.table.column(name).to_pylist()
-        return self._values[name][place]
-
-    def members(self, place: int) -> list[dict[str, Any]]:
-        """A row's members. Arrow's own way to them takes as long as reading a short one."""
-        starts, texts, numbers = self._members
-        part = slice(starts[place], starts[place + 1])
-        values = zip(*(column[part] for column in texts), *(column[part].tolist() for column in numbers), strict=True)
-        return [dict(zip(MEMBER_FIELDS, value, strict=True)) for value in values]
-
-    @cached_property
-    def _members(self) -> tuple[list[int], list[list[str]], list[np.ndarray]]:
-        """Where each row's begin; their names and tiers; their offsets, sizes and checksums."""
-        column = self.table.column("members").combine_chunks()
-        fields = [column.flatten().field(name) for name in MEMBER_FIELDS]
-        starts = column.offsets.to_numpy()
-        names, tiers = fields[0].to_pylist(), fields[1].dictionary_encode()
-        shared = tiers.dictionary.to_pylist()
-        tiers = [shared[index] for index in tiers.indices.to_pylist()]
-        return (starts - starts[0]).tolist(), [names, tiers], [field.to_numpy() for field in fields[2:]]
-
-
-class Row(Mapping[str, Any]):
-    """One row of a manifest as a mapping; a column is taken out of Arrow when a value of it is first asked for."""
-
-    def __init__(self, manifest: ShardManifest, place: int):
-        self._manifest, self._place = manifest, place
-
-    def __getitem__(self, name: str) -> Any:
-        if name == "members":
-            return self._manifest.members(self._place)
-        return self._manifest.value(name, self._place)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._manifest.table.column_names)
-
-    def __len__(self) -> int:
-        return self._manifest.table.num_columns
+    def row(self, place: int) -> dict[str, Any]:
+        """One row as a dictionary."""
+        row: dict[str, Any] = self.table.slice(place, 1).to_pylist()[0]
+        return row
 
 
 @dataclass(frozen=True, repr=False)
@@ -328,16 +281,12 @@ class CachedRecord:
     """
 
     cache: Cache
-    row: Mapping[str, Any]
+    row: dict[str, Any]
     of: str = ""
 
     def __repr__(self) -> str:
         row = self.row
         return f"CachedRecord({self.key!r}, {row['turns']} turns, {row['images']} images, {row['answer_tokens']} answer tokens)"
-
-    @cached_property
-    def _members(self) -> list[dict[str, Any]]:
-        return list(self.row["members"])
 
     @cached_property
     def _shard(self) -> int:
@@ -390,21 +339,19 @@ class CachedRecord:
         return read_table(self._read([member])[0], where=self._where(member))
 
     def answer_rows(self) -> AnswerRows:
-        """The answer rows, decoded."""
+        """The answer rows, their states coded."""
         member = self._member(".answer.arrow")
-        where = self._where(member)
-        return answer_rows(read_stored(self._read([member])[0], where=where), where=where)
+        return answer_rows(self._table(member), where=self._where(member))
 
     def question_rows(self) -> QuestionRows | None:
-        """The question rows, decoded; None if this sample's were not cached."""
+        """The question rows, their states coded; None if this sample's were not cached."""
         if not self.has_question:
             return None
         member = self._member(".question.arrow")
-        where, data = self._where(member), self._read([member])[0]
-        return question_rows(read_stored(data, where=where), where=where)
+        return question_rows(self._table(member), where=self._where(member))
 
     def hidden(self) -> np.ndarray:
-        """float32 `[R, D]`: the teacher's states over the answer rows."""
+        """float32 `[R, D]`: the teacher's states over the answer rows, decoded."""
         return self.answer_rows().hidden
 
     def question_hidden(self) -> np.ndarray | None:
@@ -412,17 +359,16 @@ class CachedRecord:
         rows = self.question_rows()
         return None if rows is None else rows.hidden
 
-    def record(self, *, question: bool = True) -> Record:
-        """Everything, decoded, the samples tier in one read; the question tier is not touched if `question` is False."""
+    def record(self, *, question: bool = True, states: bool = True) -> Record:
+        """Everything, the samples tier in one read; without the question tier or the states where an argument is False."""
         members = [self._member(".json"), *self._image_members]
         answer = self._member(".answer.arrow")
         *parts, data = self._read([*members, answer])
-        asked = self.question_rows() if question else None
         where = self._where(answer)
         return Record(
             sample=self._sample(members, parts),
-            answer=answer_rows(read_stored(data, where=where), where=where),
-            question=asked,
+            answer=answer_rows(read_table(data, where=where, states=states), where=where, states=states),
+            question=self.question_rows() if question else None,
         )
 
     def read(self, member: dict[str, Any]) -> bytes:
@@ -478,7 +424,7 @@ class CachedRecord:
     @property
     def _image_members(self) -> list[dict[str, Any]]:
         others = [self.key + suffix for suffix in (".json", ".answer.arrow", ".question.arrow")]
-        members = [member for member in self._members if member["name"] not in others]
+        members = [member for member in self.row["members"] if member["name"] not in others]
         names = [member["name"] for member in members]
         if len(names) != self.row["images"] or not all(
             name.startswith(f"{self.key}.{number}.") and "/" not in name for number, name in enumerate(names)
@@ -491,7 +437,7 @@ class CachedRecord:
 
     def _member(self, suffix: str) -> dict[str, Any]:
         name = self.key + suffix
-        for member in self._members:
+        for member in self.row["members"]:
             if member["name"] == name:
                 return member
         raise DamageError(f"{self._manifest}: sample {self.key} has no member {name}")

@@ -1,59 +1,59 @@
 """One sample's teacher states, in memory and as Arrow IPC files.
 
-Letters used for shapes: R rows, D hidden size of the teacher, k stored logits a row, K draws a row, V head rows.
+Letters used for shapes: R rows, D hidden size of the teacher, k stored logits per row, K draws per row, V head rows.
 """
 
 import json
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from genrecal.errors import DamageError, FormatError, SampleError
+from genrecal.errors import DamageError, FormatError
 from genrecal.samples import Sample
-from genrecal.shards.arrow_file import (
-    METADATA_KEY,
-    MOST_SCHEMA_BYTES,
-    READ_ERRORS,
-    Buffers,
-    allowed_bytes,
-    expanded_bytes,
-    read_batches,
-    schema_of,
-)
-from genrecal.shards.codecs import Codec, checked_facts, codec_named
+from genrecal.shards.codecs import Codec, Coded, checked_facts, codec_named, decode
 from genrecal.shards.strict_json import strict_json
 
-__all__ = ["METADATA_KEY", "AnswerRows", "QuestionRows", "Record", "answer_rows", "question_rows", "to_arrow"]
+METADATA_KEY = b"genrecal"
+MAX_SCHEMA_BYTES = 2**16
+MAX_COLUMNS = 64
+MAX_BATCHES = 64  # this writer makes one
 NO_TARGET = -1  # in memory; null on disk
-TYPES = {
+READ_ERRORS = (pa.ArrowException, OSError, EOFError, ValueError, LookupError, TypeError, OverflowError, MemoryError)
+SCALARS = {
     **dict.fromkeys(("turn", "position", "token_id", "target_id", "target_start", "target_end"), pa.int32()),
-    **dict.fromkeys(("target_logit", "logsumexp", "topk_logits", "entropy"), pa.float32()),
-    **dict.fromkeys(("topk_ids", "sample_ids"), pa.int32()),
-    "sample_counts": pa.uint16(),
-    **dict.fromkeys(("hidden_hi", "hidden_lo"), pa.uint8()),
-    "hidden_scale": pa.float16(),
-}  # of a column's values; the codes' depend on the codec
-CODES = {"int8": pa.int8(), "int4": pa.uint8()}
-TENSORS = frozenset({
-    "topk_ids", "topk_logits", "sample_ids", "sample_counts", "hidden_hi", "hidden_lo", "hidden_q", "hidden_scale"
-})  # fmt: skip
+    **dict.fromkeys(("target_logit", "logsumexp", "entropy"), pa.float32()),
+}
+TENSORS = {"topk_ids": pa.int32(), "topk_logits": pa.float32(), "sample_ids": pa.int32(), "sample_counts": pa.uint16()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionRows:
     """The teacher's states over the Q segments, in sequence order.
 
-    turn, position, token_id: int32 `[R]`; hidden: float32 `[R, D]`.
+    turn, position, token_id: int32 `[R]`. states: `[R, D]`, float32 as they were captured, or coded as they were read; None
+    where they were not read.
     """
 
     turn: np.ndarray
     position: np.ndarray
     token_id: np.ndarray
-    hidden: np.ndarray
+    states: np.ndarray | Coded | None
+
+    @property
+    def hidden(self) -> np.ndarray:
+        """float32 `[R, D]`: the states, decoded on the CPU."""
+        if isinstance(self.states, np.ndarray):
+            return self.states
+        return decode(self.coded.columns, self.coded.facts).numpy()
+
+    @property
+    def coded(self) -> Coded:
+        """The states as they are stored."""
+        assert self.states is not None, "the states were not read"
+        return Coded.plain(self.states) if isinstance(self.states, np.ndarray) else self.states
 
     def __len__(self) -> int:
         return len(self.turn)
@@ -78,7 +78,7 @@ class AnswerRows(QuestionRows):
     """The answer rows: of each turn, the last position of its Q segment and every position of its A segment.
 
     All but a turn's last row predict the answer token that follows; the last `n_t` rows of a turn are the answer's own
-    states. `hidden` is what the body gave (rounded to bf16); the targets come from the unrounded state.
+    states. The states are what the body gave, rounded to bf16; the targets come from the unrounded state.
 
     target_id: int32 `[R]`, NO_TARGET on a turn's last row. target_start, target_end: int32 `[R]`, the bytes of the
     turn's answer text that the target token covers. target_logit: float32 `[R]`, the target's own logit, which may lie
@@ -134,222 +134,171 @@ def row_entropy(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def to_arrow(rows: QuestionRows, codec: Codec) -> bytes:
     """Rows -> the bytes of an Arrow IPC file, buffers compressed as the codec says. The same rows give the same bytes.
 
-    Raises SampleError for states that a codec cannot hold, or that compress so well that a reader would refuse them.
+    Raises SampleError for states that a codec cannot hold.
     """
     columns: dict[str, pa.Array] = {
-        "turn": pa.array(rows.turn, pa.int32()),
-        "position": pa.array(rows.position, pa.int32()),
-        "token_id": pa.array(rows.token_id, pa.int32()),
+        name: pa.array(getattr(rows, name), pa.int32()) for name in ("turn", "position", "token_id")
     }
-    facts = codec.facts(rows.hidden.shape[1])
-    for name, values in codec.encode(rows.hidden, facts).items():
-        columns[name] = _tensor_column(values)
+    states = rows.hidden
+    columns |= {name: _tensors(values) for name, values in codec.encode(states).items()}
     if isinstance(rows, AnswerRows):
-        absent = ~rows.predicts
-        for name in ("target_id", "target_start", "target_end"):
-            columns[name] = pa.array(getattr(rows, name), pa.int32(), mask=absent)
-        columns["target_logit"] = pa.array(rows.target_logit, pa.float32(), mask=absent)
-        columns["topk_ids"] = _tensor_column(rows.topk_ids.astype(np.int32, copy=False))
-        columns["topk_logits"] = _tensor_column(rows.topk_logits.astype(np.float32, copy=False))
+        for name in ("target_id", "target_start", "target_end", "target_logit"):
+            columns[name] = pa.array(getattr(rows, name), SCALARS[name], mask=~rows.predicts)
+        columns["topk_ids"] = _tensors(rows.topk_ids.astype(np.int32, copy=False))
+        columns["topk_logits"] = _tensors(rows.topk_logits.astype(np.float32, copy=False))
         columns["logsumexp"] = pa.array(rows.logsumexp, pa.float32())
         if rows.sampled is not None:
-            columns["sample_ids"] = _tensor_column(rows.sampled.ids.astype(np.int32, copy=False))
-            columns["sample_counts"] = _tensor_column(rows.sampled.counts.astype(np.uint16, copy=False))
+            columns["sample_ids"] = _tensors(rows.sampled.ids.astype(np.int32, copy=False))
+            columns["sample_counts"] = _tensors(rows.sampled.counts.astype(np.uint16, copy=False))
             columns["entropy"] = pa.array(rows.sampled.entropy, pa.float32())
-    table = pa.table(columns).replace_schema_metadata({METADATA_KEY: json.dumps(facts, sort_keys=True)})
+    facts = json.dumps(codec.facts(states.shape[1]), sort_keys=True)
+    return arrow_file(pa.table(columns).replace_schema_metadata({METADATA_KEY: facts}), codec.compression)
+
+
+def arrow_file(table: pa.Table, compression: str | None) -> bytes:
+    """A table as an Arrow IPC file."""
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=codec.compression)) as writer:
+    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
         writer.write_table(table)
     data: bytes = sink.getvalue().to_pybytes()
-    if (size := len(rows) * expanded_bytes(table.schema)) > allowed_bytes(len(data)):
-        raise SampleError(f"{len(rows)} rows, nearly all the same: {size} bytes in a file of {len(data)}")
     return data
 
 
-def _tensor_column(values: np.ndarray) -> pa.Array:
+def _tensors(values: np.ndarray) -> pa.Array:
     return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(values))
 
 
 # --------------------------------------------------------------------------------------------------- Arrow file -> rows
 
 
-class Layout:
-    """An Arrow schema, and what was found good in it: every file of a cache has one of two, so each is looked at once."""
+def read_table(data: bytes | memoryview, *, where: str, states: bool = True) -> pa.Table:
+    """The rows of an `.arrow` member; without the columns of their states if `states` is False.
 
-    def __init__(self, schema: pa.Schema):
-        self.schema, self.names = schema, frozenset(schema.names)
-        self._columns: dict[str, tuple[int, int, int, np.dtype]] = {}
-        counts = [len(pa.nulls(0, kind).buffers()) for kind in schema.types]
-        self._buffers = [1, *(1 + total for total in accumulate(counts))]  # of a batch as a struct, whose own is first
-        self._codec: tuple[Codec, dict[str, Any]] | None = None
-
-    def column(self, name: str, where: str) -> tuple[int, int, int, np.dtype]:
-        """The first and the last of its buffers, its values a row (0 if it is no tensor) and their type.
-
-        Raises FormatError for a column that is not there, or not as it should be.
-        """
-        return self._columns.get(name) or self._columns.setdefault(name, self._look(name, where))
-
-    def _look(self, name: str, where: str) -> tuple[int, int, int, np.dtype]:
-        times = self.schema.names.count(name)
-        if times != 1:
-            raise FormatError(f"{where}: column {name} is {f'there {times} times' if times else 'missing'}")
-        kind = CODES[self.codec(where)[0].name] if name == "hidden_q" else TYPES[name]
-        place, width = self.schema.names.index(name), 0
-        got, expected = self.schema.types[place], kind
-        if name in TENSORS and isinstance(got, pa.FixedShapeTensorType) and len(got.shape) == 1:
-            (width,) = got.shape
-            got = got.value_type if got == pa.fixed_shape_tensor(got.value_type, got.shape) else got
-        elif name in TENSORS:
-            expected = f"tensors of one dimension of {kind}"
-        if got != expected:
-            raise FormatError(f"{where}: column {name}: expected {expected}, got {got}")
-        return self._buffers[place], self._buffers[place + 1] - 1, width, np.dtype(kind.to_pandas_dtype())
-
-    def codec(self, where: str) -> tuple[Codec, dict[str, Any]]:
-        """The codec of the states, and its facts. Raises FormatError for one that is not known, or other facts than its."""
-        if self._codec is None:
-            try:
-                facts = strict_json((self.schema.metadata or {})[METADATA_KEY], MOST_SCHEMA_BYTES)
-            except (KeyError, ValueError) as error:
-                raise FormatError(
-                    f"{where}: the Arrow metadata does not say codec and hidden size ({error!r})"
-                ) from None
-            facts = checked_facts(facts, where=where)
-            self._codec = codec_named(facts["codec"], where=where), facts
-        return self._codec
-
-
-@lru_cache(maxsize=64)
-def _layout(message: bytes) -> Layout:
-    return Layout(schema_of(message))
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Rows as an Arrow file has them, nothing decoded: how many, and the buffers of their columns."""
-
-    layout: Layout
-    rows: int
-    buffers: Buffers
-
-    @classmethod
-    def of_batches(cls, layout: Layout, batches: list[pa.RecordBatch]) -> "Stored":
-        if len(batches) > 1:  # a stranger's file: this writer makes one batch
-            batches = pa.Table.from_batches(batches).combine_chunks().to_batches()
-        # All in one call: for a short record, asking for one column after another takes longer than its decoding.
-        return (
-            cls(layout, batches[0].num_rows, batches[0].to_struct_array().buffers()) if batches else cls(layout, 0, [])
-        )
-
-
-def read_stored(data: bytes | memoryview, *, where: str) -> Stored:
-    """The rows of an `.arrow` member. Raises DamageError if it is not one."""
-    message, batches = _read_batches(data, where)
-    return Stored.of_batches(_layout(message), batches)
-
-
-def read_table(data: bytes | memoryview, *, where: str) -> pa.Table:
-    """The same as an Arrow table."""
-    message, batches = _read_batches(data, where)
-    return pa.Table.from_batches(batches, schema_of(message))
-
-
-def _read_batches(data: bytes | memoryview, where: str) -> tuple[bytes, list[pa.RecordBatch]]:
+    Raises DamageError if it is no Arrow IPC file of numbers and tensors.
+    """
+    buffer = pa.py_buffer(data)
     try:
-        return read_batches(data)
+        file = pa.ipc.open_file(buffer)
+        _check_schema(file.schema, file.num_record_batches)
+        if not states:
+            kept = [i for i, name in enumerate(file.schema.names) if not name.startswith("hidden_")]
+            file = pa.ipc.open_file(buffer, options=pa.ipc.IpcReadOptions(included_fields=kept))
+        table = file.read_all()
+        table.validate()
     except READ_ERRORS as error:
-        raise DamageError(f"{where}: not a readable Arrow file: {error}") from None
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise DamageError(f"{where}: not a readable Arrow file: {reason}") from None
+    return table
+
+
+def _check_schema(schema: pa.Schema, batches: int) -> None:
+    """Raises ValueError for what this format has not, before a column is read."""
+    if len(schema) > MAX_COLUMNS or batches > MAX_BATCHES:
+        raise ValueError(
+            f"{len(schema)} columns, {batches} record batches; the limits are {MAX_COLUMNS} and {MAX_BATCHES}"
+        )
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        inner = kind.value_type if isinstance(kind, pa.FixedShapeTensorType) else kind
+        if not (pa.types.is_integer(inner) or pa.types.is_floating(inner)):
+            raise ValueError(f"column {name!r} of type {kind}; expected numbers, or tensors of one shape")
 
 
 class _Columns:
-    """Stored rows' columns as numpy; `where` is for messages."""
+    """A table's columns as numpy; `where` is for messages."""
 
-    def __init__(self, rows: Stored | pa.Table, where: str):
-        if isinstance(rows, pa.Table):
-            rows = Stored.of_batches(Layout(rows.schema), [_from_its_start(batch) for batch in rows.to_batches()])
-        self.layout, self.where, self._rows, self._buffers = rows.layout, where, rows.rows, rows.buffers
+    def __init__(self, table: pa.Table, where: str):
+        self.table, self.where = table, where
 
-    def values(self, name: str) -> np.ndarray:
-        """A column without nulls: `[R]`, or `[R, n]` of fixed-shape tensors.
+    def codec(self) -> tuple[Codec, dict[str, Any]]:
+        """The codec of the states, and its facts. Raises FormatError for one that is not known, or other facts than its."""
+        try:
+            facts = strict_json((self.table.schema.metadata or {})[METADATA_KEY], MAX_SCHEMA_BYTES)
+        except (KeyError, ValueError) as error:
+            raise FormatError(
+                f"{self.where}: the Arrow metadata does not give codec and hidden size ({error!r})"
+            ) from None
+        facts = checked_facts(facts, where=self.where)
+        return codec_named(facts["codec"], where=self.where), facts
 
-        Raises FormatError if it is missing or not as it should be, DamageError if a value is null.
-        """
-        values, nulls = self._column(name)
-        if nulls is not None:
-            raise DamageError(f"{self.where}: column {name}: expected a value in every row, got {len(nulls)} nulls")
-        return values
+    def scalars(self, name: str) -> np.ndarray:
+        """A column `[R]`. Raises FormatError if it is missing or of another type, DamageError if a value is null."""
+        return self._full(name, self._column(name, SCALARS[name])).to_numpy()
 
     def targets(self, name: str) -> np.ndarray:
         """A column `[R]`, NO_TARGET for null."""
-        values, nulls = self._column(name)
-        if nulls is not None:
-            values = values.copy()
-            values[nulls] = NO_TARGET
-        return values
+        return np.array(pc.fill_null(self._column(name, SCALARS[name]), NO_TARGET))
 
-    def _column(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """All its values, and the rows that have none. From its buffers: pyarrow's own ways to numpy take much longer."""
-        first, last, width, dtype = self.layout.column(name, self.where)
-        rows = self._rows
-        shape, size = ((rows, width), rows * width) if name in TENSORS else (rows, rows)
-        if not size:
-            return np.empty(shape, dtype), None
-        values = np.frombuffer(self._buffers[last], dtype, size).reshape(shape)
-        if width and (nulls := self._nulls(first + 1, size)) is not None:
-            raise DamageError(f"{self.where}: column {name}: expected a number in every place, got {len(nulls)} nulls")
-        return values, self._nulls(first, rows)
+    def tensors(self, name: str, kind: pa.DataType, width: int | None = None) -> np.ndarray:
+        """A column of tensors `[R, n]`; n is `width`, or free. Raises as `scalars`."""
+        found = self._field(name).type
+        width = found.shape[0] if width is None and getattr(found, "shape", None) else width or 0
+        column = self._full(name, self._column(name, pa.fixed_shape_tensor(kind, [width]))).storage.flatten()
+        return self._full(name, column).to_numpy().reshape(-1, width)
 
-    def _nulls(self, number: int, count: int) -> np.ndarray | None:
-        """Where a buffer of valid bits, which stands only where there may be nulls, has zeros; None if nowhere."""
-        bits = self._buffers[number]
-        nulls = None if bits is None else _unset(bytes(bits), count)
-        return None if nulls is None or not len(nulls) else nulls
+    def pair(self, first: str, second: str) -> tuple[np.ndarray, np.ndarray]:
+        """Two columns of tensors of the same shape."""
+        a, b = self.tensors(first, TENSORS[first]), self.tensors(second, TENSORS[second])
+        if a.shape != b.shape:
+            raise FormatError(
+                f"{self.where}: {first} of {list(a.shape)}, {second} of {list(b.shape)}: expected the same"
+            )
+        return a, b
+
+    def states(self) -> Coded:
+        codec, facts = self.codec()
+        columns = {
+            name: self.tensors(name, pa.from_numpy_dtype(dtype), width)
+            for name, (dtype, width) in codec.columns(facts["hidden_size"]).items()
+        }
+        return Coded(facts=facts, columns=columns)
+
+    def _field(self, name: str) -> pa.Field:
+        times = self.table.schema.names.count(name)
+        if times != 1:
+            raise FormatError(f"{self.where}: column {name} is {f'there {times} times' if times else 'missing'}")
+        return self.table.schema.field(name)
+
+    def _column(self, name: str, expected: pa.DataType) -> pa.Array:
+        if (got := self._field(name).type) != expected:
+            raise FormatError(f"{self.where}: column {name}: expected {_plain(expected)}, got {_plain(got)}")
+        column = self.table.column(name)
+        return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+    def _full(self, name: str, array: pa.Array) -> pa.Array:
+        if array.null_count:
+            raise DamageError(f"{self.where}: column {name}: expected no nulls, got {array.null_count}")
+        return array
 
 
-def _from_its_start(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The same rows in buffers that begin with them; those of a slice do not."""
-    if any(column.offset for column in batch.columns):
-        return pa.ipc.read_record_batch(batch.serialize(), batch.schema)
-    return batch
+def _plain(kind: pa.DataType) -> str:
+    """A type as a message names it."""
+    return f"{kind.value_type} tensors of {kind.shape}" if isinstance(kind, pa.FixedShapeTensorType) else str(kind)
 
 
-@lru_cache(maxsize=4)  # a record's four columns of targets lack the same rows
-def _unset(bits: bytes, count: int) -> np.ndarray:
-    """Which of the first `count` bits are 0."""
-    return np.flatnonzero(np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[:count] == 0)
+def question_rows(table: pa.Table, *, where: str) -> QuestionRows:
+    """What a `.question.arrow` member holds."""
+    columns = _Columns(table, where)
+    return QuestionRows(**_places(columns), states=columns.states())
 
 
-def question_rows(rows: Stored | pa.Table, *, where: str) -> QuestionRows:
-    """Decode what a `.question.arrow` member holds."""
-    columns = _Columns(rows, where)
-    plain = {name: columns.values(name) for name in ("turn", "position", "token_id")}
-    return QuestionRows(**plain, hidden=_states(columns))
-
-
-def answer_rows(rows: Stored | pa.Table, *, where: str) -> AnswerRows:
-    """Decode what an `.answer.arrow` member holds."""
-    columns = _Columns(rows, where)
-    top_ids, top_logits = _pair(columns, "topk_ids", "topk_logits")
+def answer_rows(table: pa.Table, *, where: str, states: bool = True) -> AnswerRows:
+    """What an `.answer.arrow` member holds; without its states if `states` is False."""
+    columns = _Columns(table, where)
+    top_ids, top_logits = columns.pair("topk_ids", "topk_logits")
     sampled = None
-    if "sample_ids" in columns.layout.names:
-        ids, counts = _pair(columns, "sample_ids", "sample_counts")
-        sampled = SampledTargets(ids=ids, counts=counts, entropy=columns.values("entropy"))
-    plain = {name: columns.values(name) for name in ("turn", "position", "token_id", "logsumexp")}
-    targets = {name: columns.targets(name) for name in ("target_id", "target_start", "target_end", "target_logit")}
-    top = {"topk_ids": top_ids, "topk_logits": top_logits}
-    return AnswerRows(**plain, **targets, **top, sampled=sampled, hidden=_states(columns))
+    if "sample_ids" in table.schema.names:
+        ids, counts = columns.pair("sample_ids", "sample_counts")
+        sampled = SampledTargets(ids=ids, counts=counts, entropy=columns.scalars("entropy"))
+    return AnswerRows(
+        **_places(columns),
+        states=columns.states() if states else None,
+        **{name: columns.targets(name) for name in ("target_id", "target_start", "target_end", "target_logit")},
+        topk_ids=top_ids,
+        topk_logits=top_logits,
+        logsumexp=columns.scalars("logsumexp"),
+        sampled=sampled,
+    )
 
 
-def _states(columns: _Columns) -> np.ndarray:
-    codec, facts = columns.layout.codec(columns.where)
-    return codec.decode({name: columns.values(name) for name in codec.columns}, facts)
-
-
-def _pair(columns: _Columns, first: str, second: str) -> tuple[np.ndarray, np.ndarray]:
-    """Two columns of tensors of the same shape."""
-    pair = columns.values(first), columns.values(second)
-    if pair[0].shape != pair[1].shape:
-        shapes = [list(values.shape) for values in pair]
-        raise FormatError(f"{columns.where}: {first} of {shapes[0]}, {second} of {shapes[1]}: expected the same")
-    return pair
+def _places(columns: _Columns) -> dict[str, np.ndarray]:
+    return {name: columns.scalars(name) for name in ("turn", "position", "token_id")}

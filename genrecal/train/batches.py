@@ -56,7 +56,7 @@ class ShardSource:
         try:
             if tier == Tier.NONE:
                 return self.cache[index].sample, None
-            record = self.cache[index].record(question=tier >= Tier.QUESTIONS)
+            record = self.cache[index].record(states=tier >= Tier.STATES, question=tier >= Tier.QUESTIONS)
             return record.sample, record
         except DamageError as error:
             return error

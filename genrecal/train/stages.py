@@ -53,7 +53,7 @@ class Distiller(nn.Module):
         """
         with torch.set_grad_enabled(self.stage > 1 and torch.is_grad_enabled()):
             states = self._student_states(batch)  # [B, L, D_s]
-        terms = self.objective.terms(states, batch)
+        terms = self.objective.terms(states, batch.decoded())
         loss = self._weighed(terms) / tokens
         if batch.filler:
             return StepOutput(loss=0.0 * loss, sums={}, counts={})

@@ -114,7 +114,7 @@ def test_turns_are_lined_up_each_by_itself(tiny, student):
         turn=np.repeat(np.arange(3), [n + 1 for n in lengths]),
         position=targets["target_id"],
         token_id=targets["target_id"],
-        hidden=nothing,
+        states=nothing,
         **targets,
         target_logit=nothing,
         topk_ids=nothing,

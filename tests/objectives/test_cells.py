@@ -56,7 +56,7 @@ def teacher_rows(renderer, text, seed, *, k=K, with_target=True):
         turn=np.zeros(n + 1, np.int32),
         position=np.arange(n + 1, dtype=np.int32),
         token_id=np.append(tokens.ids, none),
-        hidden=np.zeros((n + 1, 1), np.float32),
+        states=np.zeros((n + 1, 1), np.float32),
         target_id=np.append(tokens.ids, none),
         target_start=np.append(tokens.starts, none),
         target_end=np.append(tokens.ends, none),

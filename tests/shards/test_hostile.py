@@ -23,21 +23,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import xxhash
-import zstandard
 from made_cache import WIDTH, make_cache, tree
 from PIL import Image
 
 from genrecal.errors import DamageError, FormatError, GenrecalError, ModelError, SampleError, UsageError
 from genrecal.inspect.record import save_images
 from genrecal.samples import decode_image
-from genrecal.shards import arrow_file
-from genrecal.shards.codecs import CODECS
 from genrecal.shards.head import HEAD_FILE, MOST_HEADER_BYTES
 from genrecal.shards.index import INDEX_FILE
 from genrecal.shards.layout import manifest_name, tar_name, write_cache_json
 from genrecal.shards.manifest import METADATA_KEY, ManifestRow, Member, manifest_bytes, read_manifest
 from genrecal.shards.reader import open_cache
-from genrecal.shards.record import QuestionRows, answer_rows, read_table, to_arrow
+from genrecal.shards.record import answer_rows, read_table
 from genrecal.shards.storage import open_store
 from genrecal.shards.verify import quarantine, verify_cache
 from genrecal.vlm.cached_teacher import teacher_renderer
@@ -106,54 +103,12 @@ def refused(cache, error, finding=None, *, most=SMALL):
 # -------------------------------------------------------------------------------------------------------- Arrow members
 
 
-def bomb_frames(size=EIGHT_GIB):
-    """zstd frames, one after another, that decompress to that many zeros: 256 kB for 8 GiB."""
-    piece = 2**24
-    return zstandard.ZstdCompressor(level=1, write_checksum=False).compress(bytes(piece)) * (size // piece)
-
-
-def only_one(data, old, new, right):
-    """The bytes with one of the places replaced that hold these, such that it comes out right."""
-    places = [place for place in range(len(data)) if data.startswith(old, place)]
-    changed = [data[:place] + new + data[place + len(old) :] for place in places]
-    return next(candidate for candidate in changed if right(candidate))
-
-
-def with_last_buffer(data, payload):
-    """An Arrow file whose last buffer is another one; lengths in its message and its footer are right."""
-    source = pa.BufferReader(data)
-    source.seek(8)
-    pa.ipc.read_message(source)
-    start = source.tell()
-    message = pa.ipc.read_message(source)
-    metadata, body, end = message.metadata.to_pybytes(), message.body.to_pybytes(), source.tell()
-    _, starts, sizes = arrow_file._record_batch(memoryview(metadata))
-    old, new = struct.pack("<qq", starts[-1], sizes[-1]), struct.pack("<qq", len(body), len(payload))
-    assert metadata.count(old) == 1
-    lengths = struct.pack("<q", len(body)), struct.pack("<q", len(body) + len(payload) + -len(payload) % 64)
-    metadata = only_one(metadata, *lengths, lambda said: struct.pack("<q", len(body)) not in said[:64]).replace(
-        old, new
-    )
-    prefix = data[start : start + len(data[start:end]) - len(metadata) - len(body)]
-    return data[:start] + prefix + metadata + body + payload + bytes(-len(payload) % 64) + data[end:].replace(*lengths)
-
-
-@pytest.mark.parametrize("compression", ["zstd", "lz4"])
-def test_a_buffer_that_decompresses_to_gigabytes_is_not_decompressed(cache, compression):
+@pytest.mark.parametrize("size", [EIGHT_GIB, 2**62, -(2**40)])
+def test_a_buffer_that_claims_to_decompress_to_gigabytes_is_refused(cache, size):
     name, data = member_of(cache, ".answer.arrow")
-    payload = bomb_frames() if compression == "zstd" else bytes(1000)
-    if compression == "lz4":
-        data = written(pa.ipc.open_file(data).read_all(), compression)
-    bomb = with_last_buffer(data, struct.pack("<q", EIGHT_GIB) + payload)
-    assert len(bomb) < MIB
-    rebuild(cache, {name: bomb})
-    refused(cache, f"{EIGHT_GIB + arrow_sizes(data)} bytes decompressed: over")
-
-
-def arrow_sizes(data):
-    """Bytes decompressed, without the last buffer's."""
-    _, messages = arrow_file.schema_and_batches(data)
-    return sum(raw for _, raw in arrow_file.batch_sizes(next(messages))[1][:-1])
+    place = data.index(b"\x28\xb5\x2f\xfd") - 8  # of zstd's first frame, behind its length
+    rebuild(cache, {name: data[:place] + struct.pack("<q", size) + data[place + 8 :]})
+    refused(cache, "not a readable Arrow file")
 
 
 def written(table, compression="zstd", batches=1):
@@ -162,37 +117,6 @@ def written(table, compression="zstd", batches=1):
         for _ in range(batches):
             writer.write_table(table)
     return sink.getvalue().to_pybytes()
-
-
-def test_rows_that_are_all_the_same_are_neither_read_nor_written(cache):
-    """Well formed, 256 MiB as float32 in a few kB: what a codec could give, but no teacher."""
-    width, rows = 2**13, 2**13 + 1
-    zeros = pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((rows, width // 2), np.uint8))
-    facts = json.dumps(CODECS["int4"].facts(width))
-    table = pa.table({"hidden_q": zeros}).replace_schema_metadata({"genrecal": facts})
-    name, _ = member_of(cache, ".answer.arrow")
-    data = written(table)
-    rebuild(cache, {name: data})
-    refused(cache, f"{rows} rows of {4 * width + width // 2} bytes")
-    with pytest.raises(SampleError, match=f"{rows} rows, nearly all the same"):
-        names = ("turn", "position", "token_id")
-        zeros = {name: np.zeros(rows, np.int32) for name in names}
-        to_arrow(QuestionRows(**zeros, hidden=np.zeros((rows, width), np.float32)), CODECS["bf16"])
-
-
-def test_a_real_cache_of_long_samples_is_within_the_bounds():
-    """100,000 tokens of D = 16384 in bf16, at the ratio of 1.4, and in int4 at that of 1.0."""
-    for codec, stored in (("bf16", 2 / 1.4), ("int8", 1.016), ("int4", 0.516)):
-        columns = CODECS[codec].encode(np.zeros((1, 16384), np.float32), CODECS[codec].facts(16384))
-        tensors = {
-            name: pa.fixed_shape_tensor(pa.from_numpy_dtype(v.dtype), v.shape[1:]) for name, v in columns.items()
-        }
-        schema = pa.schema(
-            tensors | {f"c{i}": pa.int32() for i in range(8)} | {"ids": pa.fixed_shape_tensor(pa.int32(), [64])}
-        )
-        schema = schema.with_metadata({"genrecal": json.dumps(CODECS[codec].facts(16384))})
-        for rows in (1, 1000, 100_000):
-            assert rows * arrow_file.expanded_bytes(schema) * 3 < arrow_file.allowed_bytes(int(rows * 16384 * stored))
 
 
 class Runs:
@@ -233,14 +157,12 @@ HOSTILE_TABLES = {
     "many columns": lambda: pa.table({f"c{i}": pa.array([1], pa.int8()) for i in range(100)}),
     "more columns than a schema may have bytes": lambda: pa.table({f"c{i}": pa.array([1], pa.int8()) for i in range(5000)}),
     "a tensor of tensors": lambda: pa.table({"turn": pa.array([], pa.fixed_shape_tensor(pa.list_(pa.int8(), 2), [3]))}),
-    "a width beyond all": lambda: pa.table({"turn": [1]}).replace_schema_metadata({"genrecal": '{"hidden_size": 1e9}'}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("compression", ["zstd", None])
 @pytest.mark.parametrize("kind", HOSTILE_TABLES)
-def test_columns_that_the_format_has_not_are_not_decoded(kind, compression, monkeypatch):
-    monkeypatch.setattr(arrow_file.pa.ipc, "read_record_batch", None)
+def test_columns_that_the_format_has_not_are_refused(kind, compression):
     try:
         data = written(HOSTILE_TABLES[kind](), compression)
     except (pa.ArrowException, NotImplementedError, TypeError, ValueError) as error:
@@ -263,7 +185,7 @@ def test_a_tensor_in_another_order_or_of_two_dimensions_is_refused(cache):
         rebuild(cache, {name: written(table.set_column(place, "hidden_hi", column))})
         if kind == pa.fixed_shape_tensor(pa.uint8(), [WIDTH]):
             continue  # Arrow takes the only order of one dimension for none
-        with pytest.raises(FormatError, match="column hidden_hi: expected tensors of one dimension"):
+        with pytest.raises(FormatError, match="column hidden_hi: expected uint8 tensors of"):
             open_cache(cache)[0].record()
         assert any("column hidden_hi" in str(finding) for finding in verify_cache(cache).findings)
 
@@ -304,37 +226,31 @@ def test_an_old_pickled_extension_type_is_not_unpickled(tmp_path):
     assert not mark.exists()
 
 
-def test_many_record_batches_and_a_dictionary_message_are_refused():
+def test_many_record_batches_and_a_dictionary_are_refused():
     table = pa.table({"turn": pa.array([1], pa.int32())})
     assert read_table(written(table, batches=3), where="x").num_rows == 3
-    with pytest.raises(DamageError, match="as message 1025; expected record batches, at most 1024"):
+    with pytest.raises(DamageError, match="1025 record batches"):
         read_table(written(table, batches=1025), where="x")
-    data = written(pa.table({"turn": pa.array([1], pa.int32()).dictionary_encode()}))
     with pytest.raises(DamageError, match="of type dictionary"):
-        read_table(data, where="x")
+        read_table(written(pa.table({"turn": pa.array([1], pa.int32()).dictionary_encode()})), where="x")
 
 
-def test_lengths_of_messages_and_footer_are_not_believed(cache):
-    name, data = member_of(cache, ".answer.arrow")
-    footer = len(data) - 10
-    lies = [data[:footer] + struct.pack("<i", length) + data[footer + 4 :] for length in (2**31 - 1, -1, 0)]
-    for lie in lies:  # it is not used
-        assert read_table(lie, where="x").num_rows == read_table(data, where="x").num_rows
-    for place in (12, 4 + data.index(b"\xff\xff\xff\xff", 16)):
-        for length in (2**31 - 1, -1, 2**24):
-            lie = data[:place] + struct.pack("<i", length) + data[place + 4 :]
-            with pytest.raises(DamageError, match="not a readable Arrow file"):
-                read_table(lie, where="x")
-
-    def claims(candidate):
-        try:
-            return arrow_file.batch_sizes(next(arrow_file.schema_and_batches(candidate)[1]))[0] == 2**40
-        except (pa.ArrowException, OSError, ValueError):
-            return False
-
-    rows = struct.pack("<q", read_table(data, where="x").num_rows)
-    rebuild(cache, {name: only_one(data, rows, struct.pack("<q", 2**40), claims)})
-    refused(cache, f"{2**40} rows of")
+@pytest.mark.parametrize("compression", ["zstd", None])
+def test_lengths_that_lie_are_refused_or_change_nothing(cache, compression):
+    """Every int32 and int64 of the file's messages and footer, one at a time: too large, negative and zero."""
+    _, data = member_of(cache, ".answer.arrow")
+    table = pa.ipc.open_file(data).read_all().slice(0, 2)
+    table = pa.ipc.open_file(written(table.select(["turn", "topk_ids"]), compression)).read_all()
+    data, refused_lies = written(table, compression), 0
+    for place in range(8, len(data) - 6, 4):
+        for lie in (struct.pack("<i", 2**31 - 1), struct.pack("<i", -1), struct.pack("<q", 2**40), bytes(4)):
+            changed = data[:place] + lie + data[place + len(lie) :]
+            try:
+                read_table(changed, where="x").validate(full=True)
+            except DamageError as error:
+                assert "\n" not in str(error)
+                refused_lies += 1
+    assert refused_lies > 100
 
 
 # ---------------------------------------------------------------------------------------------- manifests and the index
