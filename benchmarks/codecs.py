@@ -24,7 +24,7 @@ from genrecal.demo.data import write_dataset
 from genrecal.demo.pipeline import ASSETS
 from genrecal.report.summary import markdown_table
 from genrecal.samples import open_samples
-from genrecal.shards.codecs import CODECS, round_to_bf16
+from genrecal.shards.codecs import CODECS, decode, round_to_bf16
 from genrecal.shards.fidelity import compare
 from genrecal.shards.head import FrozenHead
 
@@ -59,7 +59,7 @@ def coded(name: str, states: np.ndarray, **changes: int) -> tuple[Columns, np.nd
     codec = CODECS[name]
     facts = codec.facts(states.shape[1]) | changes
     columns = codec.encode(states, facts)
-    return columns, codec.decode(columns, facts)
+    return columns, decode(columns, facts).numpy()
 
 
 METHODS = {

@@ -8,7 +8,6 @@ findings, so that one damaged shard does not hide another. Nothing is unpickled 
 import functools
 import hashlib
 import itertools
-import json
 import os
 import re
 import unicodedata
@@ -22,7 +21,7 @@ import pyarrow as pa
 import xxhash
 
 from genrecal.errors import DamageError, FormatError, GenrecalError
-from genrecal.progress import Progress, counted
+from genrecal.progress import Progress
 from genrecal.samples import Sample
 from genrecal.shards.answer_source import AnswerSource
 from genrecal.shards.head import HEAD_FILE, FrozenHead
@@ -42,7 +41,7 @@ from genrecal.shards.layout import (
 )
 from genrecal.shards.manifest import CACHED, SKIPPED, content_digest
 from genrecal.shards.reader import MOST_CONVERSATION_BYTES, MOST_SAMPLE_BYTES
-from genrecal.shards.record import METADATA_KEY, AnswerRows, answer_rows, question_rows, read_table
+from genrecal.shards.record import AnswerRows, answer_rows, question_rows, read_table
 from genrecal.shards.storage import Store, files_in, open_store
 from genrecal.shards.strict_json import strict_json
 from genrecal.shards.vocabulary import Vocabulary, load_vocabulary
@@ -123,15 +122,15 @@ class Verification:
         """The outcome in one line."""
         finished, planned = self.shards
         counts = (
-            f"{finished} of {counted(planned, 'shard')}, {counted(self.cached, 'sample')} cached, {self.skipped} skipped, "
+            f"{finished} of {planned} shards, {self.cached} samples cached, {self.skipped} skipped, "
             f"{self.bytes / 1e6:.2f} MB read"
         )
         if self.whole:
             return f"whole: {counts}"
         outside = sum(finding.shard is None for finding in self.findings)
         return (
-            f"damaged: {counted(len(self.findings), 'finding')}, {outside} of them outside the shards; "
-            f"{counted(len(self.damaged_shards), 'damaged shard')} of {counts}"
+            f"damaged: {len(self.findings)} findings, {outside} of them outside the shards; "
+            f"{len(self.damaged_shards)} damaged shards of {counts}"
         )
 
 
@@ -170,7 +169,7 @@ def verify_cache(
     planned, complete = settings["num_shards"], "totals" in settings
     numbers = [shard for shard, _ in files_in(store, "manifest", ".parquet")]
     if not complete and len(numbers) < planned:
-        notes.append(f"unfinished: {len(numbers)} of {counted(planned, 'shard')}; run `genrecal cache` again to resume")
+        notes.append(f"unfinished: {len(numbers)} of {planned} shards; run `genrecal cache` again to resume")
     elif not complete:
         notes.append(f"every shard is there, but {CACHE_FILE} has no totals yet; run `genrecal cache` again")
     has_index = complete and store.present(INDEX_FILE)
@@ -455,12 +454,11 @@ def _check_rows(add: Add, name: str, data: bytes, row: dict[str, Any], settings:
     """Compare the schema and rows of an Arrow file with cache.json and its manifest row; answer rows where they fit."""
     table = read_table(data, where=name)
     tier = name.split(".")[-2]
-    codec = json.loads(table.schema.metadata[METADATA_KEY])["codec"]
     rows = answer_rows(table, where=name) if tier == "answer" else question_rows(table, where=name)
     rising = (np.diff(rows.turn) >= 0).all() and (np.diff(rows.position) > 0).all() and (rows.position >= 0).all()
     checks = [
-        ("codec", settings[f"{tier}_codec"], codec),
-        ("hidden size", settings["hidden_size"], rows.hidden.shape[1]),
+        ("codec", settings[f"{tier}_codec"], rows.coded.facts["codec"]),
+        ("hidden size", settings["hidden_size"], rows.coded.facts["hidden_size"]),
         ("turns and positions", "rising", "rising" if rising else "in another order"),
     ]
     if not isinstance(rows, AnswerRows):
@@ -523,7 +521,7 @@ class _Deep:
         import torch
 
         size = max(1, LOGIT_BUDGET // self.head.weight.shape[0])
-        places, hidden, device = np.flatnonzero(rows.predicts), rows.hidden, self.head.weight.device
+        places, device, hidden = np.flatnonzero(rows.predicts), self.head.weight.device, rows.hidden
         for part in (places[start : start + size] for start in range(0, len(places), size)):
             with torch.no_grad():
                 top = torch.from_numpy(rows.topk_ids[part].astype(np.int64)).to(device)

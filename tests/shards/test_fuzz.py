@@ -135,10 +135,14 @@ DAMAGES = (flip, flip, flip_a_bit, cut, delete, append, fill_with_zeros, duplica
 def content(record):
     """All that a record says, comparable."""
     rows = record.record()
-    answer = dict(vars(rows.answer))
-    sampled = answer.pop("sampled")
-    arrays = [answer | vars(sampled), vars(rows.question) if rows.question else {}]
-    flat = [(name, value.dtype.str, value.tobytes()) for part in arrays for name, value in part.items()]
+    answer = vars(rows.answer) | rows.answer.coded.columns | vars(rows.answer.sampled)
+    arrays = [answer, vars(rows.question) | rows.question.coded.columns if rows.question else {}]
+    flat = [
+        (name, value.dtype.str, value.tobytes())
+        for part in arrays
+        for name, value in part.items()
+        if isinstance(value, np.ndarray)
+    ]
     return [record.key, rows.sample, record.images, flat]
 
 
