@@ -21,7 +21,7 @@ import pyarrow as pa
 import xxhash
 
 from genrecal.errors import DamageError, FormatError, GenrecalError
-from genrecal.progress import Progress
+from genrecal.progress import Progress, counted
 from genrecal.samples import Sample
 from genrecal.shards.answer_source import AnswerSource
 from genrecal.shards.head import HEAD_FILE, FrozenHead
@@ -122,15 +122,15 @@ class Verification:
         """The outcome in one line."""
         finished, planned = self.shards
         counts = (
-            f"{finished} of {planned} shards, {self.cached} samples cached, {self.skipped} skipped, "
+            f"{finished} of {counted(planned, 'shard')}, {counted(self.cached, 'sample')} cached, {self.skipped} skipped, "
             f"{self.bytes / 1e6:.2f} MB read"
         )
         if self.whole:
             return f"whole: {counts}"
         outside = sum(finding.shard is None for finding in self.findings)
         return (
-            f"damaged: {len(self.findings)} findings, {outside} of them outside the shards; "
-            f"{len(self.damaged_shards)} damaged shards of {counts}"
+            f"damaged: {counted(len(self.findings), 'finding')}, {outside} of them outside the shards; "
+            f"{counted(len(self.damaged_shards), 'damaged shard')} of {counts}"
         )
 
 
@@ -169,7 +169,7 @@ def verify_cache(
     planned, complete = settings["num_shards"], "totals" in settings
     numbers = [shard for shard, _ in files_in(store, "manifest", ".parquet")]
     if not complete and len(numbers) < planned:
-        notes.append(f"unfinished: {len(numbers)} of {planned} shards; run `genrecal cache` again to resume")
+        notes.append(f"unfinished: {len(numbers)} of {counted(planned, 'shard')}; run `genrecal cache` again to resume")
     elif not complete:
         notes.append(f"every shard is there, but {CACHE_FILE} has no totals yet; run `genrecal cache` again")
     has_index = complete and store.present(INDEX_FILE)
@@ -521,7 +521,7 @@ class _Deep:
         import torch
 
         size = max(1, LOGIT_BUDGET // self.head.weight.shape[0])
-        places, device, hidden = np.flatnonzero(rows.predicts), self.head.weight.device, rows.hidden
+        places, hidden, device = np.flatnonzero(rows.predicts), rows.hidden, self.head.weight.device
         for part in (places[start : start + size] for start in range(0, len(places), size)):
             with torch.no_grad():
                 top = torch.from_numpy(rows.topk_ids[part].astype(np.int64)).to(device)
