@@ -19,11 +19,8 @@ from genrecal.shards.layout import answers_name
 from genrecal.shards.manifest import SKIPPED
 from genrecal.shards.storage import Store, storage_errors
 from genrecal.shards.strict_json import strict_json
-from genrecal.shards.vocabulary import Vocabulary, load_vocabulary
-from genrecal.token_bytes import SPACE
 
 MAX_FILE_BYTES = 2**30
-CHECKED = 1  # version of the checks on written answers; those of another version are written again
 PLACEHOLDER = "a"  # in place of the answer that the teacher is to write
 
 
@@ -56,7 +53,7 @@ def answer_shard(run: Run, shard: int, windows: Iterator[list[Item]]) -> "Future
             answers = iter(written)
             for item in window:
                 answer = next(answers) if item.encoded is not None else item.problem
-                entry = entries.setdefault(item.index, {"key": item.sample.key, "answers": [], "checked": CHECKED})
+                entry = entries.setdefault(item.index, {"key": item.sample.key, "answers": []})
                 if not isinstance(answer, str):
                     del entry["answers"]
                     entry["reason"] = str(answer)
@@ -139,23 +136,13 @@ def answered(run: Run, shard: int) -> ReadRecord:
     return read
 
 
-def finished_answers(store: Store, shards: Sequence[int]) -> dict[int, dict[str, Any]]:
-    """The facts of those whose answers are written, and are such as the teacher's tokenizer can write."""
+def finished_answers(store: Store, shards: Sequence[int]) -> dict[int, Facts]:
+    """The facts of those shards whose answers are written."""
     there = store.sizes("answers")
     shards = [shard for shard in shards if answers_name(shard).removeprefix("answers/") in there]
-    vocabulary = load_vocabulary(store)[0] if shards else None
     with ThreadPoolExecutor(READERS) as pool:
         found = pool.map(lambda shard: _read(store, shard), shards)
-        return {
-            shard: _facts(entries)
-            for shard, entries in zip(shards, found, strict=True)
-            if entries is not None and not any(_has_marks(entry, vocabulary) for entry in entries)
-        }
-
-
-def _has_marks(entry: dict[str, Any], vocabulary: Vocabulary | None) -> bool:
-    """Whether an answer holds what a vocabulary writes for a space, which no text that was decoded does."""
-    return vocabulary is not None and SPACE in vocabulary.decoder and SPACE in "".join(entry.get("answers", ()))
+        return {shard: _facts(entries) for shard, entries in zip(shards, found, strict=True) if entries is not None}
 
 
 def _facts(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -174,7 +161,7 @@ def _read(store: Store, shard: int) -> list[dict[str, Any]] | None:
 
 
 def _is_entry(entry: Any) -> bool:
-    if not isinstance(entry, dict) or not isinstance(entry.get("key"), str) or entry.get("checked") != CHECKED:
+    if not isinstance(entry, dict) or not isinstance(entry.get("key"), str):
         return False
     answers = entry.get("answers")
     if isinstance(entry.get("reason"), str):

@@ -157,9 +157,12 @@ def make(job: Job, shards: list[int]) -> dict[str, Any]:
         if os.path.isdir(job.folder):
             os.chdir(job.folder)
         samples, teacher, store = job.load_samples(), job.load_teacher(), open_store(job.url)
-        prepare_directory(teacher, samples, store, job.options)
         records = sum(len(job.options.records(shard, len(samples))) for shard in shards)
-        with Watch(records, num_samples=len(samples), max_skip=job.options.max_skip) as watch:
+        watch = Watch(records, num_samples=len(samples), max_skip=job.options.max_skip)
+        with contextlib.ExitStack() as until_done:
+            until_done.callback(getattr(teacher, "close", lambda: None))  # vLLM's engine, which has its own processes
+            prepare_directory(teacher, samples, store, job.options)
+            until_done.enter_context(watch)
             run_shards(job.step, teacher, samples, store, shards, job.options, job.work, watch)
         counts = {name: watch.counts[name] for name in watch.counts.keys() - {"records", "through", "skipped"}}
         return {

@@ -245,6 +245,8 @@ class _Tar:
         return self._file.sha256.hexdigest()
 
     def discard(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # else tarfile does so when it is deleted, with a traceback
+            self._tar.close()
         with contextlib.suppress(OSError):  # what is still to be flushed may not fit on the disk
             self._file.close()
         with contextlib.suppress(OSError):  # the next start clears it away

@@ -170,14 +170,6 @@ def test_a_worker_that_is_not_the_last_says_what_is_missing(runner, tmp_path):
     assert tree(out) == runner.whole
 
 
-def test_another_number_of_workers_goes_on_with_what_is_there(runner, tmp_path):
-    out = tmp_path / "cache"
-    runner.run({"out": out, "work": {"workers": 3, "worker": 2}})
-    (result,) = runner.run({"out": out})
-    assert (result["shards_found"], result["shards_done"]) == (SHARDS // 3, SHARDS - SHARDS // 3)
-    assert tree(out) == runner.whole
-
-
 @pytest.mark.slow
 def test_two_workers_on_the_same_shards_one_of_them_killed(runner, tmp_path):
     calls, _ = calls_and_seconds(runner, tmp_path / "timed")

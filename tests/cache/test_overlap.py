@@ -271,7 +271,7 @@ def test_the_time_left_is_by_samples_that_the_teacher_is_through(
     assert watches[0].status()["seconds_left"] == 0
 
 
-STOPS = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGHUP: 143, signal.SIGINT: 130}
+STOPS = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
 @pytest.mark.parametrize("number", STOPS, ids=lambda number: number.name)

@@ -17,6 +17,10 @@ OFF = ["--template-arg", "enable_thinking=false"]
 ALLOW = [word for token in BOXES for word in ("--allow-token", token)]
 
 
+def sets(*settings):
+    return [word for setting in settings for word in ("--set", setting)]
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Conversations of two turns, the last with a box."""
@@ -79,18 +83,9 @@ def test_the_cache_records_them(cache, tiny, data, run):
 
 
 def test_a_student_with_the_same_template_takes_them(cache, tiny, tmp_path, run):
-    few = [
-        "--set",
-        "stage2.accumulation=2",
-        "--set",
-        "stage2.max_steps=1",
-        "--set",
-        "measure.samples=0",
-        "--set",
-        "lora.rank=0",
-    ]
+    few = sets("stage2.accumulation=2", "stage2.max_steps=1", "measure.samples=0", "lora.rank=0")
     command = ["train", "--cache", cache, "--student", tiny("qwen3"), "--objective", "kl", "--stages", "2"]
-    command += ["--set", "data.workers=0", "--set", "precision=fp32", *few]
+    command += [*sets("data.workers=0", "precision=fp32"), *few]
     status, _, err = run(*command, "--out", tmp_path / "r")
     assert status == 0, err
     lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
@@ -107,28 +102,13 @@ def test_a_student_with_the_same_template_takes_them(cache, tiny, tmp_path, run)
 def test_a_student_that_thinks_is_to_be_told_too(tiny, data, tmp_path, run):
     command = ["cache", "--teacher", tiny("qwen2"), "--data", data, "--out", tmp_path / "c", "--dtype", "float32"]
     assert run(*command)[0] == 0  # the boxes are plain text to it
-    few = ["--set", "stage2.max_steps=1", "--set", "data.workers=0", "--set", "stage2.accumulation=2"]
-    command = [
-        "train",
-        "--cache",
-        tmp_path / "c",
-        "--student",
-        tiny("qwen3"),
-        "--objective",
-        "sft",
-        "--stages",
-        "2",
-        *few,
-    ]
+    command = ["train", "--cache", tmp_path / "c", "--student", tiny("qwen3"), "--objective", "sft", "--stages", "2"]
+    command += sets("stage2.max_steps=1", "data.workers=0", "stage2.accumulation=2")
     status, _, err = run(*command, "--out", tmp_path / "r")
     assert status == 1 and "--set prompt.template_args.enable_thinking=false" in err
-    told = [
-        "--set",
-        "prompt.template_args.enable_thinking=false",
-        "--set",
-        'prompt.allowed_tokens=["<|box_start|>", "<|box_end|>"]',
-    ]
-    status, _, err = run(*command, "--out", tmp_path / "told", "--set", "measure.samples=0", *told)
+    allowed = 'prompt.allowed_tokens=["<|box_start|>", "<|box_end|>"]'
+    told = sets("prompt.template_args.enable_thinking=false", allowed, "measure.samples=0")
+    status, _, err = run(*command, "--out", tmp_path / "told", *told)
     assert status == 0, err
 
 

@@ -577,7 +577,7 @@ CHECKS = ["--compare-hf", "3", "--blank-check", "2"]
         ["--pipeline-parallel", "2", *CHECKS],
         ["--tensor-parallel", "2", "--ray", "local", "--ray-gpus", "0"],
     ],
-    ids=["tensor parallel", "pipeline parallel", "tensor parallel in an actor of Ray"],
+    ids=["tensor parallel", "pipeline parallel", "tensor parallel in a Ray task"],
 )
 def test_two_workers_give_the_same_cache(tiny, tmp_path, words):
     """The command, with a worker process each for halves of the heads, or of the layers."""
