@@ -173,10 +173,12 @@ def compare(
 
 @grouped
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories; unfinished runs show what they have.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Runs (also unfinished), folders of compare, answers of evaluate --out.")
+    ],
     out: Annotated[Path, plain("HTML file; an existing one is replaced.")],
 ) -> None:
-    """Write an HTML page of one or several runs: losses, accuracy, cost. It opens offline."""
+    """Write an HTML page of runs: the result first, then cost and losses. It opens offline."""
     from genrecal.report.run_page import write_run_report
 
     write_run_report(runs, out)
