@@ -36,7 +36,7 @@ PER_SHARD = 256
 GLOBAL_BATCH = 64
 RUNS = 5
 COMMANDS = ("cache", "inspect", "inspect key")
-MOST_WITHOUT_INDEX = 1_000_000  # reading every manifest of more takes minutes
+MAX_WITHOUT_INDEX = 1_000_000  # reading every manifest of more takes minutes
 
 
 def make(folder: Path, samples: int) -> None:
@@ -196,7 +196,7 @@ def main() -> None:
                 commands.append([f"{samples:,}", name, f"{run['seconds']:.0f} s", f"{run['memory'] / 1e6:.0f} MB"])
                 print(commands[-1], file=sys.stderr)
             for label in ("index", "manifests"):
-                if label == "manifests" and samples > MOST_WITHOUT_INDEX:
+                if label == "manifests" and samples > MAX_WITHOUT_INDEX:
                     continue
                 if label == "manifests":
                     (folder / INDEX_FILE).unlink()
@@ -212,16 +212,7 @@ def main() -> None:
                     f"{middle['resume'] * 1e3:.0f} ms", f"{middle['row'] * 1e3:.1f} ms", f"{middle['memory'] / 1e6:.0f} MB",
                 ])  # fmt: skip
                 print(table[-1], file=sys.stderr)
-    header = [
-        "samples",
-        "opened from",
-        "open",
-        "two lengths, shards",
-        "shuffle an epoch",
-        "resume",
-        "a record's row",
-        "memory",
-    ]
+    header = "samples,opened from,open,two lengths and shards,shuffle an epoch,resume,a record's row,memory".split(",")
     print(markdown_table(header, table))
     print()
     print(markdown_table(["samples", "command", "time", "memory"], commands))

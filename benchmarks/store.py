@@ -278,13 +278,12 @@ class Mds(Stored):
 
 
 def import_streaming() -> Any:
-    """It imports torchvision for picture data sets, which are not used here and may not be installed."""
+    """It imports torchvision for image data sets, which are not used here and may not be installed."""
     for name in ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional"):
-        if name not in sys.modules:
-            module: Any = types.ModuleType(name)
-            module.__spec__, module.__path__ = importlib.machinery.ModuleSpec(name, None), []
-            module.VisionDataset, module.to_tensor = object, None
-            sys.modules[name] = module
+        module: Any = types.ModuleType(name)
+        module.__spec__, module.__path__ = importlib.machinery.ModuleSpec(name, None), []
+        module.VisionDataset, module.to_tensor = object, None
+        sys.modules.setdefault(name, module)
     import streaming
 
     return streaming
@@ -299,13 +298,13 @@ class Parquet(Stored):
         self.folder.mkdir()
         for shard in range(0, len(records), PER_SHARD):
             rows = [
-                {
+                {name: np.ascontiguousarray(values).tobytes() for name, values in made.arrays().items()}
+                | {
                     "json": made.conversation,
                     "jpg": made.picture,
                     "hidden": made.states.tobytes(),
                     "rows": len(made.states),
                 }
-                | {name: np.ascontiguousarray(values).tobytes() for name, values in made.arrays().items()}
                 for made in records[shard : shard + PER_SHARD]
             ]
             file = self.folder / f"{shard // PER_SHARD:05d}.parquet"

@@ -1,6 +1,6 @@
 """A training step from shards, with a live teacher beside it, and with all of its input already in memory.
 
-    python benchmarks/trainer.py [--shape tiny] [--repeat 3] [--grow]
+    python benchmarks/trainer.py [--shape tiny] [--repeat 3]
     python benchmarks/trainer.py --device cuda --shape 7b-2b --batch 4 --accumulation 4 --peak-tflops 989
 
 Models are randomly initialised, with the tokenizers, processors and pictures of the demo (or, `--shape demo`, are the
@@ -15,7 +15,7 @@ sources take turns, and a figure is the median of `--repeat` processes, each the
 
 "memory" holds finished micro-batches: what is slower than that is reading, decoding and rendering. The last columns are
 against shards, the median of the rounds' ratios: the step's time, and "bound", the FLOPs: what leaving out the teacher can
-save. `--grow` repeats stage 1 with twice and four times the samples, the tokens and the vocabulary.
+save.
 """
 
 import argparse
@@ -146,31 +146,17 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--set", action="append", default=[], help="a setting of `genrecal train`")
     parser.add_argument("--peak-tflops", type=float, default=0.0)
-    parser.add_argument("--grow", action="store_true")
     options = parser.parse_args()
     facts, rows = compare(options)
     print(facts + "\n")
     print(markdown_table(HEADER, rows))
     print("\n" + markdown_table(LOADING, options.loading))
-    if options.grow:
-        print("\n" + markdown_table(["stage 1 with", *HEADER[1:]], grow(options)))
 
 
-HEADER = [
-    "stage",
-    "source",
-    "step s",
-    "waits",
-    "peak MB",
-    "TFLOPs",
-    "TFLOP/s",
-    "MFU",
-    "step",
-    "bound",
-]
+HEADER = ["stage", "source", "step s", "waits", "peak MB", "TFLOPs", "TFLOP/s", "MFU", "step", "bound"]
 
 
-def compare(options: argparse.Namespace, *, sources: tuple[str, ...] = SOURCES) -> tuple[str, list[list[str]]]:
+def compare(options: argparse.Namespace) -> tuple[str, list[list[str]]]:
     with tempfile.TemporaryDirectory(prefix="trainer-") as work:
         options.work = Path(work)
         prepared = child(prepare, options)
@@ -183,7 +169,7 @@ def compare(options: argparse.Namespace, *, sources: tuple[str, ...] = SOURCES) 
         found: dict[tuple[int, str], list[dict[str, float]]] = {}
         for _ in range(options.repeat):
             for stage in stages:
-                for source in sources:
+                for source in SOURCES:
                     found.setdefault((stage, source), []).append(child(measure, source, stage, options))
                     sys.stderr.write(f"{stage} {source} {found[stage, source][-1]}\n")
         options.loading = [child(loading, stage, options) for stage in stages]
@@ -197,10 +183,7 @@ def compare(options: argparse.Namespace, *, sources: tuple[str, ...] = SOURCES) 
     for (stage, source), measured in found.items():
         middle = {name: statistics.median(one[name] for one in measured) for name in measured[0]}
         beside = found[stage, "shards"]  # of the same rounds: a machine's speed changes within the hour
-        ratio = {
-            name: statistics.median(one[name] / other[name] for one, other in zip(measured, beside, strict=True))
-            for name in ("step",)
-        }
+        ratio = statistics.median(one["step"] / other["step"] for one, other in zip(measured, beside, strict=True))
         tflops = flops[stage, source == "live"] / 1e12
         rate = tflops / middle["step"]
         rows.append(
@@ -213,24 +196,11 @@ def compare(options: argparse.Namespace, *, sources: tuple[str, ...] = SOURCES) 
                 f"{tflops:.4g}",
                 f"{rate:.3g}",
                 f"{rate / options.peak_tflops:.1%}" if options.peak_tflops else "",
-                f"{ratio['step']:.2f}x",
+                f"{ratio:.2f}x",
                 f"{flops[stage, source == 'live'] / flops[stage, False]:.2f}x",
             ]
         )
     return facts, rows
-
-
-def grow(options: argparse.Namespace) -> list[list[str]]:
-    vocab = options.vocab or 1000
-    changes = [("as it is", {}), *((f"batch {options.batch * n}", {"batch": options.batch * n}) for n in (2, 4))]
-    changes += [(f"{words} words more a question", {"words": words}) for words in (64, 192)]
-    changes += [(f"V = {vocab * n:,}", {"vocab": vocab * n}) for n in (8, 64)]
-    rows = []
-    for name, change in changes:
-        changed = copy.copy(options)
-        vars(changed).update(change, stages="1", repeat=1)
-        rows += [[name, *row[1:]] for row in compare(changed, sources=("shards", "live"))[1]]
-    return rows
 
 
 def child(function: Any, *arguments: Any) -> Any:
