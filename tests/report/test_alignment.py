@@ -8,14 +8,9 @@ from html_page import Page, assert_harmless
 from made_run import made_snapshot, write_run
 
 from genrecal.cli import main
-from genrecal.report.alignment import diagonal_means, matrices, neighbour_shares, scatter
+from genrecal.report.alignment import matrices, neighbour_shares, scatter
 from genrecal.report.run_figures import read_run
 from genrecal.report.run_page import write_run_report
-
-
-def test_diagonal_and_the_rest():
-    cosines = np.array([[0.9, 0.1, 0.2], [0.3, 0.8, 0.4], [0.5, 0.6, 0.7]], np.float32)
-    assert diagonal_means(cosines) == pytest.approx((0.8, 2.1 / 6))
 
 
 def test_page_of_two_runs(tmp_path):

@@ -1,8 +1,10 @@
-"""The page of a cache: what it says against what the cache holds, and no harm from texts and pictures of strangers."""
+"""The page of a cache: what it says against what the cache holds, and no harm from texts and images of strangers."""
 
 import base64
 import io
+import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -30,7 +32,6 @@ def path(teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache-page")
     samples = [conversation((EVIL, EVIL), images={0: 1}), *mixed_samples(9)]
     data = write_llava(folder / "data", samples)
-    import json
 
     records = json.loads(data.read_text())
     records[0] |= {"category": EVIL, "source": EVIL, "id": EVIL}
@@ -86,12 +87,12 @@ def test_summary_is_the_caches(page, path):
 
 
 def test_records_are_the_caches(page, path):
-    """Every token with its probability and alternatives; the pictures byte for byte."""
+    """Every token with its probability and alternatives; the images byte for byte."""
     cache = open_cache(path)
     shown = re.findall(r"Record \d of 8 shown: (\S+)", page.text)
     assert shown == [cache[int(place)].key for place in np.argsort(cache.column("log_prob"), kind="stable")[:8]]
-    pictures = [base64.b64decode(given["src"].split(",")[1]) for tag, given in page.tags if tag == "img"]
-    assert pictures == [data for key in shown for data in cache.by_key(key).images] and len(pictures) > 4
+    images = [base64.b64decode(given["src"].split(",")[1]) for tag, given in page.tags if tag == "img"]
+    assert images == [data for key in shown for data in cache.by_key(key).images] and len(images) > 4
     for key in shown:
         described = describe_record(cache.by_key(key))
         rows = [
@@ -125,7 +126,6 @@ def test_one_record_and_bounds(path, tmp_path, monkeypatch):
 
 
 def test_a_damaged_record_is_named_and_the_others_stand(path, tmp_path):
-    import shutil
 
     copy = shutil.copytree(path, tmp_path / "c")
     tar = copy / "samples/00001.tar"
@@ -144,11 +144,11 @@ def test_html_alone(path, tmp_path, capsys, words):
     assert not (tmp_path / "c.html").exists()
 
 
-def picture(data, **facts):
+def image(data, **facts):
     return _image(ImageDescription(index=0, member="k.0.png", bytes=len(data), **facts), data, 10**7)
 
 
-def test_pictures_that_are_large_or_of_other_kinds_are_made_small():
+def test_images_that_are_large_or_of_other_kinds_are_made_small():
     stream = io.BytesIO()
     Image.effect_noise((1500, 900), 80).save(stream, "PNG")
     large = stream.getvalue()
@@ -159,13 +159,13 @@ def test_pictures_that_are_large_or_of_other_kinds_are_made_small():
         (large, {"format": "PNG", "width": 1500, "height": 900}, (1024, 614)),
         (stream.getvalue(), {"format": "BMP", "width": 40, "height": 30}, (40, 30)),
     ):
-        found = picture(data, **facts)
+        found = image(data, **facts)
         caption, _, uri = found
         assert uri.startswith("data:image/jpeg;base64,") and "shown smaller" in caption
         assert Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))).size == size
     small = png()
-    found = picture(small, format="PNG", width=90, height=60)
+    found = image(small, format="PNG", width=90, height=60)
     assert found[2] == "data:image/png;base64," + base64.b64encode(small).decode()
-    bomb = picture(small, format="PNG", width=90_000, height=90_000)  # the header's word; what it holds is decoded anew
+    bomb = image(small, format="PNG", width=90_000, height=90_000)  # the header's word; what it holds is decoded anew
     assert bomb[2].startswith("data:image/jpeg")
-    assert picture(b"<svg onload='alert(1)'/>", problem="cannot identify image file")[2] is None
+    assert image(b"<svg onload='alert(1)'/>", problem="cannot identify image file")[2] is None
