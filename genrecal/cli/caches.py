@@ -1,8 +1,6 @@
 """Commands around a cache: plan, cache, inspect, verify."""
 
 import dataclasses
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -257,9 +255,6 @@ def inspect(
         show(text.record_text(described))
         for path in saved:
             typer.echo(str(path))
-        protocol = text.inline_protocol(os.environ) if sys.stdout.isatty() else None
-        for data in record.images if protocol else []:
-            typer.echo(text.inline_image(data, str(protocol)), nl=False)
     else:
         summary = inspection.summarize(opened)
         show(dataclasses.asdict(summary) if json_ else text.summary_text(summary), json_)

@@ -163,9 +163,10 @@ def summarize(cache: Cache, *, column_records: int = COLUMN_RECORDS) -> Summary:
     numbers = ("turns", "images", "question_tokens", "answer_tokens", "entropy", "log_prob", "top1_agreement")
     values = {name: cache.column(name) for name in numbers}
     weights = values["answer_tokens"].astype(np.float64)
-    means = {
+    means: dict[str, Any] = {
         name: float(np.average(values[name], weights=weights)) if weights.sum() else math.nan for name in numbers[4:]
     }
+    sums: dict[str, Any] = {name: int(values[name].sum()) for name in numbers[:4]}
     description = cache.description
     columns, damage = _measured_columns(cache, column_records)
     return Summary(
@@ -183,7 +184,7 @@ def summarize(cache: Cache, *, column_records: int = COLUMN_RECORDS) -> Summary:
         not_read=dict(not_read.most_common()),
         categories=_counts(cache, "category"),
         sources=_counts(cache, "source"),
-        **{name: int(values[name].sum()) for name in numbers[:4]},
+        **sums,
         with_images=int((values["images"] > 0).sum()),
         with_question=int(cache.column("has_question").sum()),
         bytes={name: size for name, size in sizes.items() if size or name.endswith("tars")},
@@ -198,7 +199,7 @@ def summarize(cache: Cache, *, column_records: int = COLUMN_RECORDS) -> Summary:
 
 def _fidelity(shards: list[dict[str, Any]]) -> TierFidelity:
     weights = [shard["rows"] for shard in shards]
-    means = {
+    means: dict[str, Any] = {
         name: np.average([shard[name] for shard in shards], weights=weights) for name in ("kl_mean", "top1_agreement")
     }
     return TierFidelity(

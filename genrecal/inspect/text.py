@@ -4,8 +4,6 @@ A cache may come from anywhere, so control characters (and those that turn the r
 as escapes, and no text is taken for markup.
 """
 
-import base64
-import io
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -14,12 +12,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from genrecal.errors import SampleError
 from genrecal.inspect.record import Alternative, AnswerToken, RecordDescription
 from genrecal.inspect.sql import SqlResult
 from genrecal.inspect.summary import Histogram, MeasuredColumns, Summary
 from genrecal.progress import counted
-from genrecal.samples import decode_image
 
 Line = tuple[str, str]  # a name and a value
 BAR = 32  # columns of the longest bar
@@ -27,7 +23,6 @@ CELL = 60  # columns of a cell of an SQL result
 TOKEN = 24  # columns of a token's text
 SHOWN_ROWS = 200  # of an SQL result
 SHOWN_NAMES = 20  # categories, sources, reasons
-INLINE_PIXELS = 320  # longest side of an image shown in the terminal
 INVISIBLE = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # Unicode categories that are shown as escapes
 JOINERS = "\u200d\ufe0e\ufe0f"  # inside emoji; terminals do not agree on the width of what they join
 
@@ -259,40 +254,3 @@ def sql_text(result: SqlResult) -> Group:
         table.add_row(*(_cut("null", style="dim") if value is None else _cut(visible(str(value))) for value in row))
     rest = len(result.rows) - SHOWN_ROWS
     return Group(table, *([Text(f"and {rest} more rows; --json prints all", style="yellow")] if rest > 0 else []))
-
-
-# ------------------------------------------------------------------------------------------------------- inline images
-
-
-def inline_protocol(environ: Mapping[str, str]) -> str | None:
-    """`kitty` or `iterm2` if the terminal says that it can show images, by its environment variables."""
-    if "TMUX" in environ or environ.get("TERM", "").startswith(("screen", "tmux")):
-        return None  # they do not pass images on
-    if "KITTY_WINDOW_ID" in environ or environ.get("TERM") == "xterm-kitty":
-        return "kitty"
-    if environ.get("TERM_PROGRAM") == "iTerm.app" or environ.get("LC_TERMINAL") == "iTerm2":
-        return "iterm2"
-    return None
-
-
-def inline_image(data: bytes, protocol: str) -> str:
-    """The escape sequence that shows an image, made small; nothing for one that cannot be decoded.
-
-    https://sw.kovidgoyal.net/kitty/graphics-protocol and https://iterm2.com/documentation-images.html
-    """
-    try:
-        image = decode_image(data)
-    except SampleError:
-        return ""
-    image.thumbnail((INLINE_PIXELS, INLINE_PIXELS))
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    encoded = base64.b64encode(stream.getvalue()).decode()
-    if protocol == "iterm2":
-        return f"\x1b]1337;File=inline=1;size={len(stream.getvalue())}:{encoded}\x07\n"
-    pieces = [encoded[start : start + 4096] for start in range(0, len(encoded), 4096)]
-    commands = [
-        f"\x1b_G{'f=100,a=T,q=2,' if number == 0 else ''}m={int(number + 1 < len(pieces))};{piece}\x1b\\"
-        for number, piece in enumerate(pieces)
-    ]
-    return "".join(commands) + "\n"

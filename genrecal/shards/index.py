@@ -29,10 +29,8 @@ from genrecal.shards.layout import (
 from genrecal.shards.manifest import (
     CACHED,
     METADATA_KEY,
-    MOST_FILE_BYTES,
     READ_ERRORS,
     SKIPPED,
-    open_parquet,
     read_manifest,
 )
 from genrecal.shards.storage import Store
@@ -40,7 +38,7 @@ from genrecal.shards.strict_json import strict_json
 
 INDEX_FILE = "index.parquet"
 ROW_GROUP = 2**20
-MOST_FOOTER_BYTES = 2**26  # it holds a digest of each manifest, twice
+MAX_FACTS_BYTES = 2**26  # it holds a digest of each manifest, twice
 AGAIN = "delete it and run `genrecal cache` again: finished shards are kept"
 BLOCK_SHARDS = 512  # manifests whose rows are held as they are read, before they are joined
 READERS = 16  # manifests read at once; a remote store answers them side by side
@@ -127,7 +125,6 @@ def scan(store: Store, shards: Sequence[int]) -> Scan:
 
     def read(shard: int) -> tuple[pa.Table, dict[str, Any]]:
         table, facts = read_shard_manifest(store, shard)
-        check_version(store, shard, facts)
         return index_columns(table), facts
 
     found = Scan()
@@ -182,10 +179,9 @@ def _joined(tables: list[pa.Table]) -> pa.Table:
 
 def read_index(store: Store, *, num_shards: int, num_samples: int | None) -> Index:
     """The index file; columns are read when they are asked for. Raises DamageError if it is not this cache's."""
-    facts = _facts(store)
+    digests = index_digests(store)
     try:
-        digests = [str(digest) for digest in facts["manifests"]]
-        index = Index(lambda name: _read_column(store, name), dict(enumerate(digests)))
+        index = Index(lambda name: _read_column(store, name), digests)
         num_rows = len(index.shard)
         if len(digests) != num_shards or (num_samples is not None and num_rows != num_samples):
             raise ValueError(f"expected {num_samples} records in {num_shards} shards, got {num_rows} in {len(digests)}")
@@ -194,17 +190,14 @@ def read_index(store: Store, *, num_shards: int, num_samples: int | None) -> Ind
         raise DamageError(f"{store.where(INDEX_FILE)}: not this cache's index: {error}; {AGAIN}") from None
 
 
-def _facts(store: Store) -> dict[str, Any]:
-    try:
-        with store.open(INDEX_FILE) as file, open_parquet(file, MOST_FOOTER_BYTES) as opened:
-            return dict(strict_json((opened.metadata.metadata or {})[METADATA_KEY], MOST_FOOTER_BYTES))
-    except READ_ERRORS as error:
-        raise DamageError(f"{store.where(INDEX_FILE)}: not this cache's index: {error}; {AGAIN}") from None
-
-
 def index_digests(store: Store) -> dict[int, str]:
     """The manifests' digests by shard, as the index file has them. Raises DamageError if it is not readable."""
-    return dict(enumerate(map(str, _facts(store)["manifests"])))
+    try:
+        with store.open(INDEX_FILE) as file, pq.ParquetFile(file) as opened:
+            facts = strict_json((opened.metadata.metadata or {})[METADATA_KEY], MAX_FACTS_BYTES)
+            return dict(enumerate(map(str, facts["manifests"])))
+    except READ_ERRORS as error:
+        raise DamageError(f"{store.where(INDEX_FILE)}: not this cache's index: {error}; {AGAIN}") from None
 
 
 def complete_cache(store: Store, num_shards: int) -> None:
@@ -221,21 +214,25 @@ def complete_cache(store: Store, num_shards: int) -> None:
 def _read_column(store: Store, name: str) -> pa.ChunkedArray:
     options = {"read_dictionary": [name]} if SCHEMA.field(name).type == TEXT else {}
     try:
-        with store.open(INDEX_FILE) as file, open_parquet(file, MOST_FOOTER_BYTES, **options) as opened:
+        with store.open(INDEX_FILE) as file, pq.ParquetFile(file, page_checksum_verification=True, **options) as opened:
             return opened.read([name]).column(name).cast(SCHEMA.field(name).type)
     except READ_ERRORS as error:
         raise DamageError(f"{store.where(INDEX_FILE)}: column {name} cannot be read: {error}; {AGAIN}") from None
 
 
 def read_shard_manifest(store: Store, shard: int) -> tuple[pa.Table, dict[str, Any]]:
-    """A shard's manifest. Raises DamageError if it is missing, unreadable or another shard's."""
+    """A shard's manifest.
+
+    Raises DamageError if it is missing, unreadable or another shard's, FormatError if it has another format version.
+    """
     name = manifest_name(shard)
     try:
-        data = store.read(name, 0, MOST_FILE_BYTES + 1)
+        data = store.read(name)
     except OSError as error:
         raise DamageError(f"{store.where(name)}: {error.strerror or error}; run `genrecal cache` again") from None
     table, facts = read_manifest(data, where=store.where(name))
-    if facts["format_version"] == FORMAT_VERSION and facts["shard"] != shard:
+    check_version(store, shard, facts)
+    if facts["shard"] != shard:
         raise DamageError(
             f"{store.where(name)}: expected the manifest of shard {shard}, got that of shard {facts['shard']}; "
             "delete it and run `genrecal cache` again"

@@ -1,19 +1,17 @@
-"""Where a cache lies: a local directory, or any fsspec URL (`s3://`, `gs://`, `hf://`, `memory://`).
+"""Where a cache is stored: a local directory, or any fsspec URL (`s3://`, `gs://`, `hf://`, `memory://`).
 
 Names are relative to the cache, with slashes: `samples/00000.tar`. Local files are flushed to disk before they take their
 name. An object store shows an upload when it is complete and never before, so a kill leaves nothing that looks whole.
 """
 
-import abc
+import atexit
 import contextlib
 import fcntl
 import functools
 import hashlib
-import io
 import os
 import shutil
 import stat
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,101 +32,13 @@ from genrecal.files import (
 
 ATTEMPTS = 4  # of one remote operation, on top of what the file system itself retries
 LONGEST_PAUSE = 8.0  # seconds between two of them
+DOWNLOADS_KEPT_SECONDS = 24 * 3600.0
 FINAL = (
-    FileNotFoundError,
-    PermissionError,
-    IsADirectoryError,
-    NotADirectoryError,
-    FileExistsError,
-    NotImplementedError,
-)
+    FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError, NotImplementedError,
+)  # fmt: skip
 
 
-class Store(abc.ABC):
-    """The files of one cache. Methods raise FileNotFoundError for a name that is not there."""
-
-    url: str  # as the user wrote it, for messages and for opening it again
-
-    def where(self, name: str) -> str:
-        """A file's full name, for messages."""
-        return f"{self.url.rstrip('/')}/{name}" if name else self.url
-
-    @property
-    def absolute(self) -> str:
-        """The URL, not depending on the working directory."""
-        return self.url
-
-    @abc.abstractmethod
-    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
-        """Bytes [offset, offset + size) of a file, fewer where it ends before; all that follow if `size` is None."""
-
-    @abc.abstractmethod
-    def open(self, name: str, *, ahead: int = 0) -> BinaryIO:
-        """A file to read, seekable. A remote one is read in pieces of `ahead` bytes, or of just what is asked for if 0."""
-
-    @abc.abstractmethod
-    def size(self, name: str) -> int:
-        """Bytes of a file."""
-
-    @abc.abstractmethod
-    def sizes(self, folder: str) -> dict[str, int]:
-        """Bytes of each file in a folder, by its name without the folder's; none if the folder does not exist."""
-
-    @abc.abstractmethod
-    def write(self, name: str, data: bytes) -> None:
-        """Write a small file: it is the old one or the new one, never a part."""
-
-    @abc.abstractmethod
-    def temporary(self, name: str) -> Path:
-        """A local path to write a large file to, before `place` makes it the real one. Another process gets another."""
-
-    @abc.abstractmethod
-    def place(self, temporary: Path, name: str) -> None:
-        """Make a finished temporary file the real one. The temporary file is gone afterwards."""
-
-    @abc.abstractmethod
-    def move(self, name: str, new_name: str) -> None:
-        """Rename a file inside the cache; `new_name` must be free."""
-
-    @abc.abstractmethod
-    def present(self, name: str) -> bool:
-        """Whether anything stands under this name, be it a folder or a link that leads nowhere."""
-
-    @abc.abstractmethod
-    def local_copy(self, name: str, sha256: str) -> Path:
-        """A local file with the content of this one, to be read only: the file itself where the cache is local.
-
-        A remote file of this digest is downloaded once for all processes of a user on this machine.
-        """
-
-    @abc.abstractmethod
-    def discard_temporaries(self, folder: str) -> None:
-        """Delete every unfinished file of a folder, whoever writes it: nobody needs it any more."""
-
-    @abc.abstractmethod
-    def prepare(self) -> None:
-        """Make the directory ready to be written, and clear away what killed processes of this machine left unfinished.
-
-        Raises OSError where that cannot be.
-        """
-
-    def folders_with(self, name: str) -> list[str]:
-        """Folders of a local directory that hold a file of this name, each in full."""
-        return []
-
-    def names(self, folder: str) -> list[str]:
-        """Names of the files in a folder, sorted."""
-        return sorted(self.sizes(folder))
-
-    def exists(self, name: str) -> bool:
-        try:
-            self.size(name)
-        except FileNotFoundError:
-            return False
-        return True
-
-
-def open_store(location: "str | os.PathLike[str] | Store") -> Store:
+def open_store(location: "str | os.PathLike[str] | Store") -> "Store":
     """The store at a path or URL; nothing is read yet.
 
     Raises UsageError for a protocol that is not known, or whose package is not installed.
@@ -141,55 +51,210 @@ def open_store(location: "str | os.PathLike[str] | Store") -> Store:
     from fsspec.implementations.local import LocalFileSystem
 
     fs, path = file_system(text)
-    if isinstance(fs, LocalFileSystem):
-        return LocalStore(Path(path), text)
-    return RemoteStore(text)
+    return LocalStore(Path(path), text) if isinstance(fs, LocalFileSystem) else Store(text)
 
 
-# ------------------------------------------------------------------------------------------------------------------ local
+class Store:
+    """The files of one cache, at a URL that fsspec knows.
+
+    Methods raise FileNotFoundError for a name that is not there. An operation that fails is tried again after a pause;
+    they raise StorageError when it keeps failing, and PermissionError where access is refused.
+    """
+
+    def __init__(self, url: str):
+        self.url = url  # as the user wrote it, for messages and for opening it again
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.url!r})"
+
+    def where(self, name: str) -> str:
+        """A file's full name, for messages."""
+        return f"{self.url.rstrip('/')}/{name}" if name else self.url
+
+    @property
+    def absolute(self) -> str:
+        """The URL, not depending on the working directory."""
+        return self.url
+
+    @property
+    def _fs(self) -> Any:
+        return _file_system(self.url, os.getpid())[0]
+
+    def _path(self, name: str) -> str:
+        root: str = _file_system(self.url, os.getpid())[1]
+        return f"{root.rstrip('/')}/{name}" if name else root
+
+    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
+        """Bytes [offset, offset + size) of a file, fewer where it ends before; all that follow if `size` is None."""
+        if size == 0:
+            return b""
+        end = None if size is None else offset + size
+        return self._retry("read", name, lambda: _range(self._fs, self._path(name), offset, end))
+
+    def open(self, name: str, *, ahead: int = 0) -> BinaryIO:
+        """A file to read, seekable. A remote one is read in pieces of `ahead` bytes, or of just what is asked for if 0."""
+        from fsspec.spec import AbstractBufferedFile
+
+        class RangeFile(AbstractBufferedFile):
+            """Every read is a byte range of its own, tried again if it fails."""
+
+            def _fetch_range(file, start: int, end: int) -> bytes:
+                return self.read(name, start, end - start)
+
+        cache = {"block_size": ahead, "cache_type": "readahead"} if ahead else {"cache_type": "none"}
+        return cast(BinaryIO, RangeFile(self._fs, self._path(name), size=self.size(name), **cache))
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return int(self._retry("look up", name, lambda: self._fs.info(self._path(name)))["size"])
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of each file in a folder, by its name without the folder's; none if the folder does not exist."""
+        try:
+            entries = self._retry("list", folder, lambda: self._fs.ls(self._path(folder), detail=True))
+        except FileNotFoundError:
+            return {}
+        return {entry["name"].rsplit("/", 1)[-1]: int(entry["size"]) for entry in entries if entry["type"] == "file"}
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files in a folder, sorted."""
+        return sorted(self.sizes(folder))
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        try:
+            self.size(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def present(self, name: str) -> bool:
+        """Whether anything stands under this name, be it a folder or a link that leads nowhere."""
+        return bool(self._retry("look up", name, lambda: self._fs.exists(self._path(name))))
+
+    def folders_with(self, name: str) -> list[str]:
+        """Folders of a local directory that hold a file of this name, each in full."""
+        return []
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file: it is the old one or the new one, never a part."""
+        self._upload("write", name, len(data), lambda path: self._fs.pipe_file(path, data))
+
+    def temporary(self, name: str) -> Path:
+        """A local path to write a large file to, before `place` makes it the real one. Another process gets another."""
+        return Path(tempfile.mkdtemp(dir=_scratch(os.getpid()))) / Path(name).name
+
+    def place(self, temporary: Path, name: str) -> None:
+        """Make a finished temporary file the real one. The temporary file is gone afterwards."""
+        self._upload("upload", name, temporary.stat().st_size, lambda path: self._fs.put_file(str(temporary), path))
+        temporary.unlink()
+
+    def move(self, name: str, new_name: str) -> None:
+        """Rename a file inside the cache; `new_name` must be free."""
+        if self.exists(new_name):
+            raise FileExistsError(self.where(new_name))
+
+        def move() -> None:
+            """Copy, then delete. An attempt that failed in between has left the copy, or nothing of the old file."""
+            try:
+                size = int(self._fs.info(self._path(name))["size"])
+            except FileNotFoundError:
+                if not self._fs.exists(self._path(new_name)):
+                    raise
+                return
+            self._upload("move", new_name, size, lambda path: self._fs.cp_file(self._path(name), path))
+            self._fs.rm_file(self._path(name))
+
+        self._retry("move", name, move)
+
+    def local_copy(self, name: str, sha256: str) -> Path:
+        """A local file with the content of this one, to be read only: the file itself where the cache is local.
+
+        A remote file of this digest is downloaded once for all processes of a user on this machine.
+        """
+        shared = _downloads() / f"{sha256}.{Path(name).name}"
+        with shared.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not shared.exists():
+                path = temporary_path(shared)
+                self._retry("download", name, lambda: self._fs.get_file(self._path(name), str(path)))
+                with path.open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                        return path  # the caller says so
+                put_in_place(path, shared)
+            os.utime(shared)
+            return shared
+
+    def discard_temporaries(self, folder: str) -> None:
+        """Delete every unfinished file of a folder, whoever writes it: nobody needs it any more."""
+
+    def prepare(self) -> None:
+        """Make the directory ready to be written, and delete what killed processes of this machine left unfinished.
+
+        Raises OSError where that is not possible.
+        """
+
+    def _upload(self, doing: str, name: str, size: int, upload: Callable[[str], None]) -> None:
+        def attempt() -> None:
+            if "/" in name:  # folders are real on SFTP, HDFS and in memory; object stores have none
+                with contextlib.suppress(FileExistsError, PermissionError, NotImplementedError):
+                    self._fs.makedirs(self._path(name.rsplit("/", 1)[0]), exist_ok=True)
+            upload(self._path(name))
+            got = int(self._fs.info(self._path(name))["size"])
+            if got != size:
+                raise OSError(f"expected {size} bytes to be there after the upload, got {got}")
+
+        self._retry(doing, name, attempt)
+
+    def _retry(self, doing: str, name: str, operation: Callable[[], Any]) -> Any:
+        import tenacity
+
+        # Which exception means that trying again may help differs with every package; few say that it cannot.
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(ATTEMPTS),
+            wait=tenacity.wait_random_exponential(multiplier=0.5, max=LONGEST_PAUSE),
+            retry=tenacity.retry_if_exception(
+                lambda e: isinstance(e, Exception) and not isinstance(e, (*FINAL, StorageError))
+            ),
+            reraise=True,
+        )
+        try:
+            return retrying(operation)
+        except (*FINAL, StorageError):
+            raise
+        except Exception as error:
+            raise StorageError(
+                f"{self.where(name)}: cannot {doing} it, after {ATTEMPTS} attempts: {type(error).__name__}: {error}"
+            ) from error
 
 
 class LocalStore(Store):
     """A directory of this machine, or of a file system that is mounted on it."""
 
     def __init__(self, root: Path, url: str | None = None):
-        self.root, self.url = root, url or str(root)
-
-    def __repr__(self) -> str:
-        return f"LocalStore({str(self.root)!r})"
+        super().__init__(url or str(root))
+        self.root = root
 
     @property
     def absolute(self) -> str:
         return str(self.root.resolve())
 
     def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
-        file, size = self._range(name, offset, sys.maxsize if size is None else size)
-        data = os.pread(file.fileno(), size, offset) if size else b""
-        while 0 < len(data) < size:  # Linux gives at most 2 GiB at once
-            more = os.pread(file.fileno(), size - len(data), offset + len(data))
-            if not more:
-                break
-            data += more
-        return data
-
-    def _range(self, name: str, offset: int, size: int) -> tuple[BinaryIO, int]:
-        """An open file, and how many of `size` bytes it has from `offset` on.
-
-        The caller keeps the file, not its descriptor: another thread may push it out of the cache of open files, which
-        closes it as soon as nobody holds it, and then the descriptor's number belongs to another file.
-        """
         path, status = self._file(name)
-        return _open_file(path, status.st_ino, status.st_mtime_ns), max(0, min(size, status.st_size - offset))
+        left = max(0, status.st_size - offset)
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(left if size is None else min(size, left))
 
     def open(self, name: str, *, ahead: int = 0) -> BinaryIO:
-        return open(self._file(name)[0], "rb", buffering=0)
+        return open(self._file(name)[0], "rb")
 
     def size(self, name: str) -> int:
         return self._file(name)[1].st_size
 
     def _file(self, name: str) -> tuple[str, os.stat_result]:
         """A file to read. Links are followed, but only to files: a pipe or a device would never end."""
-        path = f"{self.root}/{name}"  # once for each record, and pathlib takes its time
+        path = f"{self.root}/{name}"
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(f"expected a file, got {stat.filemode(status.st_mode)}")
@@ -207,15 +272,18 @@ class LocalStore(Store):
 
     def sizes(self, folder: str) -> dict[str, int]:
         found = {}
-        try:
-            with os.scandir(self.root / folder) as entries:
-                for entry in entries:
-                    with contextlib.suppress(OSError):  # a link that leads round in a circle is no file
-                        if entry.is_file():
-                            found[entry.name] = entry.stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            pass
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root / folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):  # a link that leads round in a circle is no file
+                    if entry.is_file():
+                        found[entry.name] = entry.stat().st_size
         return found
+
+    def present(self, name: str) -> bool:
+        return os.path.lexists(self.root / name)
+
+    def folders_with(self, name: str) -> list[str]:
+        return [self.where(path.parent.name) for path in sorted(self.root.glob(f"*/{name}"))]
 
     def write(self, name: str, data: bytes) -> None:
         write_whole(self._to_write(name), data)
@@ -238,209 +306,22 @@ class LocalStore(Store):
         for folder in (new.parent.parent, new.parent, old.parent):
             flush(folder)
 
-    def present(self, name: str) -> bool:
-        return os.path.lexists(self.root / name)
-
-    def folders_with(self, name: str) -> list[str]:
-        return [self.where(path.parent.name) for path in sorted(self.root.glob(f"*/{name}"))]
-
     def local_copy(self, name: str, sha256: str) -> Path:
         return Path(self._file(name)[0])
 
     def discard_temporaries(self, folder: str) -> None:
-        if (self.root / folder).is_symlink():
-            return  # not ours, wherever it leads
-        for path in (self.root / folder).glob(".*.tmp"):
-            path.unlink(missing_ok=True)
+        if not (self.root / folder).is_symlink():  # not ours, wherever it leads
+            for path in (self.root / folder).glob(".*.tmp"):
+                path.unlink(missing_ok=True)
 
     def prepare(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         remove_stale_temporaries(self.root)
 
 
-@functools.lru_cache(maxsize=64)
-def _open_file(path: str, inode: int, modified: int) -> BinaryIO:
-    """The few most recent files stay open: a shuffling window touches only that many.
-
-    A file that was replaced under its name has another inode or time, and is opened anew.
-    """
-    return open(path, "rb", buffering=0)
-
-
-# ----------------------------------------------------------------------------------------------------------------- remote
-
-
-class RemoteStore(Store):
-    """A prefix of an object store, or any other file system that fsspec knows.
-
-    Every operation is tried again after a pause when it fails for a reason that may pass.
-    Methods raise StorageError when it goes on failing, and PermissionError where access is refused.
-    """
-
-    def __init__(self, url: str):
-        self.url = url
-
-    def __repr__(self) -> str:
-        return f"RemoteStore({self.url!r})"
-
-    @property
-    def _fs(self) -> Any:
-        return _file_system(self.url, os.getpid())[0]
-
-    def _path(self, name: str) -> str:
-        root: str = _file_system(self.url, os.getpid())[1]
-        return f"{root.rstrip('/')}/{name}" if name else root
-
-    def read(self, name: str, offset: int = 0, size: int | None = None) -> bytes:
-        if size == 0:
-            return b""
-        end = None if size is None else offset + size
-        return self._retry("read", name, lambda: _range(self._fs, self._path(name), offset, end))
-
-    def open(self, name: str, *, ahead: int = 0) -> BinaryIO:
-        file = _RangeFile(self, name)
-        return cast(BinaryIO, io.BufferedReader(file, ahead) if ahead else file)
-
-    def size(self, name: str) -> int:
-        return int(self._retry("look up", name, lambda: self._fs.info(self._path(name)))["size"])
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        try:
-            entries = self._retry("list", folder, lambda: self._fs.ls(self._path(folder), detail=True))
-        except FileNotFoundError:
-            return {}
-        return {entry["name"].rsplit("/", 1)[-1]: int(entry["size"]) for entry in entries if entry["type"] == "file"}
-
-    def write(self, name: str, data: bytes) -> None:
-        def pipe() -> None:
-            self._make_folder(name)
-            self._fs.pipe_file(self._path(name), data)
-            self._check_size(name, len(data))
-
-        self._retry("write", name, pipe)
-
-    def temporary(self, name: str) -> Path:
-        return Path(tempfile.mkdtemp(dir=_scratch(os.getpid()))) / Path(name).name
-
-    def place(self, temporary: Path, name: str) -> None:
-        def put() -> None:
-            self._make_folder(name)
-            self._fs.put_file(str(temporary), self._path(name))
-            self._check_size(name, temporary.stat().st_size)
-
-        self._retry("upload", name, put)
-        temporary.unlink()
-
-    def move(self, name: str, new_name: str) -> None:
-        if self.exists(new_name):
-            raise FileExistsError(self.where(new_name))
-
-        def move() -> None:
-            """Copy, then delete. An attempt that failed in between has left the copy, or nothing of the old file."""
-            try:
-                size = int(self._fs.info(self._path(name))["size"])
-            except FileNotFoundError:
-                if not self._fs.exists(self._path(new_name)):
-                    raise
-                return
-            self._make_folder(new_name)
-            self._fs.cp_file(self._path(name), self._path(new_name))
-            self._check_size(new_name, size)
-            self._fs.rm_file(self._path(name))
-
-        self._retry("move", name, move)
-
-    def present(self, name: str) -> bool:
-        return bool(self._retry("look up", name, lambda: self._fs.exists(self._path(name))))
-
-    def local_copy(self, name: str, sha256: str) -> Path:
-        shared = _downloads() / f"{sha256}.{Path(name).name}"
-        with shared.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if shared.exists():
-                os.utime(shared)
-                return shared
-            path = self.temporary(name)
-            self._retry("download", name, lambda: self._fs.get_file(self._path(name), str(path)))
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    return path  # the caller says so
-            temporary = temporary_path(shared)
-            shutil.move(path, temporary)
-            put_in_place(temporary, shared)
-            return shared
-
-    def discard_temporaries(self, folder: str) -> None:
-        """Unfinished files are in a local folder of each process, and go with it."""
-
-    def prepare(self) -> None:
-        """Object stores have no directories."""
-
-    def _make_folder(self, name: str) -> None:
-        """Where folders are real (SFTP, HDFS, memory); an object store takes this for nothing to do."""
-        if "/" in name:
-            with contextlib.suppress(FileExistsError, PermissionError, NotImplementedError):
-                self._fs.makedirs(self._path(name.rsplit("/", 1)[0]), exist_ok=True)
-
-    def _check_size(self, name: str, expected: int) -> None:
-        got = int(self._fs.info(self._path(name))["size"])
-        if got != expected:
-            raise OSError(f"expected {expected} bytes to be there after the upload, got {got}")
-
-    def _retry(self, doing: str, name: str, operation: Callable[[], Any]) -> Any:
-        import tenacity
-
-        # Which exception means that trying again may help differs with every package; few say that it cannot.
-        retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(ATTEMPTS),
-            wait=tenacity.wait_random_exponential(multiplier=0.5, max=LONGEST_PAUSE),
-            retry=tenacity.retry_if_exception(
-                lambda error: isinstance(error, Exception) and not isinstance(error, FINAL)
-            ),
-            reraise=True,
-        )
-        try:
-            return retrying(operation)
-        except FINAL:
-            raise
-        except Exception as error:
-            raise StorageError(
-                f"{self.where(name)}: cannot {doing} it, after {ATTEMPTS} attempts: {type(error).__name__}: {error}"
-            ) from error
-
-
-class _RangeFile(io.RawIOBase):
-    """A remote file whose every read is a byte range of its own, tried again if it fails."""
-
-    def __init__(self, store: RemoteStore, name: str):
-        self._store, self._name = store, name
-        self._size, self._place = store.size(name), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
-        self._place = max(0, start + offset)
-        return self._place
-
-    def readinto(self, buffer: Any) -> int:
-        wanted = max(0, min(len(buffer), self._size - self._place))
-        data = self._store.read(self._name, self._place, wanted)
-        buffer[: len(data)] = data
-        self._place += len(data)
-        return len(data)
-
-
 @functools.lru_cache(maxsize=16)
 def _file_system(url: str, process: int) -> tuple[Any, str]:
-    """The file system and the path in it; one a process, since its connections do not survive a fork."""
+    """The file system and the path in it; one per process, since its connections do not survive a fork."""
     return file_system(url)
 
 
@@ -448,7 +329,7 @@ def _range(fs: Any, path: str, start: int, end: int | None) -> bytes:
     try:
         return bytes(fs.cat_file(path, start=start, end=end))
     except OSError as error:
-        # A file shorter than the manifest says: damage, which the reader names, and no reason to try again.
+        # A file shorter than the manifest says: the reader names it, and trying again does not help.
         if "InvalidRange" in str(error) or "range" in str(error).lower() and "satisf" in str(error).lower():
             return b""
         raise
@@ -461,8 +342,6 @@ def _scratch(process: int) -> Path:
     Those of this user's killed processes are removed too, if they ran where process numbers mean the same: not in another
     container that shares the temporary folder.
     """
-    import atexit
-
     prefix = f"genrecal-{machine_name()}-"
     for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
         pid = folder.name.removeprefix(prefix).split("-")[0]
@@ -472,9 +351,6 @@ def _scratch(process: int) -> Path:
     folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{process}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
-
-
-DOWNLOADS_KEPT_SECONDS = 24 * 3600.0
 
 
 def _downloads() -> Path:

@@ -12,7 +12,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
@@ -57,7 +57,8 @@ CONTENT_ERRORS = (  # of content whose checksum is right, if its writer was wron
     pa.ArrowException,
 )  # fmt: skip
 AGAIN = "delete cache.json and run `genrecal cache` again with the same options: finished shards are kept"
-Add = Callable[..., None]  # `Findings.add`, of one file or one sample
+Add = Callable[..., None]  # `Findings.add` of one sample
+Difference = tuple[str, object, object]  # what, expected, got
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,17 +156,7 @@ def verify_cache(
         return Verification(path=store.url, shards=(0, 0), findings=tuple(outside.findings), notes=tuple(notes))
     _check_files(store, settings, outside)
     damaged = {finding.file for finding in outside.findings}
-    head = vocabulary = None
-    if deep and HEAD_FILE in damaged:
-        notes.append(f"not compared with the stored logits: {HEAD_FILE} is damaged")
-    elif deep:
-        head = _load_head(store, settings, outside, device)
-    if deep:
-        vocabulary, unreadable = load_vocabulary(store)
-        if vocabulary is not None and not vocabulary.is_exact:
-            vocabulary, unreadable = None, f"{TEACHER_FOLDER}/tokenizer.json: a decoder of an unknown kind"
-        if vocabulary is None and any("token" in name for name in settings["teacher"].get("files_sha256", {})):
-            notes.append(f"answers are not compared with their tokens: {unreadable}")
+    head, vocabulary = _for_deep(store, settings, outside, notes, device) if deep else (None, None)
     planned, complete = settings["num_shards"], "totals" in settings
     numbers = [shard for shard, _ in files_in(store, "manifest", ".parquet")]
     if not complete and len(numbers) < planned:
@@ -176,7 +167,7 @@ def verify_cache(
     if complete and not has_index:
         notes.append(f"no {INDEX_FILE}: opening reads every manifest; `genrecal cache` again writes it")
     digests = index_digests(store) if has_index and INDEX_FILE not in damaged else {}
-    tiers = TIERS
+    tiers: tuple[str, ...] = TIERS
     if settings["question_codec"] != "none" and numbers and not store.names("questions"):
         notes.append("the questions tier was deleted: stage 1 can train without its regularisation only")
         tiers = ("samples",)
@@ -184,7 +175,8 @@ def verify_cache(
     expected = sorted({*numbers, *(range(planned) if complete else ())})
     with Progress("verify", len(expected), "shards") as progress:
         for shard in expected:
-            results.append(check_shard(store, shard, settings, digests.get(shard), tiers, head, vocabulary))
+            content = _Content(settings, head, vocabulary)
+            results.append(check_shard(store, shard, settings, digests.get(shard), tiers, content))
             progress.advance(1, f"{sum(bool(result.findings) for result in results)} damaged")
     for result in results:
         if result.deep is not None and not result.deep.kl_mean <= max_kl:
@@ -299,37 +291,42 @@ def _check_files(store: Store, settings: dict[str, Any], found: Findings) -> Non
             found.add(f"{TEACHER_FOLDER}/{name}", what)
 
 
-def _load_head(store: Store, settings: dict[str, Any], found: Findings, device: str) -> FrozenHead | None:
-    try:
-        head = FrozenHead.load(store.local_copy(HEAD_FILE, str(settings["teacher"].get("head_sha256"))), device)
-    except FormatError as error:
-        found.add(HEAD_FILE, str(error).partition(f"{HEAD_FILE}: ")[2])
-        return None
-    expected = [settings["head_rows"], settings["hidden_size"]]
-    if list(head.weight.shape) == expected:
-        return head
-    found.add(HEAD_FILE, "shape of the weight", expected, list(head.weight.shape))
-    return None
+def _for_deep(
+    store: Store, settings: dict[str, Any], found: Findings, notes: list[str], device: str
+) -> tuple[FrozenHead | None, Vocabulary | None]:
+    """What `--deep` compares with: the head and the vocabulary, or None and a finding or a note."""
+    teacher, head = settings["teacher"], None
+    if any(finding.file == HEAD_FILE for finding in found.findings):
+        notes.append(f"not compared with the stored logits: {HEAD_FILE} is damaged")
+    else:
+        try:
+            head = FrozenHead.load(store.local_copy(HEAD_FILE, str(teacher.get("head_sha256"))), device)
+            expected, got = [settings["head_rows"], settings["hidden_size"]], list(head.weight.shape)
+            if expected != got:
+                raise FormatError(f"{HEAD_FILE}: expected a weight of {expected} by {CACHE_FILE}, got {got}")
+        except FormatError as error:
+            found.add(HEAD_FILE, str(error).partition(f"{HEAD_FILE}: ")[2])
+            head = None
+    vocabulary, unreadable = load_vocabulary(store)
+    if vocabulary is not None and not vocabulary.is_exact:
+        vocabulary, unreadable = None, f"{TEACHER_FOLDER}/tokenizer.json: a decoder of an unknown kind"
+    if vocabulary is None and any("token" in name for name in teacher.get("files_sha256", {})):
+        notes.append(f"answers are not compared with their tokens: {unreadable}")
+    return head, vocabulary
 
 
 # ------------------------------------------------------------------------------------------------------------- one shard
 
 
 def check_shard(
-    store: Store,
-    shard: int,
-    settings: dict[str, Any],
-    digest: str | None,
-    tiers: Iterable[str],
-    head: FrozenHead | None,
-    vocabulary: Vocabulary | None,
+    store: Store, shard: int, settings: dict[str, Any], digest: str | None, tiers: Iterable[str], content: "_Content"
 ) -> Findings:
     """Everything that can be said of one shard by its own files, the settings of cache.json and the index.
 
     Args:
         digest: of its manifest, by the index; None where that is not known.
         tiers: those whose tars are there.
-        head: to recompute the logits with, or None. vocabulary: to spell the answers with, or None.
+        content: checks the members.
     """
     result, file = Findings(shard), manifest_name(shard)
     if shard >= settings["num_shards"]:
@@ -361,27 +358,18 @@ def check_shard(
             result.add(file, what, expected, found)
     result.sums.update({name: sum(row[name] or 0 for row in rows) for name in TOTALS if name in table.column_names})
     result.sums.update({"rows": len(rows), CACHED: counts[CACHED], SKIPPED: counts[SKIPPED]})
-    deep = _Deep(head) if head is not None else None
     for tier in tiers:
         if tier in facts["sha256"]:
-            _check_tar(store, result, tier, rows, facts["sha256"][tier], settings, deep, vocabulary)
-    result.deep = deep.figures(shard) if deep is not None else None
+            _check_tar(store, result, tier, rows, facts["sha256"][tier], content)
+    result.deep = content.figures(shard)
     return result
 
 
 def _check_tar(
-    store: Store,
-    result: Findings,
-    tier: str,
-    rows: list[dict[str, Any]],
-    sha256: str,
-    settings: dict[str, Any],
-    deep: "_Deep | None",
-    vocabulary: Vocabulary | None,
+    store: Store, result: Findings, tier: str, rows: list[dict[str, Any]], sha256: str, content: "_Content"
 ) -> None:
     """Read a tar once: its sha256, and each listed member's checksum and content."""
-    assert result.shard is not None
-    file, digest, place, answers = tar_name(tier, result.shard), hashlib.sha256(), 0, ()
+    file, digest, place = tar_name(tier, cast(int, result.shard)), hashlib.sha256(), 0
     listed = [(member, row) for row in rows for member in row["members"] if member["tier"] == tier]
     try:
         length = store.size(file)
@@ -406,14 +394,7 @@ def _check_tar(
                     add(f"member {name}: xxh3", f"{member['xxh3']:016x}", f"{checksum:016x}")
                     continue
                 try:
-                    if name == f"{row['key']}.json":
-                        answers = _check_conversation(add, data, row, settings)
-                    elif name.endswith(".arrow"):
-                        answered = _check_rows(add, name, data, row, settings)
-                        if answered is not None and vocabulary is not None:
-                            _check_spelling(add, answered, answers, vocabulary)
-                        if answered is not None and deep is not None:
-                            deep.add(answered)
+                    content.check(add, name, data, row)
                 except CONTENT_ERRORS as error:
                     add(f"member {name} cannot be read: {error!r}")
             _hash(tar, length, digest)
@@ -435,89 +416,102 @@ def _hash(file: BinaryIO, count: int, digest: Any) -> None:
 # --------------------------------------------------------------------------------------------------- content of members
 
 
-def _check_conversation(add: Add, data: bytes, row: dict[str, Any], settings: dict[str, Any]) -> tuple[str, ...]:
-    """Compare a conversation with its manifest row; its answers."""
-    sample = Sample.from_json(row["key"], strict_json(data, MOST_CONVERSATION_BYTES), [])
-    written = AnswerSource.from_json(settings["answers"]).written_by_teacher
-    for what, expected, got in (
-        *((name, row[name], getattr(sample, name)) for name in ("sample_id", "category", "source")),
-        ("turns", row["turns"], len(sample.answers)),
-        ("given answers", row["turns"] if written else 0, len(sample.given_answers)),
-        ("number of images", row["images"], len(sample.image_indices)),
-    ):
-        if expected != got:
-            add(f"{what} of the conversation", expected, got)
-    return sample.answers
+class _Content:
+    """Checks what one shard's members say, and keeps what comparing logits gave."""
 
-
-def _check_rows(add: Add, name: str, data: bytes, row: dict[str, Any], settings: dict[str, Any]) -> AnswerRows | None:
-    """Compare the schema and rows of an Arrow file with cache.json and its manifest row; answer rows where they fit."""
-    table = read_table(data, where=name)
-    tier = name.split(".")[-2]
-    rows = answer_rows(table, where=name) if tier == "answer" else question_rows(table, where=name)
-    rising = (np.diff(rows.turn) >= 0).all() and (np.diff(rows.position) > 0).all() and (rows.position >= 0).all()
-    checks = [
-        ("codec", settings[f"{tier}_codec"], rows.coded.facts["codec"]),
-        ("hidden size", settings["hidden_size"], rows.coded.facts["hidden_size"]),
-        ("turns and positions", "rising", "rising" if rising else "in another order"),
-    ]
-    if not isinstance(rows, AnswerRows):
-        checks.append(("question rows", row["question_tokens"], len(rows)))
-    else:
-        last, sampled = np.append(rows.turn[1:] != rows.turn[:-1], True)[: len(rows)], rows.sampled
-        ids = {"topk_ids": rows.topk_ids, "target_id": rows.target_id[rows.predicts]}
-        ids |= {"sample_ids": sampled.ids} if sampled is not None else {}
-        wrong = [name for name, values in ids.items() if ((values < 0) | (values >= settings["head_rows"])).any()]
-        wrong += [name for name in ("topk_logits", "logsumexp") if not np.isfinite(getattr(rows, name)).all()]
-        if sampled is not None:
-            wrong += [] if (sampled.counts.sum(1, dtype=np.int64) == sampled.ids.shape[1]).all() else ["sample_counts"]
-            wrong += [] if (np.isfinite(sampled.entropy) & (sampled.entropy >= 0)).all() else ["entropy"]
-        checks += [
-            ("answer rows", row["answer_tokens"] + row["turns"], len(rows)),
-            ("turns", row["turns"], len(np.unique(rows.turn))),
-            ("logits per row", settings["top_k"], rows.topk_ids.shape[1]),
-            ("draws per row", settings["sampled_targets"], 0 if sampled is None else sampled.ids.shape[1]),
-            ("targets", "in all rows but a turn's last", "in all rows but a turn's last"
-             if np.array_equal(rows.predicts, ~last) else "in other rows"),
-            ("columns with values that cannot be", [], wrong),
-        ]  # fmt: skip
-    different = [check for check in checks if check[1] != check[2]]
-    for what, expected, got in different:
-        add(f"{tier} file: {what}", expected, got)
-    return rows if isinstance(rows, AnswerRows) and not different else None
-
-
-def _check_spelling(add: Add, rows: AnswerRows, answers: tuple[str, ...], vocabulary: Vocabulary) -> None:
-    """Compare answers with the bytes of their tokens.
-
-    Tokens before the answer's first byte are the template's; it may trim an answer, and a tokenizer may compose letters.
-    """
-    for turn, answer in enumerate(answers):
-        places = np.flatnonzero(rows.predicts & (rows.turn == turn))[:-1]  # the last one closes the turn
-        ids = rows.target_id[places][rows.target_end[places] > 0].tolist()
-        pieces = [vocabulary.bytes(token_id) for token_id in ids]
-        if None in pieces:
-            what = f"answer of turn {turn + 1}: a token that the teacher's tokenizer.json lacks"
-            add(what, got=ids[pieces.index(None)])
-            continue
-        text = b"".join(piece for piece in pieces if piece is not None).decode(errors="backslashreplace")
-        spelled, wanted = (unicodedata.normalize("NFC", words).strip() for words in (text, answer))
-        if spelled != wanted:
-            place = len(os.path.commonprefix([spelled, wanted]))
-            near = slice(max(0, place - 20), place + 20)
-            what = f"answer of turn {turn + 1}: not what its tokens stand for, near character {place}"
-            add(what, repr(spelled[near]), repr(wanted[near]))
-
-
-class _Deep:
-    """Compares stored logits with recomputed ones, a bounded number of logits at a time."""
-
-    def __init__(self, head: FrozenHead):
-        self.head, self.agree = head, 0
+    def __init__(self, settings: dict[str, Any], head: FrozenHead | None, vocabulary: Vocabulary | None):
+        self.settings, self.head, self.vocabulary = settings, head, vocabulary
+        self.answers: tuple[str, ...] = ()  # of the conversation that was read last
         self.kl: list[np.ndarray] = [np.zeros(0)]
+        self.agree = 0
 
-    def add(self, rows: AnswerRows) -> None:
+    def check(self, add: Add, name: str, data: bytes, row: dict[str, Any]) -> None:
+        """Compare a member with its manifest row and with cache.json. Raises one of CONTENT_ERRORS if it cannot be read."""
+        if name.endswith(".json"):
+            wrong = self._conversation(data, row)
+        elif name.endswith(".question.arrow"):
+            wrong = self._rows("question", read_table(data, where=name), row)
+        elif name.endswith(".answer.arrow"):
+            table = read_table(data, where=name)
+            wrong = self._rows("answer", table, row)
+            if not wrong and (self.head is not None or self.vocabulary is not None):
+                rows = answer_rows(table, where=name)
+                wrong = list(self._spelling(rows))
+                self._compare_logits(rows)
+        else:
+            return
+        for what, expected, got in wrong:
+            add(what, expected, got)
+
+    def _conversation(self, data: bytes, row: dict[str, Any]) -> list[Difference]:
+        self.answers = ()
+        sample = Sample.from_json(row["key"], strict_json(data, MOST_CONVERSATION_BYTES), [])
+        self.answers = sample.answers
+        written = AnswerSource.from_json(self.settings["answers"]).written_by_teacher
+        checks = [
+            *((name, row[name], getattr(sample, name)) for name in ("sample_id", "category", "source")),
+            ("turns", row["turns"], len(sample.answers)),
+            ("given answers", row["turns"] if written else 0, len(sample.given_answers)),
+            ("number of images", row["images"], len(sample.image_indices)),
+        ]
+        return [(f"{what} of the conversation", a, b) for what, a, b in checks if a != b]
+
+    def _rows(self, tier: str, table: pa.Table, row: dict[str, Any]) -> list[Difference]:
+        """The columns' types are checked as they are decoded."""
+        rows = answer_rows(table, where="") if tier == "answer" else question_rows(table, where="")
+        rising = (np.diff(rows.turn) >= 0).all() and (np.diff(rows.position) > 0).all() and (rows.position >= 0).all()
+        count = row["question_tokens"] if tier == "question" else row["answer_tokens"] + row["turns"]
+        checks: list[Difference] = [
+            ("codec", self.settings[f"{tier}_codec"], rows.coded.facts["codec"]),
+            ("hidden size", self.settings["hidden_size"], rows.coded.facts["hidden_size"]),
+            ("rows", count, len(rows)),
+            ("turns and positions", "rising", "rising" if rising else "in another order"),
+        ]
+        if isinstance(rows, AnswerRows):
+            last, sampled = np.append(rows.turn[1:] != rows.turn[:-1], True)[: len(rows)], rows.sampled
+            ids = {"topk_ids": rows.topk_ids, "target_id": rows.target_id[rows.predicts]}
+            numbers = {"topk_logits": rows.topk_logits, "logsumexp": rows.logsumexp}
+            if sampled is not None:
+                ids["sample_ids"], numbers["entropy"] = sampled.ids, sampled.entropy
+            wrong = [name for name, v in ids.items() if ((v < 0) | (v >= self.settings["head_rows"])).any()]
+            wrong += [name for name, v in numbers.items() if not np.isfinite(v).all()]
+            if sampled is not None and (sampled.counts.sum(1, dtype=np.int64) != sampled.ids.shape[1]).any():
+                wrong.append("sample_counts")
+            checks += [
+                ("turns", row["turns"], len(np.unique(rows.turn))),
+                ("logits per row", self.settings["top_k"], rows.topk_ids.shape[1]),
+                ("draws per row", self.settings["sampled_targets"], 0 if sampled is None else sampled.ids.shape[1]),
+                ("rows without a target", int(last.sum()), int((last & ~rows.predicts).sum())),
+                ("rows with a target", int((~last).sum()), int(rows.predicts.sum())),
+                ("columns with values that cannot be", [], wrong),
+            ]
+        return [(f"{tier} file: {what}", a, b) for what, a, b in checks if a != b]
+
+    def _spelling(self, rows: AnswerRows) -> Iterator[Difference]:
+        """Compare answers with the bytes of their tokens.
+
+        Tokens before the answer's first byte are the template's; it may trim an answer, and a tokenizer may compose letters.
+        """
+        for turn, answer in enumerate(self.answers if self.vocabulary is not None else ()):
+            places = np.flatnonzero(rows.predicts & (rows.turn == turn))[:-1]  # the last one closes the turn
+            ids = rows.target_id[places][rows.target_end[places] > 0].tolist()
+            pieces = [cast(Vocabulary, self.vocabulary).bytes(token_id) for token_id in ids]
+            if None in pieces:
+                what = f"answer of turn {turn + 1}: a token that the teacher's tokenizer.json lacks"
+                yield what, "", ids[pieces.index(None)]
+                continue
+            text = b"".join(piece for piece in pieces if piece is not None).decode(errors="backslashreplace")
+            spelled, wanted = (unicodedata.normalize("NFC", words).strip() for words in (text, answer))
+            if spelled != wanted:
+                place = len(os.path.commonprefix([spelled, wanted]))
+                near = slice(max(0, place - 20), place + 20)
+                what = f"answer of turn {turn + 1}: not what its tokens stand for, near character {place}"
+                yield what, repr(spelled[near]), repr(wanted[near])
+
+    def _compare_logits(self, rows: AnswerRows) -> None:
         """KL(stored || recomputed) of every row that has a target; the tokens outside the top k count as one."""
+        if self.head is None:
+            return
         import torch
 
         size = max(1, LOGIT_BUDGET // self.head.weight.shape[0])
@@ -539,8 +533,10 @@ class _Deep:
                     kl += torch.where(tail_p > 0, tail_p * (tail_p.clamp_min(1e-300).log() - tail_q), 0)
                 self.kl.append(kl.clamp_min(0).cpu().numpy())  # float32's rounding can take it a little below 0
 
-    def figures(self, shard: int) -> DeepFigures:
-        """Over all rows that were added."""
+    def figures(self, shard: int) -> DeepFigures | None:
+        """Over all rows that were compared; None without a head."""
+        if self.head is None:
+            return None
         kl = np.concatenate(self.kl)
         mean, most = (float(kl.mean()), float(kl.max())) if len(kl) else (0.0, 0.0)
         agreement = self.agree / len(kl) if len(kl) else 1.0

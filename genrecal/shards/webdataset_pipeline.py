@@ -77,7 +77,9 @@ def _decode(sample: dict[str, Any], row: dict[str, Any] | None) -> dict[str, Any
     """A sample's members compared with its manifest row, and decoded."""
     key, where = sample["__key__"], sample["__url__"]
     members = [member for member in row["members"] if member["tier"] == "samples"] if row is not None else []
-    parts = {name: sample.get(name) for name in (member["name"].removeprefix(f"{key}.") for member in members)}
+    parts: dict[str, Any] = {
+        name: sample.get(name) for name in (member["name"].removeprefix(f"{key}.") for member in members)
+    }
     for member, (name, data) in zip(members, parts.items(), strict=True):
         if data is None or xxhash.xxh3_64_intdigest(data) != member["xxh3"]:
             raise DamageError(f"{where}: member {key}.{name}: missing or corrupt; `genrecal verify` says more")

@@ -16,7 +16,6 @@ import pytest
 import torch
 import transformers
 from conftest import conversation, mixed_samples, png, write_llava
-from PIL import Image
 from rich.cells import cell_len
 from rich.console import Console
 from shard_records import make_answer
@@ -29,7 +28,7 @@ from genrecal.cli.output import plain_json
 from genrecal.errors import DamageError, FormatError, UsageError
 from genrecal.inspect import describe_record, find_record, run_sql, save_images, summarize
 from genrecal.inspect.summary import NOT_COLUMNS, arrow_column_bytes, blind_teacher, histogram
-from genrecal.inspect.text import inline_image, inline_protocol, record_text, sql_text, summary_text, visible
+from genrecal.inspect.text import record_text, sql_text, summary_text, visible
 from genrecal.samples import open_samples
 from genrecal.samples.survey import reason_kind
 from genrecal.shards.codecs import CODECS
@@ -563,32 +562,6 @@ def test_save_images_prints_the_paths(run, path, tmp_path):
 def test_contradictory_options_are_refused(run, path, args):
     status, out, err = run("inspect", path, *args)
     assert (status, out, err.count("\n")) == (2, "", 1) and "--key" in err
-
-
-def test_pictures_are_inline_only_where_the_terminal_says_so(run, path, monkeypatch):
-    assert inline_protocol({"KITTY_WINDOW_ID": "1"}) == inline_protocol({"TERM": "xterm-kitty"}) == "kitty"
-    assert inline_protocol({"TERM_PROGRAM": "iTerm.app"}) == "iterm2"
-    assert inline_protocol({"TERM": "xterm-256color"}) is None
-    assert inline_protocol({"KITTY_WINDOW_ID": "1", "TMUX": "x"}) is None
-    monkeypatch.setenv("KITTY_WINDOW_ID", "1")
-    assert "\x1b" not in run("inspect", path, "--key", "s1")[1]  # piped
-
-
-@pytest.mark.parametrize("protocol", ["kitty", "iterm2"])
-def test_an_inline_picture_decodes_to_the_picture_made_small(protocol):
-    import base64
-    import re
-
-    text = inline_image(png(0, 900, 600), protocol)
-    if protocol == "kitty":
-        pieces = re.findall(r"\x1b_G([^;]*);([^\x1b]*)\x1b\\", text)
-        assert pieces[0][0].startswith("f=100,a=T") and all(len(piece) <= 4096 for _, piece in pieces)
-        assert [keys[-3:] for keys, _ in pieces] == [f"m={int(i + 1 < len(pieces))}" for i in range(len(pieces))]
-        data = base64.b64decode("".join(piece for _, piece in pieces))
-    else:
-        data = base64.b64decode(re.fullmatch(r"\x1b\]1337;File=inline=1;size=\d+:(.*)\x07\n", text)[1])
-    assert Image.open(io.BytesIO(data)).size == (320, 213)
-    assert inline_image(b"no picture", protocol) == ""
 
 
 def test_nothing_of_inspect_needs_a_model_library(path):

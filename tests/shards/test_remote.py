@@ -145,7 +145,7 @@ def test_a_store_that_goes_on_failing_is_said_in_one_line(made, proxy, url):
 
 
 def test_wrong_places_are_named(proxy, url, teacher, data, made):
-    with pytest.raises(FormatError, match=rf"{url}: not a cache: it has no cache\.json"):
+    with pytest.raises(FormatError, match=rf"{url}: not a cache: there is nothing at this path"):
         genrecal.open_cache(url)
     with pytest.raises(FormatError, match="not a cache"):
         genrecal.open_cache("s3://no-such-bucket/cache")

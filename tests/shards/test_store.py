@@ -1,12 +1,10 @@
 """A written shard read back: by us, by plain tools; whole or not there; damage named."""
 
 import dataclasses
-import functools
 import hashlib
 import io
 import json
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
 
 import duckdb
 import numpy as np
@@ -21,7 +19,7 @@ import genrecal
 from genrecal.errors import DamageError, FormatError
 from genrecal.files import machine_name, remove_stale_temporaries
 from genrecal.samples import BadRecord, ImageSource
-from genrecal.shards import index, storage
+from genrecal.shards import index
 from genrecal.shards.codecs import CODECS
 from genrecal.shards.layout import manifest_name, tar_name, write_cache_json
 from genrecal.shards.record import Record
@@ -235,22 +233,6 @@ def test_damaged_or_missing_manifests_are_named(cache):
     write_cache_json(open_store(cache), DESCRIPTION | {"totals": {}})
     with pytest.raises(DamageError, match=r"manifest/00001\.parquet: missing"):
         genrecal.open_cache(cache)
-
-
-def test_threads_that_read_many_files_get_their_own_bytes(tmp_path, monkeypatch):
-    """More files than stay open: a descriptor that another thread closes is soon another file's."""
-    monkeypatch.setattr(storage, "_open_file", functools.lru_cache(maxsize=2)(storage._open_file.__wrapped__))
-    store = open_store(tmp_path)
-    for number in range(24):
-        (tmp_path / str(number)).write_bytes(bytes([number]) * 4096)
-
-    def read(turn):
-        for step in range(400):
-            number = (turn * 7 + step * 5) % 24
-            assert store.read(str(number), 100, 2000) == bytes([number]) * 2000
-
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(read, range(16)))
 
 
 def test_many_shards_are_summed_as_few_are(cache, monkeypatch):

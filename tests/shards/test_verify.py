@@ -99,7 +99,7 @@ def test_a_missing_index_is_noted_and_nothing_else_changes(cache):
 
 
 def test_no_cache_at_all(tmp_path):
-    with pytest.raises(FormatError, match=r"not a cache: it has no cache\.json; `genrecal cache` makes one"):
+    with pytest.raises(FormatError, match=r"not a cache: it has no cache\.json; `genrecal cache` writes one"):
         verify_cache(tmp_path)
 
 
@@ -225,8 +225,8 @@ def edited(**values):
         (edited(turns=3), "turns of the conversation: expected 3, got 2"),
         (edited(turns=2**31 - 1), "answer file: turns: expected 2147483647, got 2"),
         (edited(images=0), "number of images of the conversation: expected 0, got 1"),
-        (edited(answer_tokens=1), "answer file: answer rows: expected 3, got"),
-        (edited(question_tokens=1), "question file: question rows: expected 1, got"),
+        (edited(answer_tokens=1), "answer file: rows: expected 3, got"),
+        (edited(question_tokens=1), "question file: rows: expected 1, got"),
         (edited(category="other"), "category of the conversation: expected other, got kind 0"),
         (edited(status="done"), "rows that are cached or skipped: expected 4, got 3"),
     ],
@@ -287,7 +287,7 @@ def values(**changed):
         (values(ids=60), "got ['sample_ids']"),
         (values(topk_ids=60), "got ['topk_ids']"),
         (values(target_id=60), "got ['target_id']"),
-        (values(target_id=-1), "targets: expected in all rows but a turn's last, got in other rows"),
+        (values(target_id=-1), "answer file: rows with a target: expected "),
         (values(topk_logits=np.inf), "got ['topk_logits']"),
         (values(logsumexp=np.nan), "got ['logsumexp']"),
         (values(entropy=np.nan), "got ['entropy']"),
