@@ -13,13 +13,13 @@ import torch
 import transformers
 from conftest import picture
 from safetensors.torch import load_file
+from tiny_models import is_vision_encoder
 
 from genrecal.train.config import load_config
 from genrecal.train.export import export
 from genrecal.train.logs import read_metrics
 from genrecal.train.loop import train
 from genrecal.train.run import Run
-from genrecal.train.stages import is_vision_encoder
 from genrecal.vlm.checkpoint import Checkpoint
 from genrecal.vlm.loading import auto_class, without_video_processors
 

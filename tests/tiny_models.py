@@ -731,6 +731,14 @@ PAPER = {
 }  # fmt: skip
 
 
+def is_vision_encoder(parameter: str) -> bool:
+    """Whether a parameter belongs to the vision encoder, by the names of the families here."""
+    encoders = {"visual", "vision_tower", "vision_model"}
+    projectors = {"merger", "merger_list", "deepstack_merger_list", "multi_modal_projector", "connector"}
+    parts = set(parameter.split("."))
+    return bool(parts & encoders) and not parts & projectors
+
+
 def make(family: str, folder: Path, seed: int = 0) -> Path:
     """Write the tiny model of `family` to `folder` once and return it."""
     if not (folder / "config.json").exists():

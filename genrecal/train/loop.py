@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -58,8 +59,8 @@ from genrecal.train.profiling import Clock, profile_text, profiled_run, scratch
 from genrecal.train.ranks import Ranks, StopSignals, check_devices, joined, own_device, world_size
 from genrecal.train.run import Run
 from genrecal.train.snapshot import take_snapshot
-from genrecal.train.stages import Distiller, StepOutput, add_lora, select_trainable
-from genrecal.vlm.loading import resolve_device
+from genrecal.train.stages import Distiller, StepOutput, add_lora, describe_trained, select_trainable, try_stages
+from genrecal.vlm.loading import empty_model, resolve_device
 
 FILLERS = 64  # samples that are tried for `BatchBuilder.fillers`
 
@@ -112,6 +113,8 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
                 return cache, midway, {}, None
             check_stages(run, cache, stages, run.check(cache, ranks.size)["global_batch"])
             check_layout(run.student, trust_remote_code=run.trust_remote_code)
+            empty = empty_model(run.student, trust_remote_code=run.trust_remote_code)
+            try_stages(SimpleNamespace(path=run.student, model=empty), run.config.lora)
             held.enter_context(FolderLock(run.path / LOCK_FILE, "training in"))
             begun = run.begin(cache, ranks.size)
             if not (run.path / CACHE_FACTS).exists():
@@ -327,6 +330,9 @@ class StageTrainer:
         self.run, self.ranks, self.config = session.run, session.ranks, session.run.config
         self.settings, self.dtype = self.config.stage(stage), resolve_precision(self.config)
         self.plan, self.distiller = self.ranks.together(self._build)
+        if self.ranks.first:
+            trained = describe_trained(self.distiller.student, self.config.lora, stage)
+            sys.stderr.write(f"genrecal: stage {stage} {trained}\n")
         self.engine, self.first_step = self._start_engine()
         self.builder = self.ranks.together(self._builder)
         cache, indices = session.cache, self.plan.indices
@@ -347,7 +353,13 @@ class StageTrainer:
         plan = plan_stage(self.settings, cache, global_batch=int(global_batch))
         torch.manual_seed(self.config.seed * 4 + self.stage)
         device = self.session.device
-        return plan, build_distiller(self.run, cache, self.stage, device, self.dtype, samples=plan.indices)
+        distiller = build_distiller(self.run, cache, self.stage, device, self.dtype, samples=plan.indices)
+        if distiller.student.renderer.alone and resolve_engine(self.config.engine, self.ranks.size) == "zero3":
+            raise UsageError(
+                f"{self.run.student}: engine zero3 needs as many forward passes on each process, and this student runs each "
+                "conversation alone; set engine=zero2"
+            )
+        return plan, distiller
 
     def _start_engine(self) -> tuple[Engine, int]:
         """The engine, where the newest checkpoint left it, and the first step."""

@@ -1,6 +1,5 @@
 """The three stages: what of the student is trained in each, and one micro-step of any objective."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -10,10 +9,8 @@ from torch import nn
 from genrecal.errors import ModelError
 from genrecal.objectives.base import Batch, Objective, Term
 from genrecal.train.config import LoraConfig
-from genrecal.vlm.loading import VLM, pad_states
-
-VISION_PARTS = ("visual", "vision_tower", "vision_model", "image_tower", "vision_encoder")
-PROJECTOR_PARTS = ("merger", "merger_list", "deepstack_merger_list", "multi_modal_projector", "connector", "projector")
+from genrecal.vlm.loading import VLM, first_line, pad_states
+from genrecal.vlm.parts import find_parts
 
 
 class StepOutput(NamedTuple):
@@ -41,9 +38,8 @@ class Distiller(nn.Module):
         self.model = student.model  # registers the student's parameters
         for name, module in modules.items():
             self.add_module(name, module)
-        for name, module in self.model.named_modules():
-            if name.split(".")[-1] in VISION_PARTS:
-                module.eval()  # frozen in every stage: no dropout
+        for name in find_parts(self.model, path=student.path).encoders:
+            self.model.get_submodule(name).eval()  # frozen in every stage: no dropout
 
     def forward(self, batch: Batch, tokens: int) -> StepOutput:
         """One micro-step; `loss` sums to the global batch's loss over its micro-steps.
@@ -104,45 +100,69 @@ class HasModel(Protocol):
     def model(self) -> Any: ...
 
 
-def language_model_linears(student: HasModel) -> str:
-    """A pattern for PEFT that matches the linear layers of the student's language model, and nothing else."""
-    decoder = student.model.get_decoder()
-    names = {id(module): name for name, module in student.model.named_modules()}
-    leaves = sorted({name.split(".")[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)})
-    if id(decoder) not in names or not leaves:
-        raise ModelError(f"{student.path}: no language model with linear layers was found in the student")
-    return rf"{re.escape(names[id(decoder)])}\..*\.({'|'.join(map(re.escape, leaves))})"
-
-
 def add_lora(student: HasModel, config: LoraConfig) -> None:
-    """Put LoRA into the student's language model, in place; the model keeps its class."""
+    """Put LoRA beside the linear layers of the student's decoder, but for routers, in place; the model keeps its class.
+
+    Each layer is named exactly. The model is hidden from PEFT, which would take the names of some families' MLPs for those of
+    their experts. Experts that lie in one tensor are no linear layers and get no LoRA.
+    """
     import peft
 
+    decoder, routers = student.model.get_decoder(), find_parts(student.model, path=student.path).routers
+    frozen = {id(parameter) for name, parameter in student.model.named_parameters() if name in routers}
+    names = [
+        f"decoder.{name}"
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.Linear) and id(module.weight) not in frozen
+    ]
+    if not names:
+        raise ModelError(f"{student.path}: no language model with linear layers was found in the student")
     settings = peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=language_model_linears(student),
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=names
     )
-    peft.inject_adapter_in_model(settings, student.model)
+    peft.inject_adapter_in_model(settings, nn.ModuleDict({"decoder": decoder}))
 
 
-def merge_lora(student: VLM) -> None:
-    """Add LoRA's product to the weights it stands beside and take it out, in place."""
+def merge_lora(student: HasModel, *, safe: bool = True) -> None:
+    """Add LoRA's product to the weights it stands beside and take it out, in place. `safe`: a product must be finite."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(student.model.named_modules()):
         if isinstance(module, LoraLayer):
-            module.merge(safe_merge=True)
+            module.merge(safe_merge=safe)
             parent, _, leaf = name.rpartition(".")
             setattr(student.model.get_submodule(parent), leaf, module.get_base_layer())
+
+
+def try_stages(student: HasModel, config: LoraConfig) -> None:
+    """Try on a student without weights what later stages do to it: find its parts, put LoRA in, and merge it.
+
+    Raises ModelError for one with which that cannot be done.
+    """
+    names = set(student.model.state_dict())
+    for stage in (2, 3):
+        try:
+            if stage == 2 and config.rank:
+                add_lora(student, config)
+            select_trainable(stage, student, config)
+            if stage == 2 and config.rank:
+                merge_lora(student, safe=False)
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"{student.path}: stage {stage} cannot train {type(student.model).__name__}: {first_line(error)}; take "
+                "another student, or set lora.rank=0"
+            ) from None
+    if names != set(student.model.state_dict()):
+        raise ModelError(f"{student.path}: {type(student.model).__name__} has other weights after LoRA is merged")
 
 
 def select_trainable(stage: int, student: HasModel, lora: LoraConfig) -> list[str]:
     """Freeze and unfreeze the student for a stage; names of its trained parameters.
 
-    Stage 1: none. Stage 2: LoRA, or with rank 0 the decoder layers and the final norm. Stage 3: all but the vision
-    encoder (the projector is trained).
+    Stage 1: none. Stage 2: LoRA, or with rank 0 the decoder layers and the final norm. Stage 3: projector and language model.
+    Routers of experts stay frozen in every stage: nothing here balances what they choose.
     """
     student.model.requires_grad_(False)
     named = dict(student.model.named_parameters())
@@ -150,24 +170,36 @@ def select_trainable(stage: int, student: HasModel, lora: LoraConfig) -> list[st
         return []
     if stage == 2 and lora.rank:
         chosen = [name for name in named if ".lora_A." in name or ".lora_B." in name]
-    elif stage == 2:
-        decoder = student.model.get_decoder()
-        embeddings = {id(p) for p in student.model.get_input_embeddings().parameters()}
-        inside = {id(p) for p in decoder.parameters()} - embeddings
-        chosen = [name for name, parameter in named.items() if id(parameter) in inside]
     else:
-        chosen = [name for name in named if not is_vision_encoder(name)]
-        if len(chosen) == len(named) and getattr(student.model.config, "vision_config", None) is not None:
-            raise ModelError(
-                f"{student.path}: stage 3 trains all but the vision encoder, but none of {', '.join(VISION_PARTS)} "
-                "is part of this student's parameter names"
-            )
+        parts = find_parts(student.model, path=student.path)
+        chosen = [name for name in named if name in {*parts.projector, *parts.language} - parts.routers]
+        if stage == 2:
+            decoder = student.model.get_decoder()
+            embeddings = {id(p) for p in student.model.get_input_embeddings().parameters()}
+            inside = {id(p) for p in decoder.parameters()} - embeddings
+            chosen = [name for name in chosen if id(named[name]) in inside]
     for name in chosen:
         named[name].requires_grad_(True)
     return chosen
 
 
-def is_vision_encoder(parameter: str) -> bool:
-    """Whether a parameter belongs to the vision encoder: under its module, and not in the projector to the text side."""
-    parts = parameter.split(".")
-    return any(part in VISION_PARTS for part in parts) and not any(part in PROJECTOR_PARTS for part in parts)
+def describe_trained(student: HasModel, lora: LoraConfig, stage: int) -> str:
+    """What of a student a stage trains and what it leaves as it is, after `select_trainable`, in words."""
+    named = dict(student.model.named_parameters())
+    parts = find_parts(student.model, path=student.path)
+    experts = set(parts.experts)
+    groups = {
+        "vision encoder": parts.encoder, "projector": parts.projector, "other encoders": parts.other,
+        "routers": parts.routers, "experts": experts,
+        "language model": set(parts.language) - parts.routers - experts,
+    }  # fmt: skip
+    sizes = {True: [], False: []}  # type: dict[bool, list[str]]
+    for group, names in groups.items():
+        for trained in (True, False):
+            count = sum(named[name].numel() for name in names if named[name].requires_grad is trained)
+            if count:
+                what = "LoRA" if trained and stage == 2 and lora.rank and group == "language model" else group
+                sizes[trained].append(f"{what} {count / 1e6:,.1f} M")
+    return (
+        f"trains {', '.join(sizes[True]) or 'nothing of the student'}; frozen: {', '.join(sizes[False]) or 'nothing'}"
+    )

@@ -17,7 +17,7 @@ from genrecal.shards.mixture import open_caches
 from genrecal.train.batches import BatchBuilder, ShardSource
 from genrecal.train.checkpoint import trained_parameters
 from genrecal.train.config import LoraConfig, LossConfig, TrainConfig
-from genrecal.train.stages import Distiller, add_lora, is_vision_encoder, merge_lora, select_trainable
+from genrecal.train.stages import Distiller, add_lora, merge_lora, select_trainable
 from genrecal.vlm.loading import load_processor, load_vlm
 from genrecal.vlm.rendering import Renderer
 
@@ -249,14 +249,14 @@ def test_what_is_trained(tiny, family):
     assert not any(p.requires_grad for p in student.model.parameters())
     stage3 = set(select_trainable(3, student, LoraConfig()))
     vision = every - stage3
-    assert vision and all(is_vision_encoder(name) for name in vision)
+    assert vision and all(tiny_models.is_vision_encoder(name) for name in vision)
     assert any("merger" in n or "projector" in n or "connector" in n for n in stage3), "the projector is trained"
     body = set(select_trainable(2, student, LoraConfig(rank=0)))
     assert body and all("layers" in name or name.endswith("norm.weight") for name in body) and body < stage3
     add_lora(student, LoraConfig(rank=4, alpha=4.0))
     lora = select_trainable(2, student, LoraConfig(rank=4))
     assert lora and all("lora_" in name for name in lora)
-    assert not any(is_vision_encoder(name) or "merger" in name or "projector" in name for name in lora)
+    assert not any(tiny_models.is_vision_encoder(name) or "merger" in name or "projector" in name for name in lora)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

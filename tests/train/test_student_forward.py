@@ -20,7 +20,7 @@ from genrecal.shards.mixture import open_caches
 from genrecal.train.batches import BatchBuilder, ShardSource
 from genrecal.train.checkpoint import trained_parameters
 from genrecal.train.config import LoraConfig, TrainConfig
-from genrecal.train.stages import Distiller, add_lora, is_vision_encoder, select_trainable
+from genrecal.train.stages import Distiller, add_lora, select_trainable
 from genrecal.vlm.loading import load_vlm
 
 FAMILIES = sorted(name for name in tiny_models.FAMILIES if not name.endswith(("_wide", "_padded_head")))
@@ -116,7 +116,7 @@ def test_the_frozen_vision_encoder_keeps_nothing_for_a_backward_pass(distiller_o
 
     for name, module in distiller.model.named_modules():
         own = [f"{name}.{p}" for p, _ in module.named_parameters()]
-        if own and all(map(is_vision_encoder, own)):
+        if own and all(map(tiny_models.is_vision_encoder, own)):
             assert not module.training, name
             module.register_forward_hook(functools.partial(watch, name=name))
     _, gradients = step(distiller, batch_of(distiller, cache))
