@@ -27,7 +27,7 @@ from genrecal.cache.teacher import Evidence, Teacher
 from genrecal.errors import ModelError, SampleError
 from genrecal.samples import BadRecord, ImageSource, Sample, decode_image
 from genrecal.shards.record import AnswerRows
-from genrecal.vlm.batch_proof import off_share
+from genrecal.vlm.batch_proof import check_own_ids, off_share
 from genrecal.vlm.checkpoint import FinalNorm
 from genrecal.vlm.rendering import Encoded
 
@@ -132,34 +132,11 @@ class _WrongError(Exception):
 
 
 def _check_ids(teacher: Teacher, sample: Sample, encoded: Encoded) -> None:
-    """The ids are the model's own: those of the last prompt, and of the whole conversation where they can be.
-
-    They cannot where an answer begins with white space or the last prompt ends with a space, which a tokenizer joins with
-    what is on the other side; and what closes the last answer may be the next turn's first token.
-    """
-    renderer, messages = teacher.renderer, sample.messages
     images = [decode_image(image.read()) for image in sample.images]
-    prompt = encoded.input_ids[: len(encoded) - encoded.answer_lengths[-1]]
-    pairs = [("prompt", prompt, renderer.own_inputs(messages[:-1], images, prompt=True))]
-    joined = (
-        any(answer[:1].isspace() for answer in sample.answers) or renderer.tokenizer.decode(prompt[-1:])[-1:] == " "
-    )
-    if renderer.marks.reopened is None and not joined:
-        closed = renderer.marks.tail.startswith(renderer.marks.end_of_turn)
-        ids = encoded.input_ids if closed else encoded.input_ids[:-1]
-        pairs.append(("conversation", ids, renderer.own_inputs(messages, images)))
-    for what, ids, own in pairs:
-        if own is None:
-            continue
-        expected = own["input_ids"][0].numpy()
-        if np.array_equal(ids, expected[: len(ids)]):
-            continue
-        place = next(i for i in range(len(ids)) if i >= len(expected) or ids[i] != expected[i])
-        tokens = [renderer.tokenizer.decode(part[place : place + 1].tolist()) for part in (ids, expected)]
-        raise _WrongError(
-            f"token {place} of the {what} is {tokens[0]!r}, expected {tokens[1]!r} as the model's own "
-            "apply_chat_template(tokenize=True) has it"
-        )
+    try:
+        check_own_ids(teacher.renderer, sample.messages, images, encoded)
+    except ModelError as error:
+        raise _WrongError(str(error)) from None
 
 
 def _check_spans(teacher: Teacher, sample: Sample, encoded: Encoded, states: States) -> None:

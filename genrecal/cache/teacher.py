@@ -27,6 +27,8 @@ from genrecal.vlm.checkpoint import FinalNorm
 from genrecal.vlm.loading import VLM, image_token_id, load_vlm
 from genrecal.vlm.rendering import Encoded, Renderer
 
+UNCOUNTED = -1  # visual embeddings of a layout that is not known
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
@@ -196,11 +198,12 @@ class HFTeacher:
                 "its hidden states would not reproduce this teacher"
             )
         token = image_token_id(self.vlm.model.config)
+        countable = hasattr(self.vlm.body, "get_image_features") and UNCOUNTED not in counted
         return Evidence(
             hidden=hidden[0],
             logits=logits[0, torch.from_numpy(answer_positions(encoded)[0]).to(logits.device)],
             image_tokens=None if token is None else int((encoded.input_ids == token).sum()),
-            visual_embeddings=sum(counted) if hasattr(self.vlm.body, "get_image_features") else None,
+            visual_embeddings=sum(counted) if countable else None,
         )
 
 
@@ -215,8 +218,9 @@ def _counting_images(body: Any, counted: list[int]) -> Iterator[None]:
     def counting(*args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
         features = getattr(output, "pooler_output", output)
-        for tensor in features if isinstance(features, (list, tuple)) else [features]:
-            counted.append(tensor.numel() // tensor.shape[-1])
+        tensors = features if isinstance(features, (list, tuple)) else [features]
+        # Granite 4 gives a list for each of several layers, so that nothing can be counted.
+        counted.extend(t.numel() // t.shape[-1] if isinstance(t, torch.Tensor) else UNCOUNTED for t in tensors)
         return output
 
     body.get_image_features = counting

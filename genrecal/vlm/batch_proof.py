@@ -5,9 +5,10 @@ through the whole batch (Molmo 2), attention that pools blocks of keys, padding 
 be joined (Perception-LM). Such a model runs conversation by conversation, without padding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -43,7 +44,14 @@ def why_alone(text_config: Any, renderer: Renderer, forward: Forward, *, device:
     try:
         alone = [forward(renderer.collate([item]))[0] for item in encoded]
         for item, states, inputs in zip(encoded, alone, own, strict=True):
-            _check_own(item, states, inputs, renderer, forward)
+            if inputs is None or not item.num_images:
+                continue
+            prompt = forward(inputs)[0]
+            if share := off_share(prompt, states[: len(prompt)]):
+                raise ModelError(
+                    f"{share:.0%} of the states of {_described(item)} are not those that the model's own "
+                    "apply_chat_template leads to"
+                )
     except ModelError:
         raise
     except Exception as error:
@@ -84,8 +92,8 @@ def _described(item: Encoded) -> str:
 
 
 def _conversations(renderer: Renderer, tokens: int) -> tuple[list[Encoded], list[dict[str, torch.Tensor] | None]]:
-    """Unequal conversations, and the model's own inputs for each: without an image (one of them of `tokens` tokens or more),
-    with one that has text before and after it, and with two over several turns."""
+    """Unequal conversations, and the model's own inputs for the last prompt of each: without an image (one of them of `tokens`
+    tokens or more), with one that has text before and after it, and with two over several turns."""
     repeats = tokens // max(1, len(renderer.tokenizer(SENTENCE, add_special_tokens=False)["input_ids"])) + 1
     images = [Image.effect_mandelbrot(size, (-2, -1.5, 1, 1.5), 40).convert("RGB") for size in SIZES]
     asked: list[tuple[list[Message], list[Image.Image]]] = [
@@ -106,7 +114,7 @@ def _conversations(renderer: Renderer, tokens: int) -> tuple[list[Encoded], list
                 raise
             given = [given[0], given[0]]
             encoded.append(renderer.encode_messages(messages, given))
-        own.append(renderer.own_inputs(messages, given) if given else None)
+        own.append(check_own_ids(renderer, messages, given, encoded[-1]))
     return encoded, own
 
 
@@ -116,22 +124,42 @@ def _messages(*turns: tuple[Any, ...]) -> list[Message]:
     return [Message(role=role, parts=parts) for pair in sides for role, parts in pair]  # type: ignore[arg-type]
 
 
-def _check_own(
-    item: Encoded,
-    states: torch.Tensor,
-    inputs: dict[str, torch.Tensor] | None,
-    renderer: Renderer,
-    forward: Forward,
-) -> None:
-    """Raises ModelError where the model's own inputs for the same ids give other states."""
-    if inputs is None or not torch.equal(inputs["input_ids"][:, : len(item)], item.inputs["input_ids"]):
-        return  # another prompt in one of the documented ways; the cache job's proof compares the ids
-    cut = {n: value[:, : len(item)] if n in renderer.text_keys else value for n, value in inputs.items()}
-    if share := off_share(forward(cut)[0], states):
+def check_own_ids(
+    renderer: Renderer, messages: Sequence[Message], images: Sequence[Image.Image], encoded: Encoded
+) -> dict[str, torch.Tensor] | None:
+    """Check that a conversation's ids are the model's own: those of the last prompt, and of all of it where they can be.
+
+    They cannot where an answer begins with white space or the last prompt ends with a space, which a tokenizer joins with
+    what is on the other side; and what closes the last answer may be the next turn's first token.
+
+    Returns:
+        The model's own inputs for the last prompt; None if it has no template that makes them.
+
+    Raises:
+        ModelError: what differs.
+    """
+    prompt = encoded.input_ids[: len(encoded) - encoded.answer_lengths[-1]]
+    own = renderer.own_inputs(messages[:-1], images, prompt=True)
+    pairs = [("prompt", prompt, own)]
+    answers = [message.text for message in messages if message.is_target]
+    joined = any(answer[:1].isspace() for answer in answers) or renderer.tokenizer.decode(prompt[-1:])[-1:] == " "
+    if renderer.marks.reopened is None and not joined:
+        closed = renderer.marks.tail.startswith(renderer.marks.end_of_turn)
+        ids = encoded.input_ids if closed else encoded.input_ids[:-1]
+        pairs.append(("conversation", ids, renderer.own_inputs(messages, images)))
+    for what, ids, inputs in pairs:
+        if inputs is None:
+            continue
+        expected = inputs["input_ids"][0].numpy()
+        if np.array_equal(ids, expected[: len(ids)]):
+            continue
+        place = next(i for i in range(len(ids)) if i >= len(expected) or ids[i] != expected[i])
+        tokens = [renderer.tokenizer.decode(part[place : place + 1].tolist()) for part in (ids, expected)]
         raise ModelError(
-            f"{share:.0%} of the states of {_described(item)} are not those that the model's own apply_chat_template "
-            "leads to"
+            f"token {place} of the {what} is {tokens[0]!r}, expected {tokens[1]!r} as the model's own "
+            "apply_chat_template(tokenize=True) has it"
         )
+    return own
 
 
 def _tokens_to_fill(text_config: Any, device: str) -> int:

@@ -66,7 +66,7 @@ class TurnMarks:
             "Assistant:" and then " yes"), or the empty thinking of a model that thinks. It is part of the answer.
         tail: what it writes after the last answer, the closing token included.
         reopened: how the generation prompt ends, and what stands there in a conversation, where the two differ by white
-            space alone (LLaVA-OneVision). The last answer then has the prompt's.
+            space (LLaVA-OneVision) or by empty thinking in the prompt (Gemma 4). The last answer then has the prompt's.
         earlier_alike: the template opens an earlier answer as it opens the last one.
         writes_reasoning: the template writes the last turn's `reasoning_content`.
     """
@@ -170,10 +170,8 @@ class Renderer:
         text, ordinals = self._without_answers(questions)
         inputs = self._process(text, _in_reading_order(messages, images))
         ids = inputs["input_ids"][0].numpy()
-        closings = np.flatnonzero(ids == self.marks.end_of_turn_id)
-        if len(closings) <= ordinals[-1]:
-            raise SampleError("the processor dropped an end-of-turn token; the conversation cannot be split into turns")
-        return self._insert_answers(key, inputs, closings[ordinals], answers, len(images), max_tokens)
+        closings = self._closings(ids, text)[ordinals]
+        return self._insert_answers(key, inputs, closings, answers, len(images), max_tokens)
 
     def raw_ids(self, messages: Sequence[Message]) -> list[int]:
         """The same conversation's ids before its processor expands image placeholders, for an engine that does that itself.
@@ -185,12 +183,19 @@ class Renderer:
         # A placeholder that is no single token needs care.
         tokenize = getattr(self.processor, "raw_ids", lambda *args, **kw: self.tokenizer(*args, **kw)["input_ids"])
         ids = list(tokenize(text, add_special_tokens=self._adds_special_tokens(text)))
-        closings = [place for place, token in enumerate(ids) if token == self.marks.end_of_turn_id]
+        closings = self._closings(np.array(ids), text).tolist()
         result, start = [], 0
         for ordinal, answer in zip(ordinals, answers, strict=True):
             result += ids[start : closings[ordinal]] + answer.ids.tolist()
             start = closings[ordinal] + 1
         return result
+
+    def _closings(self, ids: np.ndarray, text: str) -> np.ndarray:
+        """Where the closing tokens of a text stand in its ids. A BOS token before them may be the same one (Molmo 2)."""
+        places, count = np.flatnonzero(ids == self.marks.end_of_turn_id), text.count(self.marks.end_of_turn)
+        if len(places) < count:
+            raise SampleError("the processor dropped an end-of-turn token; the conversation cannot be split into turns")
+        return places[len(places) - count :]
 
     def encode_prompt(self, messages: Sequence[Message], images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         """Render messages that end with a user's turn, ready for generation; the same tokens as a Q segment."""
@@ -505,7 +510,7 @@ class Renderer:
                 f"no special token closes an assistant's turn: after the answer the template writes {after[:20]!r}"
             )
         end_of_turn = max(closing, key=len)
-        opening = _opening(prompt, head)
+        opening = _opening(prompt, head, self._added)
         if opening is None:
             raise ModelError(
                 f"the chat template opens an answer with {head[-40:]!r} in a conversation but with "
@@ -566,7 +571,7 @@ class Renderer:
                     whole = self._render([question, answer], **{variable: value})
                 except SampleError:
                     continue
-                opening = _opening(prompt, whole.partition(MARK)[0])
+                opening = _opening(prompt, whole.partition(MARK)[0], self._added)
                 if opening is not None and not opening[0].strip():
                     off, on = (f"{variable}={json.dumps(choice)}" for choice in (value, not value))
                     raise ModelError(
@@ -683,14 +688,16 @@ def _template(processor: Any) -> str:
     return str(template["default"] if isinstance(template, dict) else template)
 
 
-def _opening(prompt: str, head: str) -> tuple[str, tuple[str, str] | None] | None:
-    """What the text before a given answer adds to the prompt for one, and the white space at the prompt's end that it has
-    otherwise, if any; None if the two differ in more."""
+def _opening(prompt: str, head: str, added: Iterable[str]) -> tuple[str, tuple[str, str] | None] | None:
+    """What the text before a given answer adds to the prompt for one, and the end of the prompt that it has otherwise, if any:
+    white space, or empty thinking, opened and closed by two of the tokenizer's added tokens, that no conversation holds
+    (Gemma 4). None if the two differ in more, such as thinking that the prompt only opens (DeepSeek-R1)."""
     if head.startswith(prompt):
         return head[len(prompt) :], None
     shared = len(os.path.commonprefix([prompt, head]))
     ends = prompt[shared:], head[shared:]
-    return None if any(end.strip() for end in ends) else ("", ends)
+    empty_thinking = len(_any_of(token for token in added if token.strip()).findall(ends[0])) > 1
+    return ("", ends) if not ends[1].strip() and (not ends[0].strip() or empty_thinking) else None
 
 
 def _is_in(text: str, written: str) -> bool:
