@@ -165,7 +165,7 @@ def test_dropped_pictures_are_refused(teacher, monkeypatch):
     collate = teacher.renderer.collate
     text = teacher.renderer.text_keys
     monkeypatch.setattr(
-        teacher.renderer, "collate", lambda batch: {k: v for k, v in collate(batch).items() if k in text}
+        teacher.renderer, "collate", lambda *args, **kw: {k: v for k, v in collate(*args, **kw).items() if k in text}
     )
     sample = mixed_samples(1)[0]
     with pytest.raises(ModelError, match="placeholder tokens but 0 visual embeddings"):
