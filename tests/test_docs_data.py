@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import png
-from test_docs import ROOT, without_blocks
+from test_docs import ROOT, table
 
 from genrecal.errors import DataError
 from genrecal.samples import BadRecord, open_samples
@@ -16,19 +16,6 @@ from genrecal.samples.fields import IMAGE_FIELD, RECORD_FIELDS, ROLE_NAMES
 from genrecal.samples.text_file import COMPRESSIONS, TEXT_SUFFIXES
 
 PAGE = ROOT / "docs/data.md"
-
-
-def table(header: str) -> list[tuple[str, str]]:
-    """First and second cells of the rows of the table that begins so."""
-    lines = without_blocks(PAGE).splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith(header))
-    found = []
-    for line in lines[start + 2 :]:
-        if not line.startswith("|"):
-            break
-        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        found.append((cells[0], cells[1]))
-    return found
 
 
 def codes(text: str) -> list[str]:
@@ -42,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-RECORDS = table("| record | result |")
+RECORDS = table(PAGE, "| record | result |")
 
 
 @pytest.mark.parametrize(("record", "result"), RECORDS, ids=range(len(RECORDS)))
@@ -61,13 +48,10 @@ def test_a_record_of_the_page_comes_out_as_it_says(folder: Path, record: str, re
     assert (len(sample.images), len(sample.answers), sample.unread) == (images, answers, ())
 
 
-def test_every_kind_of_result_is_on_the_page() -> None:
+def test_the_page_has_every_kind_of_result_and_file() -> None:
     kinds = [result.partition(":")[0] for _, result in RECORDS]
     assert {kind: kinds.count(kind) > 1 for kind in kinds} == {"read": True, "counted": True, "refused": True}
-
-
-def test_the_page_names_every_kind_of_file() -> None:
-    rows = [name for cell, _ in table("| `--data` | a record is |") for name in codes(cell)]
+    rows = [name for cell, *_ in table(PAGE, "| `--data` | a record is |") for name in codes(cell)]
     packed = [suffix for suffix in COMPRESSIONS if f"`{suffix}`" in PAGE.read_text()]
     assert {*rows, *(text + suffix for text in TEXT_SUFFIXES for suffix in packed)} == set(DATA_SUFFIXES)
 
@@ -80,7 +64,8 @@ CONTENT = {
     "open-quote.csv": b'question,answer\nq,"a\n',
     "empty.jsonl": b"",
 }
-REFUSED = [(name, codes(reason)[0]) for cell, reason in table("| `--data` | refused with |") for name in codes(cell)]
+REFUSALS = table(PAGE, "| `--data` | refused with |")
+REFUSED = [(name, codes(reason)[0]) for cell, reason in REFUSALS for name in codes(cell)]
 
 
 @pytest.mark.parametrize(("name", "reason"), REFUSED)
@@ -91,9 +76,11 @@ def test_a_file_of_the_page_is_refused_as_it_says(folder: Path, name: str, reaso
 
 
 def test_the_tables_of_names_are_those_of_the_program() -> None:
-    shown = {codes(name)[0]: codes(fields) for name, fields in table("| name | read without")}
+    shown = {codes(name)[0]: codes(fields) for name, fields in table(PAGE, "| name | read without `--field` |")}
     images = shown.pop("image")
     assert shown == {name: list(names) for name, names in RECORD_FIELDS.items() if name != "image"}
     assert all(IMAGE_FIELD.fullmatch(name) for name in images) and len(images) > 5
-    roles = {codes(role)[0]: codes(names) for role, names in table("| role | read without")}
+    roles = {
+        codes(role)[0]: codes(names) for role, names in table(PAGE, "| role | read without `--role`, in any case |")
+    }
     assert {name: role for role, names in roles.items() for name in names} == ROLE_NAMES

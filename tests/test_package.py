@@ -15,27 +15,13 @@ from conftest import mixed_samples, write_llava
 from packaging.requirements import Requirement
 
 import genrecal
-from genrecal.demo.pipeline import ASSETS
 from genrecal.doctor import MODULES
-from genrecal.train.config import RECIPES
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BIN = Path(sys.executable).parent
 UV = shutil.which("uv", path=f"{BIN}:{os.environ['PATH']}") or "uv"
-HEAVY = {
-    "torch",
-    "transformers",
-    "peft",
-    "pyarrow",
-    "numpy",
-    "ray",
-    "vllm",
-    "deepspeed",
-    "duckdb",
-    "rich",
-    "typer",
-}
+HEAVY = set("torch transformers peft pyarrow numpy ray vllm deepspeed duckdb rich typer".split())
 
 
 # ------------------------------------------------------------------------------------------------------- dependencies
@@ -106,10 +92,7 @@ def test_bash_completes_commands_and_options(shell):
     assert shown.split() == ["export"]
     shown = shell(f"source ~/.bashrc; COMP_WORDS=(genrecal train --st) COMP_CWORD=2; {complete}")
     assert set(shown.split()) == {"--student", "--stages"}
-
-
-def test_the_completion_script_names_the_command_however_it_was_started(shell):
-    shown = shell(f"{sys.executable} -m genrecal --show-completion zsh")
+    shown = shell(f"{sys.executable} -m genrecal --show-completion zsh")  # names the command, however it was started
     assert "_GENRECAL_COMPLETE" in shown and "python" not in shown
 
 
@@ -142,11 +125,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     package = Path(genrecal.__file__).parent
     files = {f"genrecal/{path.relative_to(package)}" for path in package.rglob("*") if path.is_file()}
     assert held == {name for name in files if "__pycache__" not in name}
-    assert {
-        "genrecal/py.typed",
-        "genrecal/recipes/paper.toml",
-        "genrecal/demo/assets/teacher/model.safetensors",
-    } <= held
+    needed = ("py.typed", "recipes/paper.toml", "demo/assets/teacher/model.safetensors")
+    assert {f"genrecal/{name}" for name in needed} <= held
 
 
 WITH_EXTRAS = ("genrecal.demo.data", "genrecal.cache.ray_job", "genrecal.cache.vllm_worker")
@@ -154,7 +134,6 @@ CLEAN = """
 import importlib, pkgutil
 import genrecal
 from genrecal.cli import main
-from genrecal.demo.pipeline import ASSETS
 
 for module in pkgutil.walk_packages(genrecal.__path__, "genrecal."):
     if module.name not in {with_extras} + ("genrecal.__main__",):
@@ -211,8 +190,3 @@ def test_extras_that_dev_lacks_can_be_installed(wheel, extra, tmp_path):
     shown = uv("pip", "install", "--dry-run", "--python", tmp_path / "env/bin/python", f"{wheel}[{extra}]")
     found = set(re.findall(r"^ \+ ([\w-]+)", shown, flags=re.MULTILINE))
     assert names(PROJECT["optional-dependencies"][extra]) <= found
-
-
-def test_assets_and_recipes_lie_in_the_package():
-    package = Path(genrecal.__file__).parent
-    assert ASSETS.is_relative_to(package) and RECIPES.is_relative_to(package)
