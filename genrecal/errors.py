@@ -1,14 +1,14 @@
-"""Every error genrecal raises for a user's mistake or for damaged data.
+"""Errors that genrecal raises for a user's mistake or for corrupt data.
 
-The command line prints these as one line and exits with `exit_status`; anything else is a bug of ours and keeps its
-traceback. A message says what, where (file, shard, key, field), expected, got, and what to do.
+The command line prints them as one line and exits with `exit_status`; any other exception is a bug and keeps its traceback. A
+message says what is wrong, where (file, shard, key, field), what was expected, what was found, and what to do.
 """
 
 from typing import ClassVar
 
 
 class GenrecalError(Exception):
-    """Base of the tree; exit status 1: the command failed or found damage."""
+    """Base class; exit status 1: the command failed or found corrupt data."""
 
     exit_status: ClassVar[int] = 1
 
@@ -24,37 +24,37 @@ class DataError(GenrecalError, ValueError):
 
 
 class SampleError(GenrecalError, ValueError):
-    """One sample cannot be used; the cache job skips it with this reason, and counts it."""
+    """One sample cannot be used; the cache job skips it, with this reason, and counts it."""
 
 
 class ModelError(GenrecalError, ValueError):
-    """A model, processor or chat template that genrecal cannot handle; the message is the reason."""
+    """genrecal cannot handle a model, processor or chat template; the message is the reason."""
 
 
 class FormatError(GenrecalError, ValueError):
-    """A cache of a format version, codec or schema that this reader does not know."""
+    """A cache has a format version, codec or schema that this reader does not know."""
 
 
 class DamageError(GenrecalError, ValueError):
-    """Bytes of a cache that are not what its manifest says."""
+    """Bytes of a cache differ from what its manifest says."""
 
 
 class StorageError(GenrecalError, RuntimeError):
-    """A remote store that goes on failing: a connection, a server's error, a refusal that is none of access."""
+    """A remote store keeps failing: a connection, a server's error, or a refusal other than of access."""
 
 
 class TrainingError(GenrecalError, RuntimeError):
-    """Training cannot go on: non-finite numbers, or a checkpoint of something else."""
+    """Training cannot continue: non-finite numbers, or a checkpoint of another run."""
 
 
 class StoppedError(GenrecalError):
-    """A signal asked the run to stop; it saved what it had and did. The status is what shells give for SIGTERM."""
+    """A signal stopped the run, which has saved a checkpoint. The exit status is that of SIGTERM in shells."""
 
     exit_status: ClassVar[int] = 143
 
 
 class OtherRankError(GenrecalError):
-    """Another process of the same run says what went wrong; this one only ends, with the same status."""
+    """Another process of this run prints the error; this one ends with the same status."""
 
     def __init__(self, message: str, exit_status: int = 1):
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere."""
+"""Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere; numbers in words."""
 
 import sys
 import time
@@ -14,7 +14,7 @@ LINE_EVERY_SECONDS = 10.0
 
 
 class _NotedProgress(RichProgress):
-    """A bar with its note on a line below it, which would push the bar aside."""
+    """A bar with its note on the line below, so that a long note does not shrink the bar."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
@@ -27,17 +27,17 @@ class Progress:
     """Counts towards a total on standard error.
 
     Args:
-        title: what is being done.
-        total: how many there are.
-        unit: what is counted, in the plural.
-        done: how many were done before, by an earlier run.
-        shown: whether it is printed at all; of several processes, one prints.
+        title: the kind of work.
+        total: number of units.
+        unit: name of a unit, in the plural.
+        done: units that an earlier run finished.
+        shown: whether to print; of several processes, one prints.
     """
 
     def __init__(self, title: str, total: int, unit: str, *, done: int = 0, shown: bool = True):
         self.title, self.total, self.unit, self.shown = title, total, unit, shown
         self.done: float = done
-        # Time and count of the first advance, with which the start-up ends, and of the last one.
+        # Time and count of the first advance (it ends the start-up) and of the last one.
         self._first: tuple[float, float] | None = None
         self._last = (0.0, float(done))
         self._last_line = time.monotonic()
@@ -51,7 +51,7 @@ class Progress:
             self._task = self._bar.add_task(title, total=total, completed=done, rate="", note="")
 
     def advance(self, count: float = 1, note: str = "") -> None:
-        """Count on, by a part of one too, with a few words on how it goes."""
+        """Add to the count (fractions are allowed) and show a short note."""
         self.done += count
         self._last = (time.monotonic(), self.done)
         self._first = self._first or self._last
@@ -69,20 +69,20 @@ class Progress:
             sys.stderr.flush()
 
     def seconds_left(self) -> float | None:
-        """Seconds to go at the pace from the first advance to the last; None while there is no pace."""
+        """Seconds left at the pace from the first advance to the last; None before the second advance."""
         if self.done >= self.total:
             return 0.0
         pace = self._pace()
         return None if pace is None else max(0.0, (self.total - self.done) * pace - (time.monotonic() - self._last[0]))
 
     def _pace(self) -> float | None:
-        """Seconds for one; None until two advances have been made at different times."""
+        """Seconds per unit; None before two advances at different times."""
         if self._first is None or self._last[0] <= self._first[0] or self._last[1] <= self._first[1]:
             return None
         return (self._last[0] - self._first[0]) / (self._last[1] - self._first[1])
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar where there is one."""
+        """Print a line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(text, style="yellow", markup=False, highlight=False)
         elif self.shown:
@@ -102,7 +102,7 @@ class Progress:
 
 
 def human_bytes(count: int) -> str:
-    """A size in decimal units, three digits."""
+    """Bytes in decimal units with three digits, such as `1.44 TB`."""
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
