@@ -26,7 +26,7 @@ from genrecal.shards.fidelity import FidelityMeter
 from genrecal.shards.head import FrozenHead
 from genrecal.shards.layout import FORMAT_VERSION, TIERS, manifest_name, tar_name
 from genrecal.shards.manifest import CACHED, SKIPPED, ManifestRow, Member, manifest_bytes
-from genrecal.shards.record import AnswerRows, Record, to_arrow
+from genrecal.shards.record import AnswerRows, Record, row_entropy, to_arrow
 from genrecal.shards.storage import Store, open_store
 
 BUFFER_BYTES = 2**20  # of a tar, between two writes to the disk
@@ -95,7 +95,7 @@ class ShardWriter:
         )
 
     def append(self, coded: "CodedRecord", images: list[bytes]) -> None:
-        """Append a coded record; `images` are the encoded bytes of the sample's pictures, written as they are."""
+        """Append a coded record; `images` are the encoded bytes of the sample's images, written as they are."""
         sample = coded.sample
         self._not_read.update(set(sample.unread))
         for tier, rows in coded.picked.items():
@@ -103,7 +103,7 @@ class ShardWriter:
         content = json.dumps(sample.to_json(), sort_keys=True, ensure_ascii=False).encode()
         members = [self._member("samples", f"{sample.key}.json", content)]
         for number, (source, data) in enumerate(zip(sample.images, images, strict=True)):
-            suffix = _picture_suffix(source.suffix, data)
+            suffix = _image_suffix(source.suffix, data)
             members.append(self._member("samples", f"{sample.key}.{number}.{suffix}", data))
         members.append(self._member("samples", f"{sample.key}.answer.arrow", coded.members["answer"]))
         if "question" in coded.members:
@@ -253,8 +253,8 @@ class _Tar:
             self.temporary.unlink(missing_ok=True)
 
 
-def _picture_suffix(suffix: str, data: bytes) -> str:
-    """A name's suffix if it is a picture's; else that of the format that the bytes are in, or `img`.
+def _image_suffix(suffix: str, data: bytes) -> str:
+    """A name's suffix if it is an image's; else that of the format that the bytes are in, or `img`.
 
     WebDataset's readers choose a decoder by it: `0.pkl` they would unpickle, `0.jpgw800` hand on undecoded.
     """
@@ -280,11 +280,8 @@ def _answer_statistics(answer: AnswerRows) -> dict[str, float]:
     """Entropy (tail as one token), log-probability of the given tokens, and top-1 agreement, means over target rows."""
     rows = answer.predicts
     log_probs = answer.topk_logits[rows].astype(np.float64) - answer.logsumexp[rows].astype(np.float64)[:, None]
-    probs = np.exp(log_probs)
-    tail = np.clip(1 - probs.sum(1), 0, 1)
-    entropy = -(probs * log_probs).sum(1) - np.where(tail > 0, tail * np.log(np.maximum(tail, 1e-300)), 0)
     return {
-        "entropy": float(entropy.mean()),
+        "entropy": float(row_entropy(log_probs)[0].mean()),
         "log_prob": float(answer.target_log_prob[rows].mean()),
         "top1_agreement": float((answer.topk_ids[rows, 0] == answer.target_id[rows]).mean()),
     }
