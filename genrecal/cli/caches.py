@@ -222,20 +222,28 @@ def inspect(
     key: Annotated[str | None, plain("Show one record, by its key or its sample id.")] = None,
     sql: Annotated[str | None, plain("Query the manifest with DuckDB, as the table `manifest`.")] = None,
     save_images: Annotated[Path | None, plain("With --key: write the record's images into this folder.")] = None,
+    least_likely: Annotated[
+        int | None, plain("List this many samples whose answers the teacher finds least likely.", min=1)
+    ] = None,
+    save_keys: Annotated[Path | None, plain("With --least-likely: write the samples' keys to this file.")] = None,
     html: Annotated[Path | None, plain("Write an HTML page of the summary, or of --key's record.")] = None,
     json_: Json = False,
 ) -> None:
-    """Show what a cache holds: a summary, one record, or the result of a query over the manifest."""
+    """Show what a cache holds: a summary, one record, the least likely answers, or a query over the manifest."""
     from genrecal import inspect as inspection
     from genrecal.inspect import text
     from genrecal.shards.reader import open_cache
 
-    if key is not None and sql is not None:
-        raise UsageError("--key and --sql: expected one of the two; --key shows a record, --sql queries the manifest")
+    if sum(option is not None for option in (key, sql, least_likely)) > 1:
+        raise UsageError("--key, --sql and --least-likely: expected one of them; each shows something else")
+    if save_keys is not None and least_likely is None:
+        raise UsageError("--save-keys: expected --least-likely N with it, the samples whose keys to write")
     if save_images is not None and key is None:
         raise UsageError("--save-images: expected --key KEY with it, the record whose images to write")
-    if html is not None and (sql is not None or json_ or save_images is not None):
-        raise UsageError("--html: expected no --sql, --json or --save-images with it; it writes a page of its own")
+    if html is not None and (sql is not None or json_ or save_images is not None or least_likely is not None):
+        raise UsageError(
+            "--html: expected no --sql, --least-likely, --json or --save-images with it; it writes a page of its own"
+        )
     opened = open_cache(cache)
     if html is not None:
         from genrecal.report.cache_page import write_cache_page
@@ -244,6 +252,14 @@ def inspect(
         note(f"{html}: {cache}")
     elif sql is not None:
         result = inspection.run_sql(opened, sql)
+        show(result.to_dicts() if json_ else text.sql_text(result), json_)
+    elif least_likely is not None:
+        result = inspection.least_likely(opened, least_likely)
+        if save_keys is not None:
+            from genrecal.files import write_whole
+
+            keys = [row["key"] for row in result.to_dicts()]
+            write_whole(save_keys, "".join(f"{key}\n" for key in keys).encode())
         show(result.to_dicts() if json_ else text.sql_text(result), json_)
     elif key is not None:
         record = inspection.find_record(opened, key)

@@ -6,6 +6,7 @@
 from genrecal.inspect.record import RecordDescription, describe_record, find_record, save_images
 from genrecal.inspect.sql import SqlResult, run_sql
 from genrecal.inspect.summary import Summary, summarize
+from genrecal.inspect.unlikely import least_likely
 
 __all__ = [
     "RecordDescription",
@@ -13,6 +14,7 @@ __all__ = [
     "Summary",
     "describe_record",
     "find_record",
+    "least_likely",
     "run_sql",
     "save_images",
     "summarize",

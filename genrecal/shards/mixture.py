@@ -129,6 +129,14 @@ class Mixture(Sequence[CachedRecord]):
                 )
         return counts
 
+    def without_unlikely(self, indices: np.ndarray, share: float) -> np.ndarray:
+        """The samples at `indices`, which ascend, without the share of each cache's whose answers its teacher finds least
+        likely: by the mean log-probability per answer token."""
+        log_prob, bounds = self.column("log_prob"), np.searchsorted(indices, self._starts)
+        parts = [indices[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        kept = [part[np.argsort(log_prob[part], kind="stable")[round(share * len(part)) :]] for part in parts]
+        return np.sort(np.concatenate(kept))
+
     def order(self, indices: np.ndarray, *, seed: int, window: int) -> MixedOrder:
         """Of the samples at `indices`, which ascend, by their places among these."""
         bounds = np.searchsorted(indices, self._starts)

@@ -50,6 +50,7 @@ class StageConfig:
         checkpoint_every: optimizer steps between checkpoints; 0 for none but the stage's result.
         include_categories: the stage sees samples of these categories alone; empty for all.
         exclude_categories: samples of these categories are left out of the stage.
+        drop_unlikely: share of each cache's samples that is left out, those whose answers its teacher finds least likely.
     """
 
     epochs: float = 1.0
@@ -63,6 +64,11 @@ class StageConfig:
     checkpoint_every: int = 500
     include_categories: tuple[str, ...] = ()
     exclude_categories: tuple[str, ...] = ()
+    drop_unlikely: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.drop_unlikely < 1:
+            raise UsageError(f"drop_unlikely {self.drop_unlikely}: expected a share from 0 up to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)

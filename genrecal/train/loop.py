@@ -280,6 +280,8 @@ def plan_stage(config: StageConfig, cache: Mixture, *, global_batch: int | None 
             if chosen:
                 listed = np.asarray(pc.is_in(categories, value_set=pa.array(chosen, pa.string())).to_numpy())
                 indices = indices[listed[indices] if name == "include_categories" else ~listed[indices]]
+    if config.drop_unlikely:
+        indices = cache.without_unlikely(indices, config.drop_unlikely)
     if not len(indices):
         raise UsageError(f"{cache.path}: no sample is left to train on")
     global_batch = global_batch or config.batch_size * config.accumulation

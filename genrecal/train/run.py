@@ -46,7 +46,7 @@ from genrecal.vlm.rendering import PromptOptions
 # The settings that identify a run. All others may change when it is resumed: they say how it is computed, not what.
 IDENTITY = re.compile(
     r"seed|objective|prompt\.\w+(\.\w+)?|(recalibrator|lora)\.\w+|loss\.(?!chunk_rows$)\w+|data\.(weights|window)"
-    r"|stage\d\.(epochs|max_steps|lr|lr_end|weight_decay|max_grad_norm|include_categories|exclude_categories)"
+    r"|stage\d\.(epochs|max_steps|lr|lr_end|weight_decay|max_grad_norm|(include|exclude)_categories|drop_unlikely)"
 )
 
 

@@ -23,10 +23,13 @@ from tokenizers import Tokenizer
 
 from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
+from genrecal.cache.teacher import HFTeacher
 from genrecal.cli import main
 from genrecal.cli.output import plain_json
+from genrecal.demo.data import Flaws, write_dataset
+from genrecal.demo.pipeline import ASSETS
 from genrecal.errors import DamageError, FormatError, UsageError
-from genrecal.inspect import describe_record, find_record, run_sql, save_images, summarize
+from genrecal.inspect import describe_record, find_record, least_likely, run_sql, save_images, summarize
 from genrecal.inspect.summary import NOT_COLUMNS, arrow_column_bytes, blind_teacher, histogram
 from genrecal.inspect.text import record_text, sql_text, summary_text, visible
 from genrecal.samples import open_samples
@@ -458,6 +461,47 @@ def test_sql_reaches_nothing_else_and_a_wrong_query_is_one_line(run, path, cache
 def test_sql_takes_a_bounded_memory_and_no_disk(cache):
     query = "SELECT value FROM duckdb_settings() WHERE name IN ('memory_limit', 'temp_directory') ORDER BY name"
     assert run_sql(cache, query).rows == (("4.0 GiB",), ("",))
+
+
+def test_least_likely_answers_come_first(run, path, cache, tmp_path):
+    """By the mean over each sample's answer tokens, worked out anew from its rows."""
+    means = {}
+    for record in cache:
+        rows = record.answer_rows()
+        means[record.key] = rows.target_log_prob[rows.predicts].mean()
+    worst = sorted(means, key=means.get)
+    status, out, _ = run("inspect", path, "--least-likely", 3, "--save-keys", tmp_path / "keys.txt", "--json")
+    rows = json.loads(out)
+    assert status == 0 and (tmp_path / "keys.txt").read_text().splitlines() == worst[:3] == [row["key"] for row in rows]
+    assert [row["log_prob"] for row in rows] == pytest.approx([means[key] for key in worst[:3]], abs=1e-4)
+    sample = cache.by_key(worst[0]).sample
+    assert rows[0]["answers"] == " | ".join(sample.answers) and sample.messages[0].text in rows[0]["questions"]
+    assert visible(worst[1]) in run("inspect", path, "--least-likely", 2)[1]
+    assert len(json.loads(run("inspect", path, "--least-likely", 99, "--json")[1])) == len(cache)
+    for options in (["--sql", "x"], ["--key", "x"], ["--html", tmp_path / "x.html"]):
+        assert run("inspect", path, "--least-likely", 2, *options)[0] == 2
+    assert run("inspect", path, "--save-keys", tmp_path / "x")[2].startswith(
+        "genrecal: error: --save-keys: expected --least-"
+    )
+
+
+def test_wrong_answers_are_among_the_least_likely(tmp_path):
+    """Of a teacher that was trained, over data of which a share of the answers was exchanged."""
+    data = {
+        share: open_samples(
+            [
+                write_dataset(
+                    tmp_path / str(share), num_samples=48, split="train", seed=0, flaws=Flaws(wrong_answers=share)
+                )
+            ]
+        )
+        for share in (0.0, 0.3)
+    }
+    wrong = [bad.key for good, bad in zip(data[0.0], data[0.3], strict=True) if good.answers != bad.answers]
+    trained = HFTeacher.load(ASSETS / "teacher", dtype=torch.float32)
+    run_cache_job(trained, data[0.3], tmp_path / "c", CacheOptions(top_k=4, question_fraction=0.0))
+    keys = [row["key"] for row in least_likely(open_cache(tmp_path / "c"), 48).to_dicts()]
+    assert 10 < len(wrong) < 30 and set(keys[:10]) < set(wrong) < set(keys[:34])
 
 
 def test_without_duckdb_one_line_says_how_to_get_it(run, path, monkeypatch):

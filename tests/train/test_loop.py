@@ -291,6 +291,21 @@ def test_plan_counts_every_sample_once_an_epoch(cache):
         plan_stage(load_config(None, ['stage3.exclude_categories=["test"]']).stage3, opened)
 
 
+def test_answers_that_the_teacher_finds_unlikely_are_left_out(tmp_path):
+    """The same share of each cache, and of what the categories leave."""
+    opened = open_caches([make_cache(tmp_path / name) for name in ("first", "second")])
+    log_prob, half = opened.column("log_prob"), len(opened) // 2
+    plan = plan_stage(load_config(None, ["stage2.drop_unlikely=0.3"]).stage2, opened)
+    expected = [start + np.argsort(log_prob[start : start + half])[round(0.3 * half) :] for start in (0, half)]
+    assert plan.indices.tolist() == sorted(np.concatenate(expected).tolist())
+    settings = ["stage2.drop_unlikely=0.5", 'stage2.include_categories=["kind 1"]']
+    chosen = np.flatnonzero(opened.column("category") == "kind 1")
+    plan = plan_stage(load_config(None, settings).stage2, opened)
+    assert set(plan.indices) < set(chosen) and len(plan.indices) == len(chosen) // 2
+    with pytest.raises(UsageError, match="drop_unlikely 1.0: expected a share"):
+        load_config(None, ["stage2.drop_unlikely=1.0"])
+
+
 def test_categories_alone_or_left_out(tmp_path):
     opened = open_caches([make_cache(tmp_path / "made")])
     kind = opened.column("category")
