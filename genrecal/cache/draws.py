@@ -1,4 +1,4 @@
-"""K draws a row from the teacher's own distribution: the sampled targets, and the exact entropy that goes with them.
+"""K draws per row from the teacher's own distribution (the sampled targets), and its exact entropy.
 
 The estimate that they are for is unbiased (Random Sampling Knowledge Distillation, arXiv 2503.16870). The drawing rule is
 part of the format: docs/shard-format.md, "Sampled targets".
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import xxhash
 
-MOST_DRAWS = 2**16 - 1  # a count is uint16, and may be K
+MAX_DRAWS = 2**16 - 1  # a count is uint16, and may be K
 
 
 def uniforms(key: str, num_rows: int, draws: int) -> np.ndarray:

@@ -72,12 +72,12 @@ class CacheReport:
     """What a run of the job did.
 
     Args:
-        shards_done: of this worker, made now; shards_found: finished before; shards_missing: of other workers, not yet
-            finished when this one ended: then the cache is not complete, and no index or totals were written.
-        cached, skipped: samples of the whole cache, or of this worker's shards where it is not complete.
+        shards_done: shards that this run made. shards_found: those of this worker that were finished before.
+        shards_missing: shards of other workers that are not finished. If any are, the cache has no index and totals yet.
+        cached, skipped: samples of the whole cache, or of this worker's shards if the cache is not complete.
         reasons: why this run skipped samples.
         seconds: by part (`genrecal.cache.watch.PARTS`), over all threads of this run.
-        counts: what this run counted; see `Watch.count`. Of the step that writes answers: `answers`.
+        counts: see `Watch.count`.
     """
 
     cache: str
@@ -100,15 +100,16 @@ def run_cache_job(
 ) -> CacheReport:
     """Cache `samples` into `cache`, a directory or any fsspec URL, skipping shards that are finished.
 
-    Of several workers, each does its own shards, and whoever finds all shards of the cache finished at its end writes the
-    index and the totals: the last one, or several, which then write the same.
+    Each of several workers makes its own shards. A worker that finds all shards of the cache finished at its end writes the
+    index and the totals; if several do, they write the same bytes.
 
     Raises:
         UsageError: there is a cache made with other options, another teacher or other data.
         DataError: more than `options.max_skip` of the input cannot be used.
-        StorageError: the cache cannot be written, or a remote store goes on failing. What is finished stays; run the job
-            again.
-        StoppedError: a signal asked the job to stop, such as SIGTERM. What is finished stays here too.
+        StorageError: the cache cannot be written, or a remote store keeps failing.
+        StoppedError: a signal such as SIGTERM stopped the job.
+
+    After an error, finished shards stay; run the job again to resume.
     """
     work, store = work or WorkOptions(), open_store(cache)
     check_status_file(work, store)

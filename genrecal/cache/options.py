@@ -1,4 +1,4 @@
-"""What is asked of the cache job: what decides a cache's content, and how a run of it works."""
+"""Options of the cache job: what decides a cache's content, and how one run works."""
 
 import math
 import os
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import xxhash
 
-from genrecal.cache.draws import MOST_DRAWS
+from genrecal.cache.draws import MAX_DRAWS
 from genrecal.errors import UsageError
 from genrecal.shards.answer_source import GREEDY, SAMPLED, AnswerSource
 from genrecal.shards.codecs import check_codec_option
 
-MOST_THREADS = 16  # that are taken without being asked for
+MAX_THREADS = 16  # of the default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,8 @@ class CacheOptions:
         for name, least in (("top_k", 1), ("samples_per_shard", 1), ("batch_tokens", 1), ("max_tokens", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {least}")
-        if not 0 <= self.draws <= MOST_DRAWS:
-            raise UsageError(f"--targets sample:{self.draws}: expected 1 to {MOST_DRAWS} draws, or no sample at all")
+        if not 0 <= self.draws <= MAX_DRAWS:
+            raise UsageError(f"--targets sample:{self.draws}: expected 1 to {MAX_DRAWS} draws, or no sample at all")
         for name in ("question_fraction", "max_skip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected a share from 0 to 1")
@@ -108,7 +108,7 @@ class WorkOptions:
     def num_threads(self) -> int:
         """`threads`, or what 0 stands for on this machine."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return self.threads or max(1, min(MOST_THREADS, cores - 1))
+        return self.threads or max(1, min(MAX_THREADS, cores - 1))
 
     def shards(self, num_shards: int) -> range:
         """The shards that are this worker's to do."""

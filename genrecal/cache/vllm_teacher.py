@@ -208,19 +208,11 @@ class VLLMTeacher:
         self, batch: Sequence[Encoded], *, questions: Sequence[bool], top_k: int, draws: int = 0
     ) -> list[States | SampleError]:
         """See `Teacher.states`. vLLM makes its own batches of what it is given."""
-        requests = [
-            RowsRequest(
-                key=encoded.key,
-                answer_positions=answer_positions(encoded)[0].tolist(),
-                target_id=answer_targets(encoded)["target_id"].tolist(),
-                question_spans=[
-                    (start, end) for start, end, is_answer in encoded.segments() if wanted and not is_answer
-                ],
-                top_k=top_k,
-                draws=draws,
-            )
+        spans = [
+            [(start, end) for start, end, is_answer in encoded.segments() if wanted and not is_answer]
             for encoded, wanted in zip(batch, questions, strict=True)
         ]
+        requests = [_request(*pair, top_k=top_k, draws=draws) for pair in zip(batch, spans, strict=True)]
         return [
             rows
             if isinstance(rows, SampleError)
@@ -319,14 +311,7 @@ class VLLMTeacher:
     def evidence(self, encoded: Encoded) -> Evidence:
         """See `Teacher.evidence`: every position's state, and the logits that vLLM's own `compute_logits` makes of them."""
         positions = answer_positions(encoded)[0]
-        request = RowsRequest(
-            key=encoded.key,
-            answer_positions=positions.tolist(),
-            target_id=answer_targets(encoded)["target_id"].tolist(),
-            question_spans=[(0, len(encoded))],
-            top_k=1,
-            draws=0,
-        )
+        request = _request(encoded, [(0, len(encoded))], top_k=1, draws=0)
         counted: list[int] = []
         self._use(writes=False)
         if self.renderer.takes_pictures:
@@ -384,6 +369,17 @@ class VLLMTeacher:
                 "turn off what reuses states of other prompts (--engine-arg enable_prefix_caching=false)"
             )
         return rows
+
+
+def _request(encoded: Encoded, spans: list[tuple[int, int]], *, top_k: int, draws: int) -> RowsRequest:
+    return RowsRequest(
+        key=encoded.key,
+        answer_positions=answer_positions(encoded)[0].tolist(),
+        target_id=answer_targets(encoded)["target_id"].tolist(),
+        question_spans=spans,
+        top_k=top_k,
+        draws=draws,
+    )
 
 
 def engine_arguments(texts: Sequence[str]) -> dict[str, Any]:
