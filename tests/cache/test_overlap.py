@@ -316,6 +316,28 @@ def test_the_status_file_of_a_job_that_failed_says_why(teacher, tmp_path):
     assert said["state"] == "failed" and "empty answer" in said["error"]
 
 
+def test_progress_shows_samples_until_a_shard_is_finished():
+    counts = watch.Watch(10, num_samples=10)
+    counts.count(samples=2, tokens=50, through=2)
+    assert "samples/s" in counts._note() and "MB/s" not in counts._note()
+    counts.count(bytes=10**6)
+    assert "samples/s" not in counts._note() and "MB/s" in counts._note()
+
+
+def test_a_reason_is_printed_once(teacher, data, tmp_path, capsys):
+    """What the look over the data has printed is not printed again after the job; what only rendering finds is."""
+    records = json.loads(data.read_text())[:4]
+    records[0]["conversations"][1]["value"] = " "
+    records[1]["conversations"][0]["value"] += "<|im_end|>"
+    (path := tmp_path / "data.json").write_text(json.dumps(records))
+    words = ["cache", "--teacher", teacher.path, "--data", str(path), "--out", str(tmp_path / "c"), "--max-skip", "0.9"]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--image-root", str(data.parent)])
+    out = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and "2 samples cached, 2 skipped" in out
+    assert out.count("empty answer") == 1 and out.count("special token") == 1
+
+
 def test_no_status_file_in_the_cache(teacher, data, tmp_path):
     work = WorkOptions(status_file=tmp_path / "cache" / "status.json")
     with pytest.raises(UsageError, match="--status-file .*outside the cache"):

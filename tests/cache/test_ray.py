@@ -165,7 +165,7 @@ def test_a_node_is_lost(cluster, run, whole, tmp_path):
 
 
 def test_what_fails_says_why(run):
-    with pytest.raises(ModelError, match="nowhere: the model cannot be loaded: .*on node"):
+    with pytest.raises(ModelError, match="nowhere: neither a model folder nor .*on node"):
         run(actors=1, model="nowhere")
     with pytest.raises(DataError, match=r"shard \d: answer states as int4 cost a mean KL .*on node"):
         run(CacheOptions(samples_per_shard=2, top_k=5, answer_codec="int4", kl_budget=1e-9), actors=1)
