@@ -143,7 +143,7 @@ MISTAKES = [
     ("inspect c --html h --json", 2, "--html: expected no --sql, --json or --save-images"),
     ("verify c --max-kl -1", 2, "--max-kl -1.0: expected nats"),
     ("export gone --out x", 2, "gone: not a run / run.json"),
-    ("compare --cache c --student s --data d --out o --seeds a", 2, "--seeds 'a': expected numbers"),
+    ("compare --cache c --student s --data d --out o --try sft --seeds a", 2, "--seeds 'a': expected numbers"),
     ("doctor --out gone", 2, "--out gone: expected a folder"),
     (CACHE, 1, "gone.json: No such file"),
     (f"{CACHE} --answer-codec nonsense", 2, "--answer-codec 'nonsense' / expected one of bf16"),
