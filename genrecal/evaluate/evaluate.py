@@ -23,6 +23,9 @@ from genrecal.samples import BadRecord, Sample, SampleSet, decode_image
 from genrecal.vlm.generation import generate_ids, stop_tokens
 from genrecal.vlm.loading import VLM, first_line
 
+NO_MEMORY = (
+    "can't allocate memory", "Cannot allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 LOGIT_ROWS = 256  # of one answer at a time: a long answer's logits over a large vocabulary take gigabytes
 
 
@@ -121,13 +124,18 @@ def ask(
     return (_answer(model, batch, metric, batch_size, max_new_tokens) if batch else []), skipped
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or a CPU; allocators also raise plain RuntimeErrors and OSErrors."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(words in str(error) for words in NO_MEMORY)
+
+
 @contextlib.contextmanager
 def explain_oom(advice: str) -> Iterator[None]:
     """Turn an allocation that failed, on a GPU or a CPU, into one line (ModelError) that ends with `advice`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise ModelError(f"evaluation is out of memory: {first_line(error)}; {advice}") from None
 
@@ -171,18 +179,18 @@ class _Asked:
 
     @classmethod
     def prepare(cls, model: VLM, sample: Sample) -> "_Asked":
-        pictures = [decode_image(image.read()) for image in sample.images]
-        encoded = model.renderer.encode_messages(sample.messages, pictures, key=sample.key)
-        return cls(sample, prompts_of(model, sample, pictures), encoded)
+        images = [decode_image(image.read()) for image in sample.images]
+        encoded = model.renderer.encode_messages(sample.messages, images, key=sample.key)
+        return cls(sample, prompts_of(model, sample, images), encoded)
 
 
-def prompts_of(model: VLM, sample: Sample, pictures: Sequence[Image.Image]) -> list[dict[str, torch.Tensor]]:
+def prompts_of(model: VLM, sample: Sample, images: Sequence[Image.Image]) -> list[dict[str, torch.Tensor]]:
     """The prompt of each turn: everything before it, with the right answers of the turns before."""
     prompts = []
     for place in sample.target_places:
         before = sample.messages[:place]
         count = sum(not isinstance(part, str) for m in before for part in m.parts)
-        prompts.append(model.renderer.encode_prompt(before, pictures[:count]))
+        prompts.append(model.renderer.encode_prompt(before, images[:count]))
     return prompts
 
 
@@ -255,7 +263,7 @@ def answer_log_losses(model: VLM, batch: Sequence[Any]) -> list[list[float]]:
 
 
 def _score(predictions: Sequence[Prediction]) -> Score:
-    """Means and standard errors; turns of one conversation share a picture, so errors are taken over conversations."""
+    """Means and standard errors; turns of one conversation share an image, so errors are taken over conversations."""
     groups: dict[str, list[Prediction]] = defaultdict(list)
     for prediction in predictions:
         groups[prediction.key].append(prediction)

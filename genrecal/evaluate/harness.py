@@ -30,10 +30,10 @@ CLASSES = {
     "qwen2_vl": "qwen2_vl",
     "qwen3_vl": "qwen3_vl",
 }
-# Bounds of a picture's tiles. Its class for InternVL cuts every picture into up to 12, whatever the student's processor says:
-# a student that was trained on fewer would be asked about pictures such as it never saw.
+# Bounds on an image's tiles. Its class for InternVL cuts every image into up to 12, whatever the student's processor says,
+# so a student that was trained on fewer would be asked about images unlike those it was trained on.
 TILES = ("min_patches", "max_patches")
-# What some of its classes log when a question fails; they go on with an empty answer, which is scored as a wrong one.
+# What some of its classes log when a question fails; they continue with an empty answer, which is scored as a wrong one.
 FAILED = re.compile(r"Error (.*) in generating")
 
 
@@ -66,7 +66,7 @@ def lmms_eval_command(
     Args:
         device: "cpu", "cuda", "cuda:N", or "split" for `device_map="auto"`.
         harness_model: lmms-eval's name of a model class; None takes it from `model_type` in the folder's config.json.
-        harness_args: `name=value` each, for that class; they come after ours and win. An InternVL's pictures
+        harness_args: `name=value` each, for that class; they come after ours and win. An InternVL's images
             are cut into as many tiles as its own processor says.
         out: where lmms-eval writes its results and, a file a task, every question with its answer.
         task_folder: tasks of one's own, in lmms-eval's format.
@@ -140,7 +140,7 @@ def run_lmms_eval(
         said = _run(words)
         found = sorted(set(target.rglob("*_results.json")) - before)
         if not found:  # its own exit status is 0 even then
-            raise GenrecalError(f"lmms-eval ended without results ({_last_error(said)}); what it said stands above")
+            raise GenrecalError(f"lmms-eval ended without results ({_last_error(said)}); its output is above")
         scores = scores_of(json.loads(found[-1].read_text()))
     if failed := FAILED.findall(said):
         raise GenrecalError(

@@ -199,7 +199,7 @@ def chosen_option(text: str, options: dict[str, str]) -> str | None:
 
     In this order: the letter alone ("B", "(b)", "**B.**"), before its text ("B. red"), as the answer ("the answer is B", the
     last such), in brackets (the last such). With options also: the letter as the first word, as the last, and the only option
-    whose text is the answer or stands in it.
+    whose text is the answer or is part of it.
     """
     letters = "".join(options) or LETTERS
     text = unicodedata.normalize("NFKC", text).strip()

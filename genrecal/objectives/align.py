@@ -75,14 +75,3 @@ def align_turn(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:
     rows_t, rows_s = (rows[ends[rows] != NOWHERE] for rows, ends in zip(last, (teacher, student), strict=True))
     _, in_t, in_s = np.intersect1d(teacher[rows_t], student[rows_s], assume_unique=True, return_indices=True)
     return np.stack([rows_t[in_t], rows_s[in_s]], axis=1)
-
-
-def align_turn_naive(teacher: Sequence[bytes], student: Sequence[bytes]) -> list[tuple[int, int]]:
-    """What `align_turn` computes, from the bytes of each token (none of an end of turn): compares the prefixes themselves."""
-    pairs: dict[bytes, tuple[int, int]] = {}
-    for row_t in range(len(teacher)):
-        for row_s in range(len(student)):
-            prefix = b"".join(teacher[:row_t])
-            if prefix == b"".join(student[:row_s]):
-                pairs[prefix] = (row_t, row_s)  # a later pair of the same prefix takes the place of the earlier
-    return list(pairs.values())

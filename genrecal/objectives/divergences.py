@@ -1,7 +1,7 @@
 """How far the student's own distribution is from the teacher's, row by row: distillation without a Recalibrator.
 
-`student_losses` never holds more than some rows of logits, forward or backward, and of a frozen head works out the
-gradient while they exist; `student_losses_naive` is the same in plain autograd over all rows at once.
+`student_losses` never holds more than some rows of logits, forward or backward. With a frozen head it computes the
+gradient while they exist.
 
 Letters: N rows, r rows of a chunk, V_s and V_t head rows of student and teacher, C ids that they share, k stored logits a
 row, K draws a row.
@@ -148,25 +148,6 @@ class _FrozenHeadChunks(torch.autograd.Function):
     def backward(ctx: Any, d_weighted: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         gradient = ctx.gradient
         return ((gradient * d_weighted[:, None]).to(gradient.dtype), *(None,) * 5)
-
-
-def student_losses_naive(
-    hidden: torch.Tensor,
-    head: torch.nn.Linear,
-    transform: LogitTransform,
-    target_ids: torch.Tensor,
-    target: Target,
-    divergence: Divergence,
-    *,
-    teacher_head: FrozenHead | None = None,
-    ce_weight: float = 1.0,
-    kl_weight: float = 1.0,
-    counts: torch.Tensor | None = None,
-) -> RowLosses:
-    """What `student_losses` computes, with whole logits and plain autograd."""
-    logits = transform(F.linear(hidden, head.weight, head.bias))
-    ce, kl = _chunk(logits, target_ids, target, divergence, teacher_head, counts)
-    return RowLosses(weighted=ce_weight * ce + kl_weight * kl, ce=ce.detach(), kl=kl.detach())
 
 
 # ------------------------------------------------------------------------------------------------------- of one chunk

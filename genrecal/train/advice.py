@@ -9,19 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from genrecal.errors import DamageError, GenrecalError, TrainingError
+from genrecal.evaluate.evaluate import is_out_of_memory
 from genrecal.train.config import EvaluateConfig, TrainConfig
 from genrecal.vlm.loading import first_line
 
 RESUME = "run the same command with {} to resume"
-# What allocators say where they raise a plain RuntimeError or OSError.
-NO_MEMORY = (
-    "can't allocate memory",
-    "Cannot allocate memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
 
 
 def smaller_batch(stage: int, config: TrainConfig) -> list[str]:
@@ -49,8 +44,7 @@ def explain_failures(stage: int, config: TrainConfig, *, longest: int = 0) -> It
             raise
         if "DataLoader worker" in str(error):
             raise explain_loading(loader_died(error), stage, config) from None
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not known and not any(words in str(error) for words in NO_MEMORY):
+        if not is_out_of_memory(error):
             raise
         ways = smaller_batch(stage, config)
         if not config.gradient_checkpointing:
@@ -123,9 +117,13 @@ def evaluation_ways(config: EvaluateConfig) -> str:
     return RESUME.format(", or ".join(ways))
 
 
-def cannot_write(path: Path, what: str, error: Exception) -> TrainingError:
-    """A file of the run that the disk did not take."""
-    return TrainingError(
-        f"{path}: the {what} cannot be written: {first_line(error)}; make room (or let it be written) and run the same "
-        "command again to resume"
-    )
+@contextmanager
+def explain_disk(path: Path, what: str) -> Iterator[None]:
+    """Turn a file of the run that cannot be written into one line that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"{path}: the {what} cannot be written: {first_line(error)}; make room (or let it be written) and run the same "
+            "command again to resume"
+        ) from None

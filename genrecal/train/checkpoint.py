@@ -1,13 +1,12 @@
-"""Checkpoints of a stage: what is trained and the optimizer's moments, in safetensors. Nothing is unpickled.
+"""State of a run on disk: a stage's checkpoints and its result, in safetensors. Nothing is unpickled.
 
-A checkpoint is a folder written under a temporary name and renamed when it is whole. It holds whole tensors, whatever
-engine and number of processes wrote it, so that any other resumes from it, and it says what it is a checkpoint of. It holds
-no random state: that of a step is a function of the seed, the stage, the step and the rank.
+Each file is written under a temporary name and renamed when it is whole. A checkpoint is a folder that counts from the moment
+its last file, state.json, is there. It holds whole tensors, whatever engine and number of processes wrote it, so that any
+other resumes from it, and it says which run it is of. It holds no random state: that of a step is a function of the seed,
+the stage, the step and the rank.
 """
 
 import json
-import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from genrecal.errors import TrainingError
-from genrecal.files import flush, temporary_path
-from genrecal.train.advice import cannot_write
+from genrecal.files import put_in_place, temporary_path, write_whole
+from genrecal.train.advice import explain_disk
 
 WEIGHTS, OPTIMIZER, STATE = "trained.safetensors", "optimizer.safetensors", "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
@@ -69,38 +68,62 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file that is there whole or not at all."""
+    temporary = temporary_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(dict(tensors), temporary)
+        put_in_place(temporary, path)
+    except (OSError, SafetensorError):
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def save_checkpoint(
     folder: Path, stage: int, step: int, state: TrainedState, *, run: dict[str, Any], keep: int
 ) -> Path:
     """Write `stageN-stepS` under `folder` and remove all but the newest `keep` of that stage.
 
-    Raises TrainingError if it cannot be written; the older ones then stand.
+    Raises TrainingError if it cannot be written; the older ones are kept then.
     """
     path = folder / f"stage{stage}-step{step:08d}"
-    temporary = temporary_path(path)
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(dict(state.weights), temporary / WEIGHTS)
-        save_file(dict(state.moments), temporary / OPTIMIZER)
-        content = {"stage": stage, "step": step, "updates": state.updates, "run": run}
-        (temporary / STATE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        for file in [*temporary.iterdir(), temporary]:
-            flush(file)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
-        flush(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise cannot_write(path, "checkpoint", error) from None
+    content = {"stage": stage, "step": step, "updates": state.updates, "run": run}
+    _remove(path)
+    with explain_disk(path, "checkpoint"):
+        try:
+            write_tensors(path / WEIGHTS, state.weights)
+            write_tensors(path / OPTIMIZER, state.moments)
+            write_whole(path / STATE, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+        except OSError:
+            _remove(path)
+            raise
     for old in find_checkpoints(folder, stage)[:-keep]:
-        shutil.rmtree(old)
+        _remove(old)
     return path
 
 
 def find_checkpoints(folder: Path, stage: int) -> list[Path]:
-    """A stage's checkpoints, oldest first."""
-    return sorted(path for path in folder.glob(f"stage{stage}-step*") if re.fullmatch(r"stage\d-step\d+", path.name))
+    """A stage's whole checkpoints, oldest first."""
+    return sorted(state.parent for state in folder.glob(f"stage{stage}-step*/{STATE}"))
+
+
+def remove_checkpoints(folder: Path, stage: int) -> None:
+    """Delete the checkpoints of a finished stage: its result is kept."""
+    for path in folder.glob(f"stage{stage}-step*"):
+        _remove(path)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a killed process was still writing or removing; one process of a run writes."""
+    for path in folder.glob("stage*-step*"):
+        if not (path / STATE).exists():
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    (path / STATE).unlink(missing_ok=True)  # first: without it the rest does not count
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -113,21 +136,24 @@ def read_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(
             path=path, stage=content["stage"], step=content["step"], run=dict(content["run"]), state=state
         )
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unreadable(path / STATE, error) from None
 
 
 def _unreadable(path: Path, error: Exception) -> TrainingError:
     return TrainingError(
-        f"{path}: cannot be read: {error}; delete {path.parent} and train again, it goes on from what stands before it"
+        f"{path}: cannot be read: {error}; delete {path.parent} and run the same command again to resume from before it"
     )
 
 
 class TensorFile(Mapping[str, torch.Tensor]):
-    """The tensors of a safetensors file, each read when it is asked for."""
+    """The tensors of a safetensors file, each read when it is asked for. Raises TrainingError if it cannot be read."""
 
     def __init__(self, path: Path):
-        self._file = safe_open(path, framework="pt")
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(path, error) from None
         self._names = list(self._file.keys())
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -140,26 +166,6 @@ class TensorFile(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """A safetensors file's tensors. Raises TrainingError if it cannot be read."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(path, error) from None
-
-
-def remove_checkpoints(folder: Path, stage: int) -> None:
-    """Delete the checkpoints of a finished stage: its result is kept."""
-    for path in find_checkpoints(folder, stage):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Delete checkpoints that a killed process was still writing; one process of a run writes."""
-    for leftover in folder.glob(".stage*.tmp"):
-        shutil.rmtree(leftover)
 
 
 @torch.no_grad()

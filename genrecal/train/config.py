@@ -1,6 +1,6 @@
 """Every setting of a training run: nested tables, read from TOML and `--set a.b=v`. The defaults are the paper's.
 
-Where the paper gives a number (section 4.1(c)) it stands here; docs/method.md lists those it does not give.
+Numbers that the paper gives (section 4.1(c)) are the defaults here; docs/method.md lists those it does not give.
 """
 
 import dataclasses
@@ -86,7 +86,7 @@ class PromptConfig:
 
     Args:
         template_args: variables of its chat template, such as `enable_thinking`. Those of the cache are taken too, where the
-            student's template has them and nothing is said here.
+            student's template has them and this setting does not set them.
         allowed_tokens: added tokens of its tokenizer that texts may hold, besides those that the cache allows.
     """
 
@@ -96,7 +96,7 @@ class PromptConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Reading.
+    """How samples are read.
 
     Args:
         workers: processes that read and render; 0 does it in the training process.
@@ -268,7 +268,7 @@ def read_settings(file: Path | None = None, settings: Sequence[str] = (), *, opt
 
 
 def config_from(values: dict[str, Any]) -> TrainConfig:
-    """Nested tables -> the configuration, defaults where nothing is said. Raises UsageError as `load_config` does."""
+    """Nested tables -> the configuration, defaults for what is not set. Raises UsageError as `load_config` does."""
     return _build(TrainConfig(), values, "")
 
 

@@ -172,7 +172,7 @@ def _plain(score: Score) -> dict[str, Any]:
 
 
 def _as_markdown(predictions: Sequence[Prediction]) -> str:
-    """Questions, right answers and what the student said, as a table."""
+    """Questions, right answers and the student's, as a table."""
     rows = [("question", "answer", "the student's", "score"), ("---",) * 4]
     rows += [(p.question, p.answer, p.prediction, f"{p.score:.2f}") for p in predictions]
     return "\n".join(
@@ -183,7 +183,7 @@ def _as_markdown(predictions: Sequence[Prediction]) -> str:
 class Wandb:
     """A run on Weights & Biases: the same values as on TensorBoard, with a step axis for each stage.
 
-    The run's id is kept in its folder, so that a resumed one goes on in the same place. WANDB_MODE and the other variables
+    The run's id is kept in its folder, so that a resumed run continues there. WANDB_MODE and the other variables
     of wandb hold: offline, nothing leaves the machine.
 
     Raises UsageError if wandb is not installed or refuses to start.

@@ -41,6 +41,7 @@ from genrecal.train.batches import (
     micro_batch_stream,
 )
 from genrecal.train.checkpoint import (
+    STATE,
     Checkpoint,
     copy_weights,
     find_checkpoints,
@@ -370,7 +371,7 @@ class StageTrainer:
             remove_unfinished(run.checkpoints)
         paths = ranks.gather(find_checkpoints(run.checkpoints, self.stage)[-1:])[0]
         for path in paths:
-            ranks.wait_for(path)
+            ranks.wait_for(path / STATE)
 
         def newest() -> Checkpoint | None:
             """The newest checkpoint, its weights in place."""

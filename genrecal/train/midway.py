@@ -1,4 +1,4 @@
-"""Evaluation of the student in the middle of its training, in place: no copy of it, and no trace in its training."""
+"""Evaluation of the student during training, in place: no copy of it, and training is not affected."""
 
 import contextlib
 import math
@@ -61,7 +61,7 @@ class Midway:
         return {min(num_steps, max(1, round(number * self.config.every * num_steps))) for number in range(1, times + 1)}
 
     def ask(self, student: VLM, ranks: Ranks, *, compute_dtype: torch.dtype, seed: int) -> Evaluation:
-        """The student's answers as it stands, LoRA and all, in the precision that it is trained in.
+        """The student's answers as it is now, LoRA included, in the precision that it is trained in.
 
         Every rank asks its share of the samples; all get the scores of all.
 

@@ -1,8 +1,8 @@
 """The processes of a run: one for each device, as torchrun, deepspeed, accelerate launch or srun start them.
 
 A launcher says who is who in the environment: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Without one a
-run is a single process. Whatever one rank finds out alone (a sample that is damaged, a signal, a loss that is no number)
-is gathered before anything depends on it, so that all go on or all stop.
+run is a single process. What one rank alone finds (a damaged sample, a signal, a loss that is not finite) is gathered
+before anything depends on it, so that all ranks continue or all stop.
 """
 
 import contextlib
@@ -177,7 +177,7 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def peers_may_end() -> Iterator[None]:
-    """Turn a broken connection into one line. The rank that broke it has said why, unless it was killed."""
+    """Turn a broken connection into one line. The rank that broke it printed the reason, unless it was killed."""
     try:
         yield
     except RuntimeError as error:

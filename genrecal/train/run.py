@@ -3,8 +3,8 @@
 RUN/run.json                    the whole configuration, the student, the cache and its digest, versions
 RUN/cache-facts.json            what the cache held when the run began, for its report
 RUN/metrics.jsonl, tensorboard/ every term of every step
-RUN/snapshots/                  how student and teacher are aligned, at the start and the end of stages, for its report
-RUN/checkpoints/stageN-stepS/   to go on from
+RUN/snapshots/                  how well student and teacher are aligned, at the start and the end of stages, for its report
+RUN/checkpoints/stageN-stepS/   to resume from
 RUN/stageN/trained.safetensors  a finished stage's result: every parameter it trained
 """
 
@@ -23,19 +23,17 @@ from typing import Any
 import peft
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 import genrecal
 from genrecal.errors import TrainingError, UsageError
-from genrecal.files import put_in_place, temporary_path, write_whole
+from genrecal.files import write_whole
 from genrecal.folders import refuse_other_content
 from genrecal.run_folder import LOCK_FILE, OUTPUT_FILE, RUN_FILE, read_run_file
 from genrecal.shards.layout import CACHE_FILE
 from genrecal.shards.mixture import Mixture
 from genrecal.shards.reader import Cache
-from genrecal.train.advice import cannot_write
-from genrecal.train.checkpoint import Checkpoint, copy_weights, find_checkpoints, read_tensors
+from genrecal.train.advice import explain_disk
+from genrecal.train.checkpoint import Checkpoint, TensorFile, copy_weights, find_checkpoints, write_tensors
 from genrecal.train.config import TrainConfig, config_from
 from genrecal.train.stages import add_lora, merge_lora, select_trainable
 from genrecal.vlm.cached_teacher import prompt_options
@@ -90,19 +88,13 @@ class Run:
     def save_result(self, stage: int, weights: Mapping[str, torch.Tensor]) -> None:
         """Write a finished stage's trained parameters, on the CPU. Raises TrainingError if they cannot be written."""
         path = self.stage_result(stage)
-        temporary = temporary_path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(dict(weights), temporary)
-            put_in_place(temporary, path)
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            raise cannot_write(path, f"result of stage {stage}", error) from None
+        with explain_disk(path, f"result of stage {stage}"):
+            write_tensors(path, weights)
 
-    def load_result(self, stage: int) -> dict[str, torch.Tensor]:
+    def load_result(self, stage: int) -> Mapping[str, torch.Tensor]:
         """A finished stage's trained parameters. Raises TrainingError if the stage has not finished in this run."""
         self.need_result(stage)
-        return read_tensors(self.stage_result(stage))
+        return TensorFile(self.stage_result(stage))
 
     def need_result(self, stage: int) -> None:
         """Raises TrainingError if the stage has not finished in this run."""

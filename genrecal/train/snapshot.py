@@ -1,7 +1,7 @@
 """How well student and teacher are aligned on a few fixed samples, for the run's report (paper, Figures 6, 7 and 9).
 
 Taken by the trainer before the first step and after the last one of stage 1, and after the last one of stage 2 (which
-begins where stage 1 ended), so that a report needs neither weights nor cache. It leaves no trace in the training.
+begins where stage 1 ended), so that a report needs neither weights nor cache. It does not affect the training.
 
 Of a conversation there are three sequences of states, whose answers' states are z_a, questions' z_q, turn by turn:
 
@@ -90,7 +90,7 @@ def take_snapshot(
         for index in sorted(compared | set(spread(indices, samples).tolist())):
             (fetched,) = source.fetch([index], Tier.QUESTIONS if index in compared else Tier.STATES)
             if not isinstance(fetched, tuple):
-                continue  # damaged, which the steps say
+                continue  # damaged, which the steps report
             sample, record = fetched
             assert record is not None
             try:

@@ -124,7 +124,7 @@ def add_lora(student: HasModel, config: LoraConfig) -> None:
 
 
 def merge_lora(student: HasModel, *, safe: bool = True) -> None:
-    """Add LoRA's product to the weights it stands beside and take it out, in place. `safe`: a product must be finite."""
+    """Add LoRA's product to its base weights and remove LoRA, in place. `safe`: a product must be finite."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(student.model.named_modules()):

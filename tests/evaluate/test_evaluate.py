@@ -16,7 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genrecal.errors import DataError, ModelError, UsageError
-from genrecal.evaluate.evaluate import Evaluation, Prediction, _score, evaluate, prompts_of, save_evaluation
+from genrecal.evaluate.evaluate import (
+    Evaluation,
+    Prediction,
+    _score,
+    evaluate,
+    is_out_of_memory,
+    prompts_of,
+    save_evaluation,
+)
 from genrecal.evaluate.scores import metric_for, score
 from genrecal.samples import BadRecord, ImageSource, Sample, decode_image
 from genrecal.vlm.loading import VLM, load_vlm
@@ -140,6 +148,19 @@ def test_a_long_answers_log_loss_is_summed_in_parts(model: VLM, monkeypatch: pyt
     whole = evaluate(model, samples, max_new_tokens=2).overall.log_loss
     monkeypatch.setattr("genrecal.evaluate.evaluate.LOGIT_ROWS", 3)
     assert evaluate(model, samples, max_new_tokens=2).overall.log_loss == pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("x"),
+        MemoryError(),
+        RuntimeError("CUDA error: out of memory\nmore"),
+        OSError(12, "Cannot allocate memory"),
+    ],
+)
+def test_every_kind_of_failed_allocation_is_known(error: Exception) -> None:
+    assert is_out_of_memory(error) and not is_out_of_memory(RuntimeError("something else"))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])

@@ -9,9 +9,10 @@ import tiny_models
 from conftest import conversation
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from naive_align import align_turn_naive
 
 from genrecal.cache.extract import answer_targets
-from genrecal.objectives.align import NOWHERE, align, align_turn, align_turn_naive, prefix_ends
+from genrecal.objectives.align import NOWHERE, align, align_turn, prefix_ends
 from genrecal.shards.record import AnswerRows
 from genrecal.vlm.loading import load_processor
 from genrecal.vlm.rendering import Renderer

@@ -156,7 +156,7 @@ def test_killed_process_goes_on(whole, tmp_path):
     words += [part for setting in SETTINGS for part in ("--set", setting)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for stage in (1, 2):
-        wanted = str(cut.checkpoints / f"stage{stage}-step00000002")
+        wanted = str(cut.checkpoints / f"stage{stage}-step00000002" / "state.json")
         killed = [sys.executable, "-c", KILLED, wanted, *words]
         assert subprocess.run(killed, capture_output=True, env=environment).returncode == -signal.SIGKILL
     subprocess.run([sys.executable, "-m", "genrecal", *words], check=True, capture_output=True, env=environment)
@@ -428,7 +428,7 @@ def test_another_head_in_the_cache_is_damage(run_of, cache, tiny, tmp_path):
 
 def test_damaged_results_and_leftovers_of_a_killed_process(run_of, whole):
     run = begun_from(whole, run_of("run"), 2)
-    leftover = run.checkpoints / ".stage2-step00000002.host.1.tmp"
+    leftover = run.checkpoints / "stage2-step00000002"  # without its state.json
     leftover.mkdir(parents=True)
     whole = run.stage_result(1).read_bytes()
     run.stage_result(1).write_bytes(whole[: len(whole) // 2])

@@ -84,7 +84,7 @@ def test_without_the_mask_no_state_changes(distiller_of, cache, family):
     assert torch.allclose(ours[mask], masked[mask], atol=2e-6 * masked[mask].abs().max().item(), rtol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["internvl_llama", "qwen3_vl"])
 def test_stage_1_does_not_need_the_last_answer(distiller_of, cache, family, monkeypatch):
     distiller = distiller_of(family, 1)
     results = []
