@@ -176,6 +176,6 @@ def test_a_shard_that_always_fails(run, tmp_path, monkeypatch, fault):
     """The others are made; then the job fails, with the reason."""
     monkeypatch.setattr(ray_job, "MAX_RETRIES", 0)
     words = "its process or node was lost" if fault == "killed" else f"RuntimeError: {fault}.*on node"
-    with pytest.raises(ModelError, match=rf"1 shards \(3\) cannot be made: {words}.*run the same command again"):
+    with pytest.raises(ModelError, match=rf"1 shard \(3\) cannot be made: {words}.*run the same command again"):
         run(actors=2, fault=fault, key="00000006")
     assert len(list((tmp_path / "cache/manifest").glob("*.parquet"))) == SHARDS - 1
