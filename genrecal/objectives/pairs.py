@@ -70,7 +70,7 @@ def coverage(teacher: Renderer, student: Renderer, text: str) -> Coverage:
         turn=np.zeros(len(last), np.int32),
         position=np.arange(len(last), dtype=np.int32),
         token_id=last,
-        hidden=certain[:, None],
+        states=None,  # byte-kl reads none
         target_id=last,
         target_start=np.append(answer.starts, NO_TARGET),
         target_end=np.append(answer.ends, NO_TARGET),
