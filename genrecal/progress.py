@@ -111,6 +111,6 @@ def human_bytes(count: int) -> str:
     return f"{size:.3g} TB" if size < 1000 else f"{size / 1000:.3g} PB"
 
 
-def plural(count: int, noun: str, many: str = "") -> str:
+def counted(count: int, noun: str, plural: str = "") -> str:
     """A number with its noun: `1 shard`, `2 shards`."""
-    return f"{count} {noun if count == 1 else many or noun + 's'}"
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"

@@ -24,7 +24,8 @@ from genrecal.cache.answers import with_answers
 from genrecal.cache.draws import count_draws, draw, uniforms
 from genrecal.cache.options import CacheOptions
 from genrecal.errors import DataError, SampleError, UsageError
-from genrecal.progress import human_bytes, plural
+from genrecal.progress import counted as number_of
+from genrecal.progress import human_bytes
 from genrecal.samples import BadRecord, Sample, SampleSet
 from genrecal.samples.survey import Reasons
 from genrecal.shards.codecs import CODECS, round_to_bf16
@@ -270,7 +271,7 @@ def plan_text(plan: Plan) -> str:
     """A forecast as lines of text."""
     card, answers = CARDS[plan.gpu], plan.answers
     lines = [
-        f"{plan.teacher}: {plural(plan.num_samples, 'sample')} in {plural(plan.num_shards, 'shard')}, "
+        f"{plan.teacher}: {number_of(plan.num_samples, 'sample')} in {number_of(plan.num_shards, 'shard')}, "
         f"from {plan.probed} probed"
         + (" (tokens counted by rule; give a folder with the teacher's processor for exact ones)" * plan.by_rule),
         f"skipped   {plan.skipped}"
@@ -283,7 +284,7 @@ def plan_text(plan: Plan) -> str:
             for codec, size in plan.bytes_by_codec.items()
         ),
         f"teacher   {plan.flops:.3g} FLOPs, {plan.gpu_hours:.3g} GPU-hours on {plan.gpu} at {UTILISATION:.0%} of "
-        f"{card.tflops:g} TFLOP/s; its weights need {plural(plan.least_gpus, 'card')} of {card.gigabytes:g} GB",
+        f"{card.tflops:g} TFLOP/s; its weights need {number_of(plan.least_gpus, 'card')} of {card.gigabytes:g} GB",
     ]
     if answers is not None:
         lines.append(

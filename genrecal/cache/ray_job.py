@@ -22,7 +22,7 @@ from genrecal.cache.teacher import Teacher
 from genrecal.cache.watch import Watch
 from genrecal.cache.windows import plain_reason
 from genrecal.errors import GenrecalError, ModelError, UsageError
-from genrecal.progress import plural
+from genrecal.progress import counted
 from genrecal.samples import SampleSet
 from genrecal.shards.storage import Store, open_store
 
@@ -129,7 +129,7 @@ def _make_shards(job: Job, shards: list[int], store: Store, cluster: RayOptions,
         if len(done) == before:
             named = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
             raise ModelError(
-                f"{store.url}: {plural(len(missing), 'shard')} ({named}) cannot be made: "
+                f"{store.url}: {counted(len(missing), 'shard')} ({named}) cannot be made: "
                 f"{failure or 'they are not in the cache'}; "
                 "finished shards are whole: fix the cause and run the same command again"
             )

@@ -11,7 +11,7 @@ from genrecal.cli import options as shared
 from genrecal.cli.options import CachePath, Json, grouped, plain
 from genrecal.cli.output import console, printable, show
 from genrecal.errors import UsageError
-from genrecal.progress import plural
+from genrecal.progress import counted
 
 assumed, vllm = shared.panel("Assumptions"), shared.panel("Teacher, --backend vllm")
 machines, checks = shared.panel("Many machines"), shared.panel("Checks")
@@ -189,12 +189,12 @@ def _print_report(out: str, report: Any, work: WorkGroup, printed: Any) -> None:
     from genrecal.shards.reader import open_cache
 
     done = f"{report.cached} samples cached, {report.skipped} skipped; " + (
-        f"{plural(report.shards_done, 'shard')} written, {report.shards_found} found"
+        f"{counted(report.shards_done, 'shard')} written, {report.shards_found} found"
     )
     if report.shards_missing:
         note(
             f"{out}: worker {work.worker} of {work.workers} is done: {done}. Other workers still have "
-            f"{plural(report.shards_missing, 'shard')} to finish; the last worker completes the cache"
+            f"{counted(report.shards_missing, 'shard')} to finish; the last worker completes the cache"
         )
         return
     reasons = Reasons.of(open_cache(out).skipped())
@@ -204,13 +204,13 @@ def _print_report(out: str, report: Any, work: WorkGroup, printed: Any) -> None:
         note(f"skipped {line}", "yellow")
     if count := report.counts["context_answers"]:
         note(
-            f"{plural(count, 'earlier answer')} used as context, not as targets: this chat template writes the last answer "
+            f"{counted(count, 'earlier answer')} used as context, not as targets: this chat template writes the last answer "
             "of a conversation in another way than earlier ones; use one record per answer to train on all",
             "yellow",
         )
     if count := report.counts["unread_reasoning"]:
         note(
-            f"{plural(count, 'record')} with reasoning_content, which this model's chat template does not write",
+            f"{counted(count, 'record')} with reasoning_content, which this model's chat template does not write",
             "yellow",
         )
     note(f"{out}: {done}")

@@ -15,7 +15,7 @@ from rich.text import Text
 from genrecal.inspect.record import Alternative, AnswerToken, RecordDescription
 from genrecal.inspect.sql import SqlResult
 from genrecal.inspect.summary import Histogram, MeasuredColumns, Summary
-from genrecal.progress import plural
+from genrecal.progress import counted
 
 Line = tuple[str, str]  # a name and a value
 BAR = 32  # columns of the longest bar
@@ -84,7 +84,7 @@ def _summary_lines(summary: Summary) -> list[Line]:
     teacher = summary.teacher
     draws = f", {summary.sampled_targets} draws per row" if summary.sampled_targets else ""
     return [
-        ("images", f"{summary.with_images} of {summary.cached} samples have images ({plural(summary.images, 'image')})"),
+        ("images", f"{summary.with_images} of {summary.cached} samples have images ({counted(summary.images, 'image')})"),
         ("cache", f"{summary.path} (format {summary.format_version})"),
         ("teacher", f"{teacher['name']}, {teacher['dtype']}, D {summary.hidden_size}, V {summary.head_rows}"),
         ("shards", f"{finished} of {planned}, {'complete' if finished == planned else 'unfinished'}"),
@@ -130,7 +130,7 @@ def _columns_table(kind: str, measured: MeasuredColumns) -> Group:
         )
     which = "all" if measured.records == measured.of_records else f"{measured.records} evenly spread of"
     title = (
-        f"{kind} files by column, measured on {which} {plural(measured.of_records, 'record')} ({measured.rows} rows)"
+        f"{kind} files by column, measured on {which} {counted(measured.of_records, 'record')} ({measured.rows} rows)"
     )
     return Group(Text(title, style="bold"), table)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from genrecal.errors import DataError
-from genrecal.progress import Progress, plural
+from genrecal.progress import Progress, counted
 from genrecal.samples.sample import BadRecord, Sample
 from genrecal.samples.sample_set import SampleSet
 from genrecal.samples.tar_file import TarFile
@@ -90,7 +90,7 @@ class Survey:
     def lines(self, max_skip: float | None = None) -> Iterator[str]:
         """The survey in words, images first; bad records only of a job that may skip so many."""
         drawn = "" if self.surveyed == self.records else f" (of {self.surveyed} of {self.records} records, drawn)"
-        yield f"{self.with_images} of {self.surveyed - self.bad} samples have images ({plural(self.images, 'image')}){drawn}"
+        yield f"{self.with_images} of {self.surveyed - self.bad} samples have images ({counted(self.images, 'image')}){drawn}"
         for what, count in self.unread.most_common(SHOWN_KINDS):
             verb = "are" if what.startswith("turns") else "is"
             result = "is read as its text" if what.startswith("a number under") else f"{verb} not read"

@@ -25,7 +25,7 @@ from genrecal.objectives import objective_named
 from genrecal.objectives.base import Objective, Tier
 from genrecal.objectives.pairs import check_pair
 from genrecal.objectives.recalibrator import checkpoint_activations
-from genrecal.progress import Progress, plural
+from genrecal.progress import Progress, counted
 from genrecal.run_folder import CACHE_FACTS, LOCK_FILE, RUN_FILE
 from genrecal.shards.mixture import Mixture
 from genrecal.shards.reader import Cache
@@ -397,9 +397,9 @@ class StageTrainer:
         if ranks.first and ranks.size > 1:
             name, batch_size = resolve_engine(self.config.engine, ranks.size), self.settings.batch_size
             sys.stderr.write(
-                f"genrecal: stage {self.stage}: {plural(ranks.size, 'process', 'processes')}, engine {name}; "
-                f"a global batch of {plural(self.plan.global_batch, 'sample')} is "
-                f"{plural(micro_steps, 'micro-step')} of {batch_size} on each\n"
+                f"genrecal: stage {self.stage}: {counted(ranks.size, 'process', 'processes')}, engine {name}; "
+                f"a global batch of {counted(self.plan.global_batch, 'sample')} is "
+                f"{counted(micro_steps, 'micro-step')} of {batch_size} on each\n"
             )
         if checkpoint is None:
             return engine, 0
