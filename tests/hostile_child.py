@@ -93,14 +93,6 @@ def read(path):
             yield f"error: {error}"
 
 
-def head(path):
-    try:
-        open_cache(path).head()
-    except GenrecalError as error:
-        yield f"error: {error}"
-    yield from (f"finding: {finding}" for finding in verify_cache(path).findings)
-
-
 def decode(data):
     try:
         yield str(decode_image(data).size)

@@ -128,11 +128,8 @@ class Verification:
         )
         if self.whole:
             return f"whole: {counts}"
-        outside = sum(finding.shard is None for finding in self.findings)
-        return (
-            f"damaged: {counted(len(self.findings), 'finding')}, {outside} of them outside the shards; "
-            f"{counted(len(self.damaged_shards), 'damaged shard')} of {counts}"
-        )
+        damaged = counted(len(self.damaged_shards), "damaged shard")
+        return f"damaged: {counted(len(self.findings), 'finding')}, {damaged}; {counts}"
 
 
 def verify_cache(
@@ -171,13 +168,14 @@ def verify_cache(
     if settings["question_codec"] != "none" and numbers and not store.names("questions"):
         notes.append("the questions tier was deleted: stage 1 can train without its regularisation only")
         tiers = ("samples",)
-    results = []
+    results, damaged_shards = [], 0
     expected = sorted({*numbers, *(range(planned) if complete else ())})
     with Progress("verify", len(expected), "shards") as progress:
         for shard in expected:
             content = _Content(settings, head, vocabulary)
             results.append(check_shard(store, shard, settings, digests.get(shard), tiers, content))
-            progress.advance(1, f"{sum(bool(result.findings) for result in results)} damaged")
+            damaged_shards += bool(results[-1].findings)
+            progress.advance(1, f"{damaged_shards} damaged")
     for result in results:
         if result.deep is not None and not result.deep.kl_mean <= max_kl:
             what = (

@@ -395,7 +395,7 @@ def test_a_deleted_question_tier_is_left_out(path, tmp_path):
     shutil.copytree(path, tmp_path / "cache")
     shutil.rmtree(tmp_path / "cache/questions")
     summary = summarize(open_cache(tmp_path / "cache"))
-    assert list(summary.columns) == ["answer"] and not any("damaged" in w for w in summary.warnings)
+    assert list(summary.columns) == ["answer"] and not any("corrupt" in w for w in summary.warnings)
 
 
 def test_a_teacher_that_does_not_know_the_answers_is_said_so(cache):

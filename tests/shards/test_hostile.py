@@ -4,7 +4,6 @@ Bombs are real ones. Each is read in a child process that may not take more than
 """
 
 import contextlib
-import functools
 import hashlib
 import io
 import json
@@ -27,7 +26,7 @@ from made_cache import WIDTH, make_cache, tree
 from PIL import Image
 
 from genrecal.errors import DamageError, FormatError, GenrecalError, ModelError, SampleError, UsageError
-from genrecal.inspect.record import save_images
+from genrecal.inspect import describe_record, save_images
 from genrecal.samples import decode_image
 from genrecal.shards.head import HEAD_FILE, MOST_HEADER_BYTES
 from genrecal.shards.index import INDEX_FILE
@@ -129,42 +128,24 @@ def forged_extension(name, storage, data=b""):
     return pa.table([pa.array([], storage)], schema=pa.schema([field]))
 
 
-def dictionary_table():
-    return pa.table({"turn": pa.array(["a" * 1000]).dictionary_encode()})
-
-
-def list_view_table():
-    offsets, sizes = pa.array([0] * 1000, pa.int32()), pa.array([1000] * 1000, pa.int32())
-    return pa.table({"turn": pa.ListViewArray.from_arrays(offsets, sizes, pa.array(range(1000)))})
-
-
 HOSTILE_TABLES = {
-    "a string": lambda: pa.table({"turn": ["a"]}),
-    "a string view": lambda: pa.table({"turn": pa.array(["a"], pa.string_view())}),
-    "a dictionary": dictionary_table,
-    "a list": lambda: pa.table({"turn": [[1]]}),
-    "a list view whose parts are all the same": list_view_table,
-    "a struct": lambda: pa.table({"turn": [{"a": 1}]}),
-    "a union": lambda: pa.table({"turn": pa.UnionArray.from_sparse(pa.array([0], pa.int8()), [pa.array([1])])}),
-    "a map": lambda: pa.table({"turn": pa.array([[(1, 2)]], pa.map_(pa.int8(), pa.int8()))}),
-    "a column of nulls": lambda: pa.table({"turn": pa.nulls(2**20)}),
-    "a decimal": lambda: pa.table({"turn": pa.array([1], pa.decimal256(70))}),
-    "a wide binary": lambda: pa.table({"turn": pa.array([], pa.binary(2**31 - 1))}),
-    "a run": lambda: pa.table({"turn": pa.RunEndEncodedArray.from_arrays(pa.array([2**30], pa.int32()), pa.array([1]))}),
-    "a uuid": lambda: pa.table({"turn": pa.array([b"0" * 16], pa.uuid())}),
-    "json": lambda: pa.table({"turn": pa.array(["{}"], pa.json_())}),
-    "opaque": lambda: pa.table({"turn": pa.array([1], pa.opaque(pa.int64(), "a", "b"))}),
-    "many columns": lambda: pa.table({f"c{i}": pa.array([1], pa.int8()) for i in range(100)}),
-    "more columns than a schema may have bytes": lambda: pa.table({f"c{i}": pa.array([1], pa.int8()) for i in range(5000)}),
-    "a tensor of tensors": lambda: pa.table({"turn": pa.array([], pa.fixed_shape_tensor(pa.list_(pa.int8(), 2), [3]))}),
-}  # fmt: skip
+    "a string": lambda: {"turn": ["a"]},
+    "a dictionary": lambda: {"turn": pa.array(["a" * 1000]).dictionary_encode()},
+    "a list": lambda: {"turn": [[1]]},
+    "a struct": lambda: {"turn": [{"a": 1}]},
+    "a column of nulls": lambda: {"turn": pa.nulls(2**20)},
+    "a decimal": lambda: {"turn": pa.array([1], pa.decimal256(70))},
+    "a run": lambda: {"turn": pa.RunEndEncodedArray.from_arrays(pa.array([2**30], pa.int32()), pa.array([1]))},
+    "a uuid": lambda: {"turn": pa.array([b"0" * 16], pa.uuid())},
+    "many columns": lambda: {f"c{i}": pa.array([1], pa.int8()) for i in range(100)},
+    "a tensor of tensors": lambda: {"turn": pa.array([], pa.fixed_shape_tensor(pa.list_(pa.int8(), 2), [3]))},
+}
 
 
-@pytest.mark.parametrize("compression", ["zstd", None])
 @pytest.mark.parametrize("kind", HOSTILE_TABLES)
-def test_columns_that_the_format_has_not_are_refused(kind, compression):
+def test_columns_that_the_format_has_not_are_refused(kind):
     try:
-        data = written(HOSTILE_TABLES[kind](), compression)
+        data = written(pa.table(HOSTILE_TABLES[kind]()))
     except (pa.ArrowException, NotImplementedError, TypeError, ValueError) as error:
         pytest.skip(f"Arrow itself refuses to write it: {error}")
     with pytest.raises(DamageError, match=r"a\.tar: not a readable Arrow file"):
@@ -226,13 +207,11 @@ def test_an_old_pickled_extension_type_is_not_unpickled(tmp_path):
     assert not mark.exists()
 
 
-def test_many_record_batches_and_a_dictionary_are_refused():
+def test_many_record_batches_are_refused():
     table = pa.table({"turn": pa.array([1], pa.int32())})
     assert read_table(written(table, batches=3), where="x").num_rows == 3
     with pytest.raises(DamageError, match="1025 record batches"):
         read_table(written(table, batches=1025), where="x")
-    with pytest.raises(DamageError, match="of type dictionary"):
-        read_table(written(pa.table({"turn": pa.array([1], pa.int32()).dictionary_encode()})), where="x")
 
 
 @pytest.mark.parametrize("compression", ["zstd", None])
@@ -279,7 +258,9 @@ def test_footers_and_pages_that_no_manifest_has(cache, what):
         data = data[:4] + b"\x1c" * 200 + data[204:]
     (cache / manifest_name(0)).write_bytes(data)
     (cache / INDEX_FILE).unlink()
-    refused(cache, "not a readable manifest")
+    with pytest.raises(DamageError, match="not a readable manifest"):
+        open_cache(cache)
+    assert any("not a readable manifest" in str(finding) for finding in verify_cache(cache).findings)
 
 
 @pytest.mark.parametrize(
@@ -421,16 +402,12 @@ CONVERSATION = {"sample_id": "s0", "category": "", "source": "", "messages": []}
 
 @pytest.mark.parametrize("content", [
     "[" * 10**6, '{"messages":' * 10**5, "NaN", "1", "null", "[]", "{}", '"\\ud800"', "{" + " " * 2**24 + "}",
-    json.dumps(CONVERSATION | {"messages": 1}),
     json.dumps(CONVERSATION | {"messages": [1]}),
     json.dumps(CONVERSATION | {"messages": [{"role": "tool", "content": []}]}),
-    json.dumps(CONVERSATION | {"messages": [{"role": [], "content": []}]}),
     json.dumps(CONVERSATION | {"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}),
     json.dumps(CONVERSATION | {"messages": [{"role": "user", "content": [{"type": "image", "index": 10**9}]}]}),
-    json.dumps(CONVERSATION | {"messages": [{"role": "user", "content": [{"type": "image", "index": "0"}]}]}),
     json.dumps(CONVERSATION | {"messages": [{"role": "user", "content": [{"type": "video"}]}]}),
     json.dumps(CONVERSATION | {"sample_id": 1}),
-    json.dumps(CONVERSATION | {"category": None}),
 ], ids=lambda text: text[:60])  # fmt: skip
 def test_a_conversation_that_is_none(cache, content):
     name, _ = member_of(cache, ".json")
@@ -440,7 +417,7 @@ def test_a_conversation_that_is_none(cache, content):
     assert any(name.removesuffix(".json") in str(finding) for finding in verify_cache(cache).findings)
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------------------ images
 
 
 def png(width, height, *chunks, bits=1):
@@ -456,13 +433,7 @@ def png(width, height, *chunks, bits=1):
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-@functools.lru_cache
-def squeezed(size):
-    squeeze, piece = zlib.compressobj(9), bytes(2**20)
-    return b"".join(squeeze.compress(piece) for _ in range(size // 2**20)) + squeeze.flush()
-
-
-def test_a_picture_of_too_many_pixels_is_not_decoded(cache):
+def test_an_image_of_too_many_pixels_is_not_decoded(cache):
     bomb = png(30_000, 30_000)
     assert len(bomb) < 200_000
     outcome = hostile_child.run(hostile_child.decode, bomb)
@@ -473,20 +444,10 @@ def test_a_picture_of_too_many_pixels_is_not_decoded(cache):
     assert outcome.lines == [] and outcome.peak < SMALL
 
 
-@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP", b"iTXt"])
-def test_text_and_profiles_of_gigabytes_in_a_png_are_not_unpacked(kind):
-    data = squeezed(2**28)
-    head = {b"zTXt": b"a\0\0", b"iCCP": b"a\0\0", b"iTXt": b"a\0\1\0\0\0"}[kind]
-    outcome = hostile_child.run(hostile_child.decode, png(8, 8, *[(kind, head + data)] * 4))
-    assert outcome.peak < SMALL
-
-
-def test_an_animation_is_refused_before_its_images_are_decoded():
-    stream = io.BytesIO()
-    first, *others = [Image.new("P", (1000, 1000), i % 2) for i in range(60)]
-    first.save(stream, "GIF", save_all=True, append_images=others)
-    outcome = hostile_child.run(hostile_child.decode, stream.getvalue())
-    assert outcome.lines == ["error: image has 60 frames or pages; give each as an image of its own"]
+def test_text_of_gigabytes_in_a_png_is_not_unpacked():
+    squeeze, piece = zlib.compressobj(9), bytes(2**20)
+    data = b"".join(squeeze.compress(piece) for _ in range(2**8)) + squeeze.flush()
+    outcome = hostile_child.run(hostile_child.decode, png(8, 8, *[(b"zTXt", b"a\0\0" + data)] * 4))
     assert outcome.peak < SMALL
 
 
@@ -501,13 +462,6 @@ def test_formats_that_other_programs_read_are_refused(monkeypatch):
     with pytest.raises(SampleError, match="of no format that is read here"):
         decode_image(eps)
     assert started == []
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"])
-def test_formats_that_pictures_have_are_read(kind):
-    stream = io.BytesIO()
-    Image.new("RGB", (5, 4)).save(stream, kind)
-    assert decode_image(stream.getvalue()).size == (5, 4)
 
 
 # ----------------------------------------------------------------------------------------------- the head and teacher/
@@ -579,8 +533,6 @@ VOCABULARIES = [
 
 @pytest.mark.parametrize("text", VOCABULARIES, ids=lambda text: text[:40])
 def test_a_vocabulary_that_is_none_is_said_and_ids_are_shown(cache, text):
-    from genrecal.inspect.record import describe_record
-
     (cache / "teacher/tokenizer.json").write_text(text)
     assert "tokens are shown by their ids" in describe_record(open_cache(cache)[0]).notes[0]
 
@@ -588,8 +540,7 @@ def test_a_vocabulary_that_is_none_is_said_and_ids_are_shown(cache, text):
 def test_a_vocabulary_of_a_terabyte_is_not_read(cache):
     (cache / "teacher/tokenizer.json").touch()
     os.truncate(cache / "teacher/tokenizer.json", 2**40)
-    outcome = hostile_child.run(hostile_child.read, str(cache))
-    assert outcome.lines == [] and outcome.peak < SMALL
+    assert "tokens are shown by their ids" in describe_record(open_cache(cache)[0]).notes[0]
 
 
 AUDIT = """
@@ -643,15 +594,6 @@ def test_nothing_of_a_cache_is_run(cache):
     with pytest.raises(DamageError, match="teacher/tokenizer.json: No such file"):
         teacher_renderer(open_cache(cache))
     assert not ran.exists()
-
-
-def test_the_teachers_files_are_read_in_few_places():
-    """Records hold ids and states. Only what compares tokenizers needs the teacher's, and runs none of its code."""
-    package = Path(sys.modules["genrecal"].__file__).parent
-    users = [path for path in package.rglob("*.py") if "TEACHER_FOLDER" in path.read_text()]
-    assert sorted(str(path.relative_to(package)) for path in users) == [
-        "cache/job.py", "shards/layout.py", "shards/verify.py", "shards/vocabulary.py", "vlm/cached_teacher.py",
-    ]  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------- links
