@@ -255,7 +255,12 @@ def prepare_directory(teacher: Teacher, samples: SampleSet, store: Store, option
     try:
         store.prepare()
         exists = store.exists(CACHE_FILE)
-        head_digest = _known_head(store) if exists else _write_head(teacher, store)
+        if exists:
+            head_digest = _known_head(store)
+        else:
+            head = teacher.head.to_bytes()
+            store.write(HEAD_FILE, head)
+            head_digest = hashlib.sha256(head).hexdigest()
     except (OSError, StorageError) as error:
         raise UsageError(f"--out {store.url}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
     description = _description(teacher, samples, options, files, head_digest)
@@ -272,12 +277,13 @@ def prepare_directory(teacher: Teacher, samples: SampleSet, store: Store, option
     _refuse_another_job(store, description)
 
 
+KEPT_OPTIONS = (
+    "answer_codec", "question_codec", "question_fraction", "question_seed", "samples_per_shard", "batch_tokens", "max_tokens",
+)  # fmt: skip
+
+
 def _description(
-    teacher: Teacher,
-    samples: SampleSet,
-    options: CacheOptions,
-    files: list[Path],
-    head_digest: str,
+    teacher: Teacher, samples: SampleSet, options: CacheOptions, files: list[Path], head_digest: str
 ) -> dict[str, Any]:
     import torch
     import transformers
@@ -308,13 +314,7 @@ def _description(
         "answers": options.answers.to_json(),
         "template_args": teacher.renderer.template_args,
         "allowed_tokens": list(teacher.renderer.allowed_tokens),
-        "answer_codec": options.answer_codec,
-        "question_codec": options.question_codec,
-        "question_fraction": options.question_fraction,
-        "question_seed": options.question_seed,
-        "samples_per_shard": options.samples_per_shard,
-        "batch_tokens": options.batch_tokens,
-        "max_tokens": options.max_tokens,
+        **{name: getattr(options, name) for name in KEPT_OPTIONS},
         "num_samples": len(samples),
         "num_shards": options.num_shards(len(samples)),
         "selection": samples.selection.to_json(),
@@ -328,18 +328,6 @@ def _known_head(store: Store) -> Any:
     """The head's sha256 as cache.json has it."""
     teacher = read_cache_json(store).get("teacher")
     return teacher.get("head_sha256") if isinstance(teacher, dict) else None
-
-
-def _write_head(teacher: Teacher, store: Store) -> str:
-    """Write the head and return its file's sha256."""
-    data = teacher.head.to_bytes()
-    temporary = store.temporary(HEAD_FILE)
-    try:
-        temporary.write_bytes(data)
-        store.place(temporary, HEAD_FILE)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return hashlib.sha256(data).hexdigest()
 
 
 def _refuse_another_job(store: Store, wanted: dict[str, Any]) -> None:
