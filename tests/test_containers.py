@@ -362,6 +362,13 @@ def test_text_that_is_no_utf8_costs_its_row_alone(tmp_path: Path) -> None:
         assert chosen.key == "00000002"
 
 
+def test_text_within_lists_that_is_no_utf8_costs_its_row_of_parquet_alone(tmp_path: Path) -> None:
+    pairs = pa.StructArray.from_arrays([not_utf8(), pa.array(["a", "b", "c"])], ["user", "assistant"])
+    pq.write_table(table(texts=pa.ListArray.from_arrays([0, 1, 2, 3], pairs)), tmp_path / "t.parquet")
+    first, bad, last = open_samples([tmp_path / "t.parquet"])
+    assert (first.answers, last.answers, bad.reason) == (("a",), ("c",), "not UTF-8 text")
+
+
 def test_every_column_is_read_or_named(tmp_path: Path) -> None:
     rows = {"question": ["q"] * 2, "answer": ["a"] * 2, "jpg": [png(0), png(1)], "notes": ["x", None], "width": [8, 8]}
     pq.write_table(table(**rows), tmp_path / "t.parquet")

@@ -100,25 +100,6 @@ def test_a_broken_line_is_named_and_costs_no_other(folder: Path, line: str | byt
 
 # ------------------------------------------------------------------------------------------------------------ containers
 
-ARRAY = json.dumps([GOOD, GOOD], indent=1)
-REFUSED = {
-    "array cut in a record": ("data.json", ARRAY[:-40], r"data\.json:\d+: the JSON array breaks off in record 2"),
-    "array never closed": ("data.json", ARRAY[:-2], r"data\.json:\d+: the JSON array breaks off in record 3"),
-    "array of broken values": ("data.json", "[\n{},\n{oops}]", r"data\.json:3: the JSON array breaks off in record 2"),
-    "text after the array": ("data.json", ARRAY + "\n" + jsonl(GOOD), "nothing after the JSON array's end, got '{'"),
-    "empty": ("data.jsonl", "", r"no records in .*data\.jsonl"),
-    "blank lines": ("data.jsonl", "\n \n", "no records"),
-    "empty array": ("data.json", "[ ]", "no records"),
-}
-
-
-@pytest.mark.parametrize(("name", "content", "reason"), REFUSED.values(), ids=REFUSED.keys())
-def test_a_file_that_cannot_be_read_whole_is_refused(
-    tmp_path: Path, name: str, content: str | bytes, reason: str
-) -> None:
-    with pytest.raises(DataError, match=reason):
-        opened(tmp_path, content, name)
-
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.json").mkdir()

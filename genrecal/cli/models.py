@@ -42,8 +42,8 @@ def pair(
         images[f"{path.name} {decoded.width}x{decoded.height}"] = decoded
     options: dict[str, Any] = {"pictures": images or None, "trust_remote_code": trust_remote_code}
     found = compare_pair(teacher, student, text=TEXT if text is None else text, **options)
-    renderers = (load_renderer(path, trust_remote_code=trust_remote_code) for path in (teacher, student))
-    covered = coverage(*renderers, found.text)
+    of_teacher, of_student = (load_renderer(path, trust_remote_code=trust_remote_code) for path in (teacher, student))
+    covered = coverage(of_teacher, of_student, found.text)
     objectives = findings(found, covered)
     facts = dataclasses.asdict(found) | {"traditional": found.traditional, "byte_kl": dataclasses.asdict(covered)}
     facts |= {"objectives": [dataclasses.asdict(finding) for finding in objectives]}

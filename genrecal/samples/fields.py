@@ -69,21 +69,12 @@ IMAGE_FIELD = re.compile(
     rf"|(?:(?P<place>\d+)[_.])?(?:{'|'.join(sorted(IMAGE_SUFFIXES - {'img'}))})(?:[_.]?(?P<last>\d+))?"
 )
 
-ROLE_NAMES = {
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "instruction": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatbot": "assistant",
-    "chatgpt": "assistant",
-    "ai": "assistant",
-    "system": "system",
-    "developer": "system",
+ROLES_OF = {
+    "user": ("user", "human", "prompter", "instruction"),
+    "assistant": ("assistant", "gpt", "model", "bot", "chatbot", "chatgpt", "ai"),
+    "system": ("system", "developer"),
 }
+ROLE_NAMES = {name: role for role, names in ROLES_OF.items() for name in names}
 TOOL_ROLES = frozenset(
     ("tool", "tool_call", "tool_response", "function", "function_call", "function_response", "observation", "ipython")
 )

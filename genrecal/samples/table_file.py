@@ -158,7 +158,7 @@ def _mapped_batches(path: Path) -> tuple[pa.Schema, list[pa.RecordBatch]]:
     except pa.ArrowInvalid:
         reader = pa.ipc.open_file(pa.BufferReader(whole))
         read = map(reader.get_batch, range(reader.num_record_batches))
-    batches = []
+    batches: list[pa.RecordBatch] = []
     for batch in read:
         buffers = [
             buffer for column in batch.columns for buffer in column.buffers() if buffer is not None and buffer.size
