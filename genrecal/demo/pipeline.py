@@ -22,18 +22,18 @@ from genrecal.cache.teacher import HFTeacher
 from genrecal.compare import Asking, Comparison, Variant, compare
 from genrecal.errors import UsageError
 from genrecal.evaluate.evaluate import Evaluation, evaluate, evaluation_of, read_predictions, save_evaluation
+from genrecal.files import write_whole
 from genrecal.folders import refuse_other_content
 from genrecal.inspect import summarize
 from genrecal.report.answers import signed
 from genrecal.report.cache_page import write_cache_page
 from genrecal.report.run_page import write_run_report
-from genrecal.report.summary import markdown_table, plus_minus, terms_by_stage, write_report
+from genrecal.report.summary import markdown_table, plus_minus
 from genrecal.samples import open_samples
 from genrecal.shards.answer_source import GREEDY, AnswerSource
 from genrecal.shards.reader import open_cache
 from genrecal.train.config import load_config
 from genrecal.train.export import export
-from genrecal.train.logs import read_metrics
 from genrecal.train.run import Run
 from genrecal.vlm.loading import load_vlm
 
@@ -89,14 +89,8 @@ def run_demo(out: Path, *, seed: int = 0, say: Callable[[str], Any]) -> None:
         results[variant.name] = evaluation_of(read_predictions(variant.predictions_path(compared, seed)), [])
     table = _table(results, found)
     report, run_page, cache_page = out / "report.md", out / "report.html", out / "cache.html"
-    terms = terms_by_stage(read_metrics(variants[1].run_path(compared, seed)))
-    sections = [
-        ("Held-out questions", f"{table}\n\n{_table_note(found)}"),
-        ("Loss terms of GenRecal, first and last tenth of each stage",
-         markdown_table(["stage", "term", "first", "last"], terms)),
-        ("Seconds", markdown_table(["part", "seconds"], [[k, f"{v:.0f}"] for k, v in timings.items()])),
-    ]  # fmt: skip
-    write_report(report, "genrecal demo", sections)
+    seconds = markdown_table(["part", "seconds"], [[part, f"{value:.0f}"] for part, value in timings.items()])
+    write_whole(report, f"# genrecal demo\n\n{table}\n\n{_table_note(found)}\n\n{seconds}\n".encode())
     answers = [out / "predictions" / f"{name}.jsonl" for name in ("teacher", "student-before")]
     write_run_report([compared, *answers], run_page)
     write_cache_page(open_cache(out / "cache"), cache_page)

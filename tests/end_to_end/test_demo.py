@@ -1,5 +1,6 @@
 """`genrecal demo` as a user runs it: its table is what its predictions say."""
 
+import html
 import json
 import re
 import subprocess
@@ -52,5 +53,8 @@ def test_demo(tmp_path):
     ):
         assert Path(path).exists()
     assert {path.name for path in out.glob("*.html")} == {"report.html", "cache.html"}
-    page = (out / "report.html").read_text()
-    assert all(folder in page for folder in STUDENTS.values()) and "seed0" not in page.split("</title>")[0]
+    page = html.unescape((out / "report.html").read_text())
+    best = max(list(STUDENTS)[1:], key=accuracy.get)
+    assert f"{best} answers {accuracy[best]:.1%}" in page and f"the teacher answers {accuracy['teacher']:.1%}" in page
+    assert all(name in page for name in STUDENTS) and "seed0" not in page.split("</title>")[0]
+    assert page.count('<img src="data:image/png') >= 8
