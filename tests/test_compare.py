@@ -65,11 +65,10 @@ def test_wrong_variants(tmp_path, tries, content, message):
 
 @pytest.fixture(scope="module")
 def made(teacher, tmp_path_factory):
-    """A cache of twelve samples, another of six, and questions to ask."""
+    """A cache of twelve samples, and questions to ask."""
     folder = tmp_path_factory.mktemp("compare")
-    for name, count in (("cache", 12), ("six", 6)):
-        data = write_llava(folder / f"{name}-data", mixed_samples(count))
-        run_cache_job(teacher, open_samples([data]), folder / name, CacheOptions(samples_per_shard=8))
+    data = write_llava(folder / "data", mixed_samples(12))
+    run_cache_job(teacher, open_samples([data]), folder / "cache", CacheOptions(samples_per_shard=8))
     write_llava(folder / "asked", mixed_samples(3))
     return folder
 
@@ -116,6 +115,9 @@ def test_a_comparison(made, tiny, command, tmp_path):
     assert f"{second.log_loss_gain.value:+.3f} ± {second.log_loss_gain.error:.3f} " in printed
     assert f"n = {len(expected)} held-out questions; seeds 0, 1; ± one standard error over seeds" in printed
     assert "2 in stage 2 and 2 in stage 3" in printed and printed == (out / "table.md").read_text()
+    facts = json.loads((out / "report.json").read_text())
+    assert (facts["variants"], facts["seeds"]) == ({"sft": "sft", "no reg": "no-reg"}, [0, 1])
+    assert facts["data"] == [str(made / "asked" / "data.json")]
 
     written = {path: path.stat().st_mtime_ns for path in out.rglob("*.jsonl")}
     (out / "predictions/no-reg/seed0.jsonl").unlink()  # its run is there still, so it is only asked again

@@ -20,7 +20,7 @@ from genrecal.errors import DataError, GenrecalError
 from genrecal.evaluate.evaluate import Prediction, clustered_mean, read_predictions
 from genrecal.report.page import image_uri
 from genrecal.report.summary import plus_minus
-from genrecal.samples import FieldMap, SampleSet, open_samples
+from genrecal.samples import FieldMap, Sample, SampleSet, open_samples
 
 EXAMPLES = 10  # questions that are shown
 IMAGES, SIDE = 2, 480  # of a shown question: images, and the longest side of one made small
@@ -196,27 +196,29 @@ def examples(models: Sequence[Model], data: Sequence[SampleSet]) -> list[dict[st
 
 def open_local(paths: Any, image_root: Any = None, fields: Any = None, roles: Any = None) -> list[SampleSet]:
     """The data that a folder names, for their images, if they are files of this machine; nothing is fetched for a page."""
-    if not isinstance(paths, list) or not all(isinstance(path, str) and Path(path).exists() for path in paths):
+    if not isinstance(paths, list) or not paths or not all(isinstance(path, str) for path in paths):
         return []
-    names = FieldMap(fields=dict(fields or {}), roles=dict(roles or {}))
+    if not all(Path(path).is_file() or Path(path).is_dir() for path in paths):
+        return []
     try:
-        return [open_samples(paths, image_root=image_root or None, fields=names)] if paths else []
+        names = FieldMap(fields=dict(fields or {}), roles=dict(roles or {}))
+        return [open_samples(paths, image_root=image_root or None, fields=names)]
     except (GenrecalError, OSError, ValueError, TypeError):
         return []
 
 
 def _images(key: str, data: Sequence[SampleSet]) -> list[str]:
-    """Data URIs of a sample's first images; none where the data are not here."""
+    """Data URIs of a sample's first images; none where the data are not here or cannot be read."""
     place = int(key[:8]) if key[:8].isdecimal() else -1
-    found = [samples[place] for samples in data if 0 <= place < len(samples)]
-    sources = next((sample.images for sample in found if sample.key == key and hasattr(sample, "images")), ())
     uris = []
-    for source in [source for source in sources if source.url is None][:IMAGES]:
-        try:
+    try:
+        found = [samples[place] for samples in data if 0 <= place < len(samples)]
+        sample = next(sample for sample in found if isinstance(sample, Sample) and sample.key == key)
+        for source in [source for source in sample.images if source.url is None][:IMAGES]:
             content = source.read()
             with Image.open(io.BytesIO(content)) as image:
                 pixels = image.width * image.height
             uris.append(image_uri(content, image.format, pixels, SIDE)[0])
-        except (GenrecalError, OSError, ValueError, Image.DecompressionBombError):
-            continue
+    except (StopIteration, GenrecalError, OSError, ValueError, Image.DecompressionBombError):
+        pass
     return uris
