@@ -247,13 +247,18 @@ def compare(
     facts = {
         "variants": {variant.name: variant.folder for variant in variants},
         "seeds": list(seeds),
-        "data": [str(Path(name).absolute()) if "://" not in name else name for name in samples.names],
-        "image_root": None if samples.image_root is None else str(samples.image_root),
-        "fields": samples.fields.fields,
-        "roles": samples.fields.roles,
+        "data": [_absolute(name) for name in samples.names],
+        "image_root": samples.image_root and _absolute(str(samples.image_root)),
+        "fields": dict(samples.fields.fields),
+        "roles": dict(samples.fields.roles),
     }
     write_whole(out / REPORT_FILE, (json.dumps(facts, indent=2) + "\n").encode())
     return comparison
+
+
+def _absolute(name: str) -> str:
+    """A path from the root; a URL as it is."""
+    return name if "://" in name else str(Path(name).absolute())
 
 
 def _check_names(variants: Sequence[Variant], seeds: Sequence[int]) -> None:
