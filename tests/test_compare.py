@@ -145,7 +145,7 @@ def test_a_comparison(made, tiny, command, tmp_path):
             [*TRIES, "--try", "more=stage3.max_steps=3"],
             "stage 3 takes 3 steps over 9 samples in more, and 2 over 6 in sft",
         ),
-        ([*TRIES, "--try", "large=stage1.batch_size=200"], "large: stage 1 has 108 samples"),
+        ([*TRIES, "--try", "large=stage1.batch_size=200"], "large: fewer samples than one global batch"),
         ([*TRIES, "--try", "drawn=loss.target=sample"], "drawn: --cache"),
     ],
 )
