@@ -20,10 +20,6 @@ from genrecal.shards.vocabulary import Vocabulary, load_vocabulary
 ALTERNATIVES = 5
 NEAREST_KEYS = 3  # suggested for one that does not exist
 COMPARED_KEYS = 40_000  # keys and ids that a wrong key is compared with, letter by letter
-MEASURED = (  # manifest columns that every cached sample has a value in
-    "category", "source", "turns", "images", "question_tokens", "answer_tokens", "entropy", "log_prob",
-    "top1_agreement", "has_question",
-)  # fmt: skip
 STATES = (".json", ".answer.arrow", ".question.arrow")  # members that are not images
 
 
@@ -106,26 +102,11 @@ class RecordDescription:
     notes: tuple[str, ...] = ()
 
 
-def check_measured(cache: Cache) -> None:
-    """Raises DamageError for cached samples without a value in a column of MEASURED."""
-    for name in MEASURED:
-        if missing := cache.arrow_column(name).null_count:
-            raise DamageError(
-                f"{cache.store.where('manifest')}: {missing} of the {len(cache)} cached samples have no {name}; "
-                "`genrecal verify` says which shards are corrupt"
-            )
-
-
 def describe_record(record: CachedRecord, *, alternatives: int = ALTERNATIVES) -> RecordDescription:
     """Describe a record's images, conversation and answer tokens; the question states are not read.
 
     Raises DamageError or FormatError as reading the record does.
     """
-    if missing := [name for name in MEASURED if record.row[name] is None]:
-        raise DamageError(
-            f"{record.cache.store.where('manifest')}: sample {record.key} has no {', '.join(missing)}; "
-            "`genrecal verify` says which shards are corrupt"
-        )
     sample, rows = record.sample, record.answer_rows()
     vocabulary, note = load_vocabulary(record.cache.store)
     return RecordDescription(

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from genrecal.inspect.record import check_measured
 from genrecal.inspect.sql import SqlResult
 from genrecal.shards.reader import Cache
 
@@ -21,10 +20,7 @@ def least_likely(cache: Cache, count: int) -> SqlResult:
     """So many cached samples, those whose answers the teacher finds least likely first.
 
     `log_prob` is the mean log-probability per answer token, in nats; the texts of several turns are joined by " | ".
-
-    Raises DamageError for a cache whose manifest lacks these numbers.
     """
-    check_measured(cache)
     log_prob, rows = cache.column("log_prob"), []
     for index in np.argsort(log_prob, kind="stable")[:count].tolist():
         record = cache[index]

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from genrecal.errors import DamageError
@@ -143,6 +144,8 @@ def _check_facts(facts: Any, table: pa.Table) -> None:
         raise ValueError(f"expected {facts['rows']} rows, got {len(table)}")
     members = table.column("members").combine_chunks().flatten()
     columns = {name: table.column(name) for name in ("key", "status", "shard", "members")}
+    cached = table.filter(pc.equal(table.column("status"), CACHED))
+    columns |= {f"{name} of cached samples": cached.column(name) for name in SCHEMA.names if name != "reason"}
     for name, column in (columns | {f"members.{part.name}": members.field(part.name) for part in MEMBER}).items():
         if column.null_count:
             raise ValueError(f"column {name} has nulls")

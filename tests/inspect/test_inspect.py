@@ -198,11 +198,10 @@ def test_measurements_that_are_missing_are_damage(path, tmp_path):
     index = table.column_names.index("log_prob")
     pq.write_table(table.set_column(index, table.field(index), [pa.nulls(len(table), pa.float32())]), file)
     (tmp_path / "cache/index.parquet").unlink()
-    damaged = open_cache(tmp_path / "cache")
-    with pytest.raises(DamageError, match="5 of the 12 cached samples have no log_prob"):
-        summarize(damaged)
-    with pytest.raises(DamageError, match="00000000-s0 has no log_prob"):
-        describe_record(damaged[0])
+    with pytest.raises(
+        DamageError, match=r"00000\.parquet: not a readable manifest: column log_prob of cached samples has nulls"
+    ):
+        open_cache(tmp_path / "cache")
 
 
 def test_an_image_member_cannot_be_written_elsewhere(cache, tmp_path):
