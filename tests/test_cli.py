@@ -138,9 +138,9 @@ MISTAKES = [
     (TRAIN, 1, "gone: not a cache / genrecal cache"),
     ("inspect gone", 1, "gone: not a cache: there is nothing at this path"),
     (f"inspect {HERE}", 1, f"{HERE}: not a cache: it has no cache.json"),
-    ("inspect c --key k --sql q", 2, "--key and --sql: expected one of the two"),
+    ("inspect c --key k --sql q", 2, "--key, --sql and --least-likely: expected one of them"),
     ("inspect c --save-images d", 2, "--save-images: expected --key KEY"),
-    ("inspect c --html h --json", 2, "--html: expected no --sql, --json or --save-images"),
+    ("inspect c --html h --json", 2, "--html: expected no --sql"),
     ("verify c --max-kl -1", 2, "--max-kl -1.0: expected nats"),
     ("export gone --out x", 2, "gone: not a run / run.json"),
     ("compare --cache c --student s --data d --out o --try sft --seeds a", 2, "--seeds 'a': expected numbers"),
@@ -253,7 +253,7 @@ def test_targets_say_what_is_kept(run: Run, tiny: Callable[[str], Path], data: P
         assert ended.status == 0 and "1 shard written, 0 found" in ended.out
         found = open_cache(tmp_path / name).description
         assert (found["top_k"], found["sampled_targets"]) == (3, 7)
-    assert "top-3 logits, 7 draws a row" in run("inspect", tmp_path / "both").out
+    assert "top-3 logits, 7 draws per row" in run("inspect", tmp_path / "both").out
 
 
 def test_what_is_selected_is_cached_and_measured(run: Run, tiny: Callable[[str], Path], tmp_path: Path) -> None:
