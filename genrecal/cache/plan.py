@@ -138,7 +138,7 @@ class Plan:
         bytes_by_codec: the same samples' states in each codec.
         flops, gpu_hours: of caching; `answers` has those of writing answers, None if they are given.
         least_gpus: cards that hold the teacher's weights. hours, cost: of both steps on `gpus` cards.
-        read_bytes: per sample and stage; `read_rate` in MB/s at the trainer's rate.
+        read_bytes: per sample and stage; `read_rate` in MB/s at `train_rate` samples per second.
         free_bytes, fits: room where --out would be; None if that cannot be asked.
         by_rule: whether tokens are counted by rule.
     """
@@ -164,6 +164,7 @@ class Plan:
     hours: float
     cost: float
     read_bytes: dict[str, int]
+    train_rate: float
     read_rate: dict[str, float]
     free_bytes: int | None
     fits: bool | None
@@ -260,6 +261,7 @@ def make_plan(
         hours=all_hours / gpus,
         cost=all_hours * assumed.price,
         read_bytes=read,
+        train_rate=assumed.train_rate,
         read_rate={stage: assumed.train_rate * size / 1e6 for stage, size in read.items()},
         free_bytes=free,
         fits=fits,
@@ -303,6 +305,7 @@ def plan_text(plan: Plan) -> str:
             f"{stage} reads {human_bytes(plan.read_bytes[stage])} per sample, {rate:.3g} MB/s"
             for stage, rate in plan.read_rate.items()
         )
+        + f" at {plan.train_rate:g} samples/s"
     )
     if plan.free_bytes is not None:
         room = "enough" if plan.fits else "NOT enough"
