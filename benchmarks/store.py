@@ -6,12 +6,12 @@ The same records (states, top-64, conversation, a picture) in every store; the s
 channels as large models have them. A measurement is the sum over the records of each one's median over several passes,
 which alternate between the stores, in seconds of the processor: what other processes take goes into none but by what they
 do to caches and memory. Writing and the cold pass, which wait for the disk, are in seconds of the clock.
-A pass reads every record whole into memory: "as stored" stops at what the store gives (bfloat16 tensors; ours float32,
-decoded), "float32" goes on to float32 states, which is what a trainer computes with, each record's in new memory, and
-"float32 of a batch" to those of a batch of four in memory that the next batch uses again; for genrecal this is what the
-trainer itself calls, `ShardSource.fetch`. "cold" is the first pass after the files were dropped from the page cache. The
-limits are copying the float32 states: all of them from one array to another that is there already ("of copying"), and each
-record's to the batch's memory, which the processor's cache may hold ("of copying to the batch").
+A pass reads every record whole into memory: "as stored" stops at what the store gives (bfloat16 tensors; ours codes and
+scales, which a trainer decodes on its device), "float32" goes on to float32 states, each record's in new memory, and "float32
+of a batch" reads four at a time as the trainer does (`ShardSource.fetch`), for the others into memory that is used again.
+"cold" is the first pass after the files were dropped from the page cache. The limits are copying the float32 states: all of
+them from one array to another that is there already ("of copying"), and each record's to the batch's memory, which the
+processor's cache may hold ("of copying to the batch").
 
 MosaicML streaming is measured if it is installed; it pins another transformers, so beside genrecal it needs
 `pip install --no-deps mosaicml-streaming brotli zstd python-snappy cramjam catalogue`.
@@ -42,7 +42,7 @@ import genrecal
 from genrecal.objectives.base import Tier
 from genrecal.report.summary import markdown_table
 from genrecal.samples import ImageRef, ImageSource, Message, Sample
-from genrecal.shards.codecs import CODECS, round_to_bf16
+from genrecal.shards.codecs import CODECS, CodedStates, round_to_bf16
 from genrecal.shards.layout import write_cache_json
 from genrecal.shards.record import NO_TARGET, AnswerRows, Record
 from genrecal.shards.storage import open_store
@@ -131,10 +131,14 @@ class Stored(ABC):
         """All records, in order."""
         return (self.read(number) for number in range(self.count))
 
+    def float32(self, parts: dict[str, Any]) -> torch.Tensor:
+        """A record's states as float32."""
+        return parts["hidden"].float()  # type: ignore[no-any-return]
+
     def batches(self) -> Iterator[dict[str, Any]]:
         """All records, in order, their states as float32."""
         for parts in self.stream():
-            yield parts | {"hidden": parts["hidden"].float()}
+            yield parts | {"hidden": self.float32(parts)}
 
     @abstractmethod
     def read(self, number: int) -> Any:
@@ -145,7 +149,6 @@ class Genrecal(Stored):
     def __init__(self, folder: Path, codec: str):
         super().__init__(folder)
         self.codec, self.name = codec, f"genrecal, {codec}"
-        CODECS[codec].encode(np.zeros((1, 128), np.float32), CODECS[codec].facts(128))  # compiled before it is timed
 
     def write(self, records: list[Made]) -> None:
         store = open_store(self.folder)
@@ -174,12 +177,16 @@ class Genrecal(Stored):
             batch = range(start, min(start + BATCH, self.count))
             for found in self.source.fetch(batch, Tier.STATES):
                 assert isinstance(found, tuple) and found[1] is not None
-                yield self._parts(found[1])
+                parts = self._parts(found[1])
+                yield parts | {"hidden": self.float32(parts)}
+
+    def float32(self, parts: dict[str, Any]) -> torch.Tensor:
+        return parts["hidden"].decode()  # type: ignore[no-any-return]
 
     def _parts(self, record: Record) -> dict[str, Any]:
         parts = {name: getattr(record.answer, name) for name in PLAIN}
         picture = record.sample.images[0].data
-        return parts | {"hidden": torch.from_numpy(record.answer.hidden), "json": record.sample, "jpg": picture}
+        return parts | {"hidden": CodedStates.joined([record.answer.coded]), "json": record.sample, "jpg": picture}
 
 
 def tensors_of(made: Made) -> dict[str, torch.Tensor]:
@@ -340,14 +347,14 @@ def read_all(stored: Stored, kind: str) -> list[float]:
     """Seconds of each record in a pass; `kind` is stored, float or batch. Those of a batch may all stand with its first."""
     seconds, start = [], time.process_time()
     for parts in stored.batches() if kind == "batch" else stored.stream():
-        hidden = parts["hidden"].float() if kind == "float" else parts["hidden"]
-        assert len(hidden) > 0
+        if kind == "float":
+            stored.float32(parts)
         seconds.append(-start + (start := time.process_time()))
     return seconds
 
 
 def read_some(stored: Stored, numbers: np.ndarray) -> list[float]:
-    return [timed(lambda number=number: len(stored.read(int(number))["hidden"].float())) for number in numbers]
+    return [timed(lambda number=number: stored.float32(stored.read(int(number)))) for number in numbers]
 
 
 def copy_each(states: np.ndarray, targets: np.ndarray | None) -> list[float]:
@@ -373,7 +380,7 @@ def check(stored: Stored, records: list[Made]) -> None:
     """What comes back is what was written; the lossy codecs within what they lose."""
     for parts, made in zip(stored.stream(), records, strict=True):
         expected = (made.states.astype(np.uint32) << 16).view(np.float32)
-        difference = np.linalg.norm(parts["hidden"].float().numpy() - expected) / np.linalg.norm(expected)
+        difference = np.linalg.norm(stored.float32(parts).numpy() - expected) / np.linalg.norm(expected)
         assert difference < {"genrecal, int8": 0.01, "genrecal, int4": 0.15}.get(stored.name, 1e-9), stored.name
 
 

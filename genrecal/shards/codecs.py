@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 GROUP = 128  # channels that share a scale
 SEED = 0  # of the rotation's signs
-FACTOR = 16  # rows of the largest Hadamard matrix that is multiplied with
+FACTOR = 32  # rows of the largest Hadamard matrix that is multiplied with
 ENCODED_ROWS = 64  # at once, in float64
 MAX_WIDTH = 2**20  # channels of a state
 Facts = Mapping[str, Any]

@@ -64,31 +64,27 @@ def compare(head: FrozenHead, states: np.ndarray, decoded: np.ndarray) -> Fideli
     """Fidelity of `decoded` against `states`, both float32 `[R, D]`, through the head a few rows at a time."""
     import torch
 
-    def logits(part: np.ndarray) -> torch.Tensor:
-        # In memory of torch's own, which begins at 64 bytes: a product of float32 may round in another way elsewhere, and a
-        # shard's bytes hold these figures.
-        return head.logits(torch.from_numpy(part).clone().to(head.weight.device)).log_softmax(-1)
+    def log_probs(rows: np.ndarray) -> torch.Tensor:
+        # A copy is in memory of torch's own, which begins at 64 bytes: elsewhere a product of float32 may round in another
+        # way, and a shard's bytes hold these figures.
+        return head.logits(torch.from_numpy(rows).clone().to(head.weight.device)).log_softmax(-1)
 
     divergences, agreements = [], []
     for start in range(0, len(states), CHUNK_ROWS):
-        rows = slice(start, start + CHUNK_ROWS)
-        log_p, log_q = logits(states[rows]), logits(decoded[rows])
+        log_p, log_q = (log_probs(side[start : start + CHUNK_ROWS]) for side in (states, decoded))
         divergences.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0).cpu().numpy())
         agreements.append((log_p.argmax(-1) == log_q.argmax(-1)).cpu().numpy())
-    kl, agreement = np.concatenate(divergences), np.concatenate(agreements)
+    kl = np.concatenate(divergences)
     a, b = states.astype(np.float64), decoded.astype(np.float64)
-    lengths = _length(a, axis=1) * _length(b, axis=1)
-    cosine = np.where(lengths > 0, (a * b).sum(1) / np.where(lengths > 0, lengths, 1), 1.0)
+    # Summed in numpy's own order: BLAS sums in one that depends on the number of threads.
+    squares = {name: np.square(values).sum(1) for name, values in (("a", a), ("b", b), ("difference", a - b))}
+    lengths = np.sqrt(squares["a"] * squares["b"])
+    cosine = np.divide((a * b).sum(1), lengths, out=np.ones(len(a)), where=lengths > 0)
     return Fidelity(
         rows=len(states),
-        relative_l2=float(_length(a - b) / max(_length(a), np.finfo(np.float64).tiny)),
+        relative_l2=float(np.sqrt(squares["difference"].sum() / max(squares["a"].sum(), np.finfo(np.float64).tiny))),
         cosine=float(cosine.mean()),
         kl_mean=float(kl.mean()),
         kl_p99=float(np.quantile(kl, 0.99)),
-        top1_agreement=float(agreement.mean()),
+        top1_agreement=float(np.concatenate(agreements).mean()),
     )
-
-
-def _length(values: np.ndarray, axis: int | None = None) -> np.ndarray:
-    """The 2-norm, summed in numpy's own order; `np.linalg.norm` asks BLAS, whose order depends on the number of threads."""
-    return np.sqrt(np.square(values).sum(axis))

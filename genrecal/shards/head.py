@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 HEAD_FILE = "head.safetensors"
-MOST_HEADER_BYTES = 2**20
+MAX_HEADER_BYTES = 2**20
 WIDENED = 2**20  # values of a narrow weight that are float32 at once: 4 MiB
 
 
@@ -106,42 +106,31 @@ class FrozenHead:
 
     @classmethod
     def load(cls, path: Path, device: str = "cpu") -> "FrozenHead":
-        """Read a head's file. Raises FormatError when it is missing or not ours."""
+        """Read a head's file. Raises FormatError when it is missing or not ours; sizes are checked before they are read."""
         from safetensors import SafetensorError, safe_open
 
         try:
-            check_header(path)
-            with safe_open(path, framework="pt", device=device) as file:
-                facts = head_facts(file)
-                names = [name for name in ("weight", "bias") if name in file.keys()]
-                tensors = {name: file.get_tensor(name) for name in names}
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+            if length > MAX_HEADER_BYTES:  # it is parsed whole
+                raise ValueError(f"a header of {length} bytes; the limit is {MAX_HEADER_BYTES}")
+            with safe_open(path, framework="pt", device=device) as opened:
+                facts = _checked_facts(opened)
+                tensors = {name: opened.get_tensor(name) for name in ("weight", "bias") if name in opened.keys()}
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise FormatError(f"{path}: expected a head written by genrecal, got {error!r}") from None
         vocab_size = facts.pop("vocab_size")
-        return cls(
-            weight=tensors["weight"],
-            bias=tensors.get("bias"),
-            transform=LogitTransform(**facts),
-            vocab_size=vocab_size,
-        )
+        return cls(**tensors, transform=LogitTransform(**facts), vocab_size=vocab_size)
 
 
-def check_header(path: Path) -> None:
-    """Raises ValueError for a safetensors file whose header, which is parsed whole, is longer than a head's can be."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if length > MOST_HEADER_BYTES:
-        raise ValueError(f"a header of {length} bytes; the limit is {MOST_HEADER_BYTES}")
-
-
-def head_facts(file: Any) -> dict[str, Any]:
-    """The metadata of an open head, checked against its tensors' shapes; none of them is read.
+def _checked_facts(file: Any) -> dict[str, Any]:
+    """The metadata of an open head, checked against its tensors' shapes, none of which is read.
 
     Raises KeyError, TypeError or ValueError for what no head has.
     """
-    facts = strict_json((file.metadata() or {})["genrecal"], MOST_HEADER_BYTES)
-    shapes = {name: file.get_slice(name).get_shape() for name in ("weight", "bias") if name in file.keys()}
-    dtypes = {file.get_slice(name).get_dtype() for name in shapes}
+    facts = strict_json((file.metadata() or {})["genrecal"], MAX_HEADER_BYTES)
+    slices = {name: file.get_slice(name) for name in ("weight", "bias") if name in file.keys()}
+    shapes, dtypes = {n: s.get_shape() for n, s in slices.items()}, {s.get_dtype() for s in slices.values()}
     rows, width = shapes["weight"]
     if not dtypes <= {"F32", "BF16", "F16"} or shapes.get("bias", [rows]) != [rows] or not rows or not width:
         raise ValueError(f"tensors of {shapes}, {', '.join(sorted(dtypes))}")

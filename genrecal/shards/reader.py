@@ -2,6 +2,7 @@
 
 import bisect
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +18,10 @@ import xxhash
 from genrecal.errors import DamageError, FormatError
 from genrecal.samples import ImageSource, Sample
 from genrecal.shards.answer_source import AnswerSource
-from genrecal.shards.head import HEAD_FILE, MOST_HEADER_BYTES, FrozenHead
+from genrecal.shards.head import HEAD_FILE, MAX_HEADER_BYTES, FrozenHead
 from genrecal.shards.index import (
     INDEX_FILE,
     READERS,
-    Index,
     check_version,
     index_of,
     read_index,
@@ -37,9 +37,8 @@ from genrecal.shards.strict_json import strict_json
 
 MAKE_AGAIN = "delete cache.json and the head, and run `genrecal cache` again: finished shards are kept"
 MANIFESTS_HELD = 256  # of shards read from lately; a manifest of 256 records takes about 0.2 MB
-MOST_CONVERSATION_BYTES = 2**24
-MOST_SAMPLE_BYTES = 2**32  # of what is read of a sample at once; 100,000 tokens of D 16384 are 3.3e9 in bf16
-LARGEST_GAP = 2**16  # bytes between two members that are read with them rather than asked for apart
+MAX_CONVERSATION_BYTES = 2**24
+MAX_SAMPLE_BYTES = 2**32  # of what is read of a sample at once; 100,000 tokens of D 16384 are 3.3e9 in bf16
 
 
 class Cache(Sequence["CachedRecord"]):
@@ -78,36 +77,25 @@ class Cache(Sequence["CachedRecord"]):
             has_index = complete and self.store.exists(INDEX_FILE)
         except OSError as error:
             raise DamageError(f"{self.store.where(INDEX_FILE)}: {error.strerror or error}; delete it") from None
-        self._index = self._from_index() if has_index else self._from_manifests()
+        self._index = (
+            read_index(self.store, num_shards=self.num_shards, num_samples=int(self.description["num_samples"]))
+            if has_index
+            else index_of(scan(self.store, self.shards))
+        )
         self._manifest_of = lru_cache(maxsize=MANIFESTS_HELD)(self._read_manifest)
 
     def __repr__(self) -> str:
         return f"Cache({self.path!r}, {len(self)} samples, {len(self.shards)} of {self.num_shards} shards)"
 
-    def _from_index(self) -> Index:
-        num_samples = self.description.get("num_samples")
-        return read_index(
-            self.store,
-            num_shards=self.num_shards,
-            num_samples=num_samples if isinstance(num_samples, int) else None,
-        )
-
-    def _from_manifests(self) -> Index:
-        return index_of(scan(self.store, self.shards))
-
     def _read_manifest(self, shard: int) -> "ShardManifest":
         """A shard's manifest, which must be the one that the index was made from."""
         table, facts = read_shard_manifest(self.store, shard)
         check_version(self.store, shard, facts)
-        if str(facts.get(DIGEST)) != self._index.digests[shard]:
+        expected, got = (self._index.digests[shard], self._index.count(shard)), (str(facts.get(DIGEST)), len(table))
+        if expected != got:
             raise DamageError(
-                f"{self.store.where(manifest_name(shard))}: expected {DIGEST} {self._index.digests[shard]} by "
-                f"{INDEX_FILE}, got {facts.get(DIGEST)}; `genrecal verify` says which is wrong"
-            )
-        if len(table) != self._index.count(shard):
-            raise DamageError(
-                f"{self.store.where(manifest_name(shard))}: expected {self._index.count(shard)} rows by {INDEX_FILE}, "
-                f"got {len(table)}; `genrecal verify` says which is wrong"
+                f"{self.store.where(manifest_name(shard))}: expected {DIGEST} and rows {expected} by {INDEX_FILE}, got {got}; "
+                "`genrecal verify` says which is wrong"
             )
         return ShardManifest(table, facts)
 
@@ -189,7 +177,7 @@ class Cache(Sequence["CachedRecord"]):
         path = self.store.where(HEAD_FILE)
         teacher = self.description.get("teacher")
         expected = teacher.get("head_sha256") if isinstance(teacher, dict) else None
-        most = 4 * self.description["head_rows"] * (self.hidden_size + 1) + MOST_HEADER_BYTES
+        most = 4 * self.description["head_rows"] * (self.hidden_size + 1) + MAX_HEADER_BYTES
         try:
             if (size := self.store.size(HEAD_FILE)) > most:
                 raise DamageError(f"{path}: expected at most {most} bytes, by cache.json, got {size}; {MAKE_AGAIN}")
@@ -288,11 +276,7 @@ class CachedRecord:
         row = self.row
         return f"CachedRecord({self.key!r}, {row['turns']} turns, {row['images']} images, {row['answer_tokens']} answer tokens)"
 
-    @cached_property
-    def _shard(self) -> int:
-        return int(self.row["shard"])
-
-    @cached_property
+    @property
     def key(self) -> str:
         return str(self.row["key"])
 
@@ -302,12 +286,12 @@ class CachedRecord:
 
     @property
     def images(self) -> list[bytes]:
-        """The pictures' original bytes."""
+        """The images' original bytes."""
         return [bytes(data) for data in self._read(self._image_members)]
 
     @property
     def sample(self) -> Sample:
-        """The conversation, its pictures in memory."""
+        """The conversation, its images in memory."""
         members = [self._member(".json"), *self._image_members]
         return self._sample(members, self._read(members))
 
@@ -318,7 +302,7 @@ class CachedRecord:
         ]
         try:
             key = f"{self.of}/{self.key}" if self.of else self.key
-            sample = Sample.from_json(key, strict_json(parts[0], MOST_CONVERSATION_BYTES), images)
+            sample = Sample.from_json(key, strict_json(parts[0], MAX_CONVERSATION_BYTES), images)
             if any(index >= len(images) for index in sample.image_indices):
                 raise ValueError(f"it names images {sample.image_indices}, of {len(images)}")
             return sample
@@ -376,19 +360,28 @@ class CachedRecord:
         return bytes(self._read([member])[0])
 
     def _read(self, members: list[dict[str, Any]]) -> list[memoryview]:
-        """Members' bytes, neighbours in one read. Raises DamageError if they are not what the manifest says."""
-        parts: list[memoryview] = []
-        self._check_places(members)
-        for run in _runs(members):
-            start, end = run[0]["offset"], run[-1]["offset"] + run[-1]["size"]
-            name = tar_name(self._tier(run[0]), self._shard)
-            try:
-                data = memoryview(self.cache.store.read(name, start, end - start))
-            except OSError as error:
-                raise DamageError(
-                    f"{self.cache.store.where(name)}: {error.strerror or error}; the manifest lists it with sample {self.key}"
-                ) from None
-            parts += [data[member["offset"] - start :][: member["size"]] for member in run]
+        """Bytes of members that stand one after another in a tar, in one read.
+
+        Raises DamageError if they are not what the manifest says; nothing is read for places that no tar could have.
+        """
+        if not members:
+            return []
+        places = [(member["offset"], member["offset"] + member["size"]) for member in members]
+        start, end = places[0][0], places[-1][1]
+        flat = [0, *itertools.chain.from_iterable(places)]
+        if flat != sorted(flat) or end - start > MAX_SAMPLE_BYTES or len({member["tier"] for member in members}) > 1:
+            raise DamageError(
+                f"{self._manifest}: from member {members[0]['name']} on: expected members one after another, of "
+                f"{MAX_SAMPLE_BYTES} bytes in all, got {places}; `genrecal verify` says more"
+            )
+        tar = self._tar(members[0])
+        try:
+            data = memoryview(self.cache.store.read(tar, start, end - start))
+        except OSError as error:
+            raise DamageError(
+                f"{self.cache.store.where(tar)}: {error.strerror or error}; the manifest lists it with sample {self.key}"
+            ) from None
+        parts = [data[first - start : last - start] for first, last in places]
         for member, part in zip(members, parts, strict=True):
             digest = xxhash.xxh3_64_intdigest(part)
             if len(part) != member["size"] or digest != member["xxh3"]:
@@ -398,28 +391,6 @@ class CachedRecord:
                     f"delete {self._manifest} and run `genrecal cache` again to redo it"
                 )
         return parts
-
-    def _check_places(self, members: list[dict[str, Any]]) -> None:
-        """Raises DamageError for members that no tar could have, before anything is read for them."""
-        end: dict[str, int] = {}
-        total = 0
-        for member in members:
-            tier, total = self._tier(member), total + member["size"]
-            if member["size"] < 0 or member["offset"] < end.get(tier, 0) or total > MOST_SAMPLE_BYTES:
-                raise DamageError(
-                    f"{self._manifest}: member {member['name']}: expected members one after another, of "
-                    f"{MOST_SAMPLE_BYTES} bytes in all, got {member['size']} bytes at {member['offset']}; "
-                    "`genrecal verify` says more"
-                )
-            end[tier] = member["offset"] + member["size"]
-
-    def _tier(self, member: dict[str, Any]) -> str:
-        tier = member["tier"]
-        if tier not in TIERS:
-            raise DamageError(
-                f"{self._manifest}: member {member['name']}: expected a tier of {', '.join(TIERS)}, got {tier!r}"
-            )
-        return str(tier)
 
     @property
     def _image_members(self) -> list[dict[str, Any]]:
@@ -436,32 +407,25 @@ class CachedRecord:
         return members
 
     def _member(self, suffix: str) -> dict[str, Any]:
-        name = self.key + suffix
         for member in self.row["members"]:
-            if member["name"] == name:
-                return member
-        raise DamageError(f"{self._manifest}: sample {self.key} has no member {name}")
+            if member["name"] == self.key + suffix:
+                found: dict[str, Any] = member
+                return found
+        raise DamageError(f"{self._manifest}: sample {self.key} has no member {self.key}{suffix}")
+
+    def _tar(self, member: dict[str, Any]) -> str:
+        if member["tier"] not in TIERS:
+            raise DamageError(
+                f"{self._manifest}: member {member['name']}: expected a tier of {', '.join(TIERS)}, got {member['tier']!r}"
+            )
+        return tar_name(member["tier"], self.row["shard"])
 
     def _where(self, member: dict[str, Any]) -> str:
-        return f"{self.cache.store.where(tar_name(self._tier(member), self._shard))}: member {member['name']}"
+        return f"{self.cache.store.where(self._tar(member))}: member {member['name']}"
 
     @property
     def _manifest(self) -> str:
-        return self.cache.store.where(manifest_name(self._shard))
-
-
-def _runs(members: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Members that follow each other closely in one tar, together."""
-    run: list[dict[str, Any]] = []
-    for member in members:
-        if run:
-            gap = member["offset"] - run[-1]["offset"] - run[-1]["size"]
-            if member["tier"] != run[-1]["tier"] or not 0 <= gap <= LARGEST_GAP:
-                yield run
-                run = []
-        run.append(member)
-    if run:
-        yield run
+        return self.cache.store.where(manifest_name(self.row["shard"]))
 
 
 def open_cache(path: "str | os.PathLike[str] | Store") -> Cache:

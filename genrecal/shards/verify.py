@@ -40,7 +40,7 @@ from genrecal.shards.layout import (
     wrong_settings,
 )
 from genrecal.shards.manifest import CACHED, SKIPPED, content_digest
-from genrecal.shards.reader import MOST_CONVERSATION_BYTES, MOST_SAMPLE_BYTES
+from genrecal.shards.reader import MAX_CONVERSATION_BYTES, MAX_SAMPLE_BYTES
 from genrecal.shards.record import AnswerRows, answer_rows, question_rows, read_table
 from genrecal.shards.storage import Store, files_in, open_store
 from genrecal.shards.strict_json import strict_json
@@ -377,7 +377,7 @@ def _check_tar(
                 name, offset, size = member["name"], member["offset"], member["size"]
                 if not re.fullmatch(re.escape(row["key"]) + MEMBER_NAME, name):
                     add("name of a member", "KEY.json, KEY.0.jpg, KEY.answer.arrow or KEY.question.arrow", repr(name))
-                if offset < place or not 0 <= size <= MOST_SAMPLE_BYTES or offset + size > length:
+                if offset < place or not 0 <= size <= MAX_SAMPLE_BYTES or offset + size > length:
                     add(
                         f"member {name}",
                         f"{size} bytes at offset {offset}",
@@ -443,7 +443,7 @@ class _Content:
 
     def _conversation(self, data: bytes, row: dict[str, Any]) -> list[Difference]:
         self.answers = ()
-        sample = Sample.from_json(row["key"], strict_json(data, MOST_CONVERSATION_BYTES), [])
+        sample = Sample.from_json(row["key"], strict_json(data, MAX_CONVERSATION_BYTES), [])
         self.answers = sample.answers
         written = AnswerSource.from_json(self.settings["answers"]).written_by_teacher
         checks = [

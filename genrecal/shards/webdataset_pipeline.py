@@ -12,7 +12,7 @@ from genrecal.samples import decode_image
 from genrecal.shards.index import read_shard_manifest
 from genrecal.shards.layout import tar_name
 from genrecal.shards.manifest import CACHED
-from genrecal.shards.reader import MOST_CONVERSATION_BYTES, Cache
+from genrecal.shards.reader import MAX_CONVERSATION_BYTES, Cache
 from genrecal.shards.record import answer_rows, read_table
 from genrecal.shards.storage import Store
 from genrecal.shards.strict_json import strict_json
@@ -90,7 +90,7 @@ def _decode(sample: dict[str, Any], row: dict[str, Any] | None) -> dict[str, Any
     return {
         "__key__": key,
         "__url__": where,
-        "json": strict_json(parts["json"], MOST_CONVERSATION_BYTES),
+        "json": strict_json(parts["json"], MAX_CONVERSATION_BYTES),
         "images": [decode_image(data) for data in images],
         "answer": answer_rows(read_table(parts["answer.arrow"], where=arrow), where=arrow),
     }

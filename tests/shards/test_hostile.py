@@ -28,7 +28,7 @@ from PIL import Image
 from genrecal.errors import DamageError, FormatError, GenrecalError, ModelError, SampleError, UsageError
 from genrecal.inspect import describe_record, save_images
 from genrecal.samples import decode_image
-from genrecal.shards.head import HEAD_FILE, MOST_HEADER_BYTES
+from genrecal.shards.head import HEAD_FILE, MAX_HEADER_BYTES
 from genrecal.shards.index import INDEX_FILE
 from genrecal.shards.layout import manifest_name, tar_name, write_cache_json
 from genrecal.shards.manifest import METADATA_KEY, ManifestRow, Member, manifest_bytes, read_manifest
@@ -516,7 +516,7 @@ def test_a_head_that_is_none(cache, what):
         open_cache(cache).head()
     (finding,) = verify_cache(cache, deep=True).findings
     assert str(finding).startswith("head.safetensors: expected a head written by genrecal")
-    assert MOST_HEADER_BYTES < 80_000_000
+    assert MAX_HEADER_BYTES < 80_000_000
 
 
 def test_a_head_of_a_terabyte_is_not_read(cache):
