@@ -41,7 +41,7 @@ from genrecal.shards.layout import (
 )
 from genrecal.shards.manifest import CACHED, SKIPPED, content_digest
 from genrecal.shards.reader import MAX_CONVERSATION_BYTES, MAX_SAMPLE_BYTES
-from genrecal.shards.record import AnswerRows, answer_rows, question_rows, read_table
+from genrecal.shards.record import AnswerRows, QuestionRows, answer_rows, question_rows, read_table
 from genrecal.shards.storage import Store, files_in, open_store
 from genrecal.shards.strict_json import strict_json
 from genrecal.shards.vocabulary import Vocabulary, load_vocabulary
@@ -428,12 +428,11 @@ class _Content:
         if name.endswith(".json"):
             wrong = self._conversation(data, row)
         elif name.endswith(".question.arrow"):
-            wrong = self._rows("question", read_table(data, where=name), row)
+            wrong = self._rows("question", question_rows(read_table(data, where=name), where=name), row)
         elif name.endswith(".answer.arrow"):
-            table = read_table(data, where=name)
-            wrong = self._rows("answer", table, row)
-            if not wrong and (self.head is not None or self.vocabulary is not None):
-                rows = answer_rows(table, where=name)
+            rows = answer_rows(read_table(data, where=name), where=name)
+            wrong = self._rows("answer", rows, row)
+            if not wrong:
                 wrong = list(self._spelling(rows))
                 self._compare_logits(rows)
         else:
@@ -454,9 +453,8 @@ class _Content:
         ]
         return [(f"{what} of the conversation", a, b) for what, a, b in checks if a != b]
 
-    def _rows(self, tier: str, table: pa.Table, row: dict[str, Any]) -> list[Difference]:
-        """The columns' types are checked as they are decoded."""
-        rows = answer_rows(table, where="") if tier == "answer" else question_rows(table, where="")
+    def _rows(self, tier: str, rows: QuestionRows, row: dict[str, Any]) -> list[Difference]:
+        """The columns' types were checked as they were read."""
         rising = (np.diff(rows.turn) >= 0).all() and (np.diff(rows.position) > 0).all() and (rows.position >= 0).all()
         count = row["question_tokens"] if tier == "question" else row["answer_tokens"] + row["turns"]
         checks: list[Difference] = [

@@ -140,7 +140,7 @@ def test_a_damaged_record_is_named_and_the_others_stand(path, tmp_path):
 @pytest.mark.parametrize("words", [["--json"], ["--sql", "select 1"], ["--key", "x", "--save-images", "y"]])
 def test_html_alone(path, tmp_path, capsys, words):
     assert main_status("inspect", path, "--html", tmp_path / "c.html", *words) == 2
-    assert "--html: expected no --sql, --json or --save-images" in capsys.readouterr().err
+    assert "--html: expected no --sql, --least-likely, --json or --save-images" in capsys.readouterr().err
     assert not (tmp_path / "c.html").exists()
 
 
