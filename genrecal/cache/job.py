@@ -255,9 +255,8 @@ def prepare_directory(teacher: Teacher, samples: SampleSet, store: Store, option
     try:
         store.prepare()
         exists = store.exists(CACHE_FILE)
-        if exists:
-            head_digest = _known_head(store)
-        else:
+        head_digest = _known_head(store) if exists else None
+        if not exists and options.stores_states:
             head = teacher.head.to_bytes()
             store.write(HEAD_FILE, head)
             head_digest = hashlib.sha256(head).hexdigest()
@@ -283,7 +282,7 @@ KEPT_OPTIONS = (
 
 
 def _description(
-    teacher: Teacher, samples: SampleSet, options: CacheOptions, files: list[Path], head_digest: str
+    teacher: Teacher, samples: SampleSet, options: CacheOptions, files: list[Path], head_digest: str | None
 ) -> dict[str, Any]:
     import torch
     import transformers

@@ -23,7 +23,8 @@ class CacheOptions:
         top_k: logits kept for each answer row.
         draws: draws kept for each answer row as sampled targets (`--targets sample:K`); 0 for none.
         answers: whose answers are cached: the data's, or the teacher's own.
-        answer_codec, question_codec: names in `genrecal.shards.codecs`; `question_codec` may be "none".
+        answer_codec, question_codec: names in `genrecal.shards.codecs`, or "none" where those states are not stored. Without
+            answer states there are no question states either.
         question_fraction: share of samples whose question states are kept, chosen by key and seed.
         question_seed: see `keeps_question`.
         samples_per_shard: input records a shard.
@@ -47,9 +48,13 @@ class CacheOptions:
     kl_budget: float = math.inf
 
     def __post_init__(self) -> None:
-        check_codec_option("--answer-codec", self.answer_codec)
-        if self.question_codec != "none":
-            check_codec_option("--question-codec", self.question_codec)
+        for name in ("answer_codec", "question_codec"):
+            if getattr(self, name) != "none":
+                check_codec_option(f"--{name.replace('_', '-')}", getattr(self, name))
+        if self.answer_codec == "none" != self.question_codec:
+            raise UsageError(
+                f"--question-codec {self.question_codec} without answer states: expected --store targets, states or questions"
+            )
         for name, least in (("top_k", 1), ("samples_per_shard", 1), ("batch_tokens", 1), ("max_tokens", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {least}")
@@ -60,6 +65,10 @@ class CacheOptions:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected a share from 0 to 1")
         if not self.kl_budget >= 0:
             raise UsageError(f"--kl-budget {self.kl_budget}: expected nats, 0 or more")
+
+    @property
+    def stores_states(self) -> bool:
+        return self.answer_codec != "none"
 
     def keeps_question(self, key: str) -> bool:
         """Whether this sample's question states are cached: its place in [0, 1) by hash is below the fraction."""

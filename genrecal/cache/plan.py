@@ -11,7 +11,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -34,6 +34,7 @@ from genrecal.shards.storage import LocalStore, open_store
 from genrecal.vlm.rendering import Renderer
 from genrecal.vlm.shape import ModelShape, patches_of
 
+WITH_STATES = CacheOptions()
 UTILISATION = 0.4  # share of a card's peak that the teacher's forward pass is assumed to reach
 BLOCK, TAR_END = 512, 1024 + (10_240 - 512) // 2  # of a tar: what members are padded to, and its end on average
 CODED_ROWS = (1, 4, 16, 64, 128)  # numbers of rows that are coded; between them, a line
@@ -135,6 +136,7 @@ class Plan:
     Args:
         skipped, question_tokens, answer_tokens: of `num_samples` records like the `probed` ones.
         bytes: by part, `total_bytes` in all; `error_bytes` is one standard error of drawing another probe.
+        bytes_by_store: what `--store` adds to conversations and images, states in their default codecs.
         bytes_by_codec: the same samples' states in each codec.
         flops, gpu_hours: of caching; `answers` has those of writing answers, None if they are given.
         least_gpus: cards that hold the teacher's weights. hours, cost: of both steps on `gpus` cards.
@@ -154,6 +156,7 @@ class Plan:
     bytes: dict[str, int]
     total_bytes: int
     error_bytes: int
+    bytes_by_store: dict[str, int]
     bytes_by_codec: dict[str, dict[str, int]]
     flops: float
     gpu_hours: float
@@ -210,12 +213,17 @@ def make_plan(
 
     size = Sizes(shape, options)
     has_questions = options.question_codec != "none"
+    by_store = {"targets": forecast(lambda r: size.answer(r, "none"))}
+    by_store["states"] = forecast(lambda r: size.answer(r, WITH_STATES.answer_codec))
+    by_store["questions"] = by_store["states"] + forecast(
+        lambda r: size.question(r, WITH_STATES.question_codec, kept=True)
+    )
     parts = {
         "samples": round(forecast(lambda r: _in_tar(size.sample_members(r))) + num_shards * TAR_END),
         "questions": round(forecast(lambda r: _in_tar([size.question(r)])) + num_shards * TAR_END * has_questions),
         "manifest": MANIFEST_SHARD_BYTES * num_shards + MANIFEST_ROW_BYTES * total,
         "index": INDEX_BYTES + INDEX_ROW_BYTES * total + INDEX_SHARD_BYTES * num_shards,
-        "head": shape.head_rows * shape.hidden_size * shape.value_bytes,
+        "head": shape.head_rows * shape.hidden_size * shape.value_bytes * options.stores_states,
         "teacher files": teacher_file_bytes,
     }
     total_bytes = sum(parts.values())
@@ -245,6 +253,7 @@ def make_plan(
         bytes=parts,
         total_bytes=total_bytes,
         error_bytes=round(float(spread)),
+        bytes_by_store={store: round(size) for store, size in by_store.items()},
         bytes_by_codec={
             codec: {
                 "answer": round(forecast(lambda r, codec=codec: size.answer(r, codec))),  # type: ignore[misc]
@@ -269,8 +278,8 @@ def make_plan(
     )
 
 
-def plan_text(plan: Plan) -> str:
-    """A forecast as lines of text."""
+def plan_text(plan: Plan, serves: Mapping[str, Sequence[str]]) -> str:
+    """A forecast as lines of text. `serves`: the objectives that each `--store` is enough for."""
     card, answers = CARDS[plan.gpu], plan.answers
     lines = [
         f"{plan.teacher}: {number_of(plan.num_samples, 'sample')} in {number_of(plan.num_shards, 'shard')}, "
@@ -281,6 +290,11 @@ def plan_text(plan: Plan) -> str:
         f"tokens    {plan.question_tokens} of questions (image tokens included), {plan.answer_tokens} of answers",
         f"bytes     {human_bytes(plan.total_bytes)} ± {human_bytes(plan.error_bytes)}: "
         + ", ".join(f"{name} {human_bytes(size)}" for name, size in plan.bytes.items()),
+        *(
+            f"  --store {store:<9}  {human_bytes(size)} besides images{'; also' * (store != 'targets')} for "
+            + ", ".join(serves[store])
+            for store, size in plan.bytes_by_store.items()
+        ),
         *(
             f"  {codec:<6}  answer states {human_bytes(size['answer'])}, question states {human_bytes(size['question'])}"
             for codec, size in plan.bytes_by_codec.items()
@@ -426,7 +440,7 @@ class Sizes:
             kind: [rows(count, shape, options) for count in CODED_ROWS]
             for kind, rows in (("answer", made_answer), ("question", made_question))
         }
-        self._coded = cache(lambda kind, codec: [len(to_arrow(rows, CODECS[codec])) for rows in self._made[kind]])
+        self._coded = cache(lambda kind, codec: [len(to_arrow(rows, CODECS.get(codec))) for rows in self._made[kind]])
 
     def sample_members(self, record: ProbedRecord) -> list[int]:
         """Conversation, images and answer states."""
@@ -436,10 +450,10 @@ class Sizes:
         """The answer states, in the option's codec or another."""
         return self._size("answer", codec or self.options.answer_codec, record.answer_tokens + record.turns)
 
-    def question(self, record: ProbedRecord, codec: str = "") -> int:
-        """The question states, in the option's codec or another; 0 if the record's are not kept."""
+    def question(self, record: ProbedRecord, codec: str = "", *, kept: bool = False) -> int:
+        """The question states, in the option's codec or another; 0 if the record's are not kept, unless `kept`."""
         codec = codec or self.options.question_codec
-        return self._size("question", codec, record.question_tokens) if record.keeps_question else 0
+        return self._size("question", codec, record.question_tokens) if kept or record.keeps_question else 0
 
     def _size(self, kind: str, codec: str, count: int) -> int:
         sizes = self._coded(kind, codec)

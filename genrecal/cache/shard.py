@@ -43,8 +43,8 @@ def cache_shard(run: Run, shard: int, windows: Iterator[list[Item]]) -> "Future[
         writer = ShardWriter(
             run.store,
             shard,
-            answer_codec=CODECS[options.answer_codec],
-            question_codec=None if options.question_codec == "none" else CODECS[options.question_codec],
+            answer_codec=CODECS.get(options.answer_codec),
+            question_codec=CODECS.get(options.question_codec),
             head=run.teacher.head,
             kl_budget=options.kl_budget,
         )

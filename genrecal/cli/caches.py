@@ -52,6 +52,7 @@ def plan(
     from genrecal.cache.plan import PlanOptions, make_plan, plan_text
     from genrecal.cache.teacher_shape import KNOWN, teacher_shape
     from genrecal.samples.survey import survey
+    from genrecal.train.config import objectives_by_store
 
     if out is not None:
         check_place(out)
@@ -73,7 +74,10 @@ def plan(
         shape = teacher_shape(folder, trust_remote_code=trust_remote_code)
         file_bytes = sum(file.stat().st_size for file in files)
         forecast = make_plan(shape, renderer, samples, settings, assumptions, out=out, teacher_file_bytes=file_bytes)
-    show(forecast.to_json() | {"survey": surveyed.to_json()} if json_ else plan_text(forecast), json_)
+    show(
+        forecast.to_json() | {"survey": surveyed.to_json()} if json_ else plan_text(forecast, objectives_by_store()),
+        json_,
+    )
     too_many = forecast.skipped > storage.max_skip * forecast.num_samples
     if forecast.fits is False or surveyed.over(storage.max_skip) or too_many:
         raise typer.Exit(1)

@@ -7,6 +7,7 @@ import math
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any
@@ -156,6 +157,14 @@ class ModelGroup:
     trust_remote_code: TrustRemoteCode = False
 
 
+class Store(Enum):
+    """What `--store` keeps of the teacher; each holds what the one before holds."""
+
+    targets = "targets"
+    states = "states"
+    questions = "questions"
+
+
 @dataclass(frozen=True, kw_only=True)
 class StorageGroup:
     """What a cache holds of each sample, and in which batches and shards it is made."""
@@ -164,8 +173,12 @@ class StorageGroup:
     targets: Annotated[
         str | None, storage("topk:K (same as --top-k K), sample:K (K draws per token), or both: topk:64,sample:50.")
     ] = None
+    store: Annotated[
+        Store,
+        storage("Top-k targets alone, answer states too, or question states as well (genrecal's stage 1 reads them)."),
+    ] = Store.questions
     answer_codec: Annotated[str, storage("Codec of answer states: bf16, int8 or int4.")] = "int8"
-    question_codec: Annotated[str, storage("Codec of question states: bf16, int8, int4 or none.")] = "int4"
+    question_codec: Annotated[str, storage("Codec of question states: bf16, int8 or int4.")] = "int4"
     question_fraction: Annotated[float, storage("Share of samples whose question states are stored.")] = 1.0
     question_seed: Annotated[int, storage("Seed that selects the samples of --question-fraction.")] = 0
     kl_budget: Annotated[float, storage("Refuse a shard whose codec costs a larger mean KL, in nats.")] = math.inf
@@ -191,4 +204,8 @@ class StorageGroup:
             self.generate, self.generate_temperature, self.generate_top_p, self.generate_seed, self.max_answer_tokens
         )
         values = {name: getattr(self, name) for name in names} | {"top_k": top_k, "draws": draws, "answers": answers}
+        if self.store != Store.questions:
+            values["question_codec"] = "none"
+        if self.store == Store.targets:
+            values["answer_codec"] = "none"
         return CacheOptions(**values)

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from genrecal.errors import DamageError
 from genrecal.samples.survey import Reasons
 from genrecal.shards.answer_source import AnswerSource
-from genrecal.shards.codecs import codec_named
+from genrecal.shards.codecs import compression_of
 from genrecal.shards.layout import TIERS, shard_name
 from genrecal.shards.manifest import SKIPPED
 from genrecal.shards.reader import Cache, CachedRecord
@@ -308,7 +308,7 @@ def _record_columns(record: CachedRecord, kind: str) -> tuple[list[ColumnBytes],
     member = next((member for member in record.row["members"] if member["name"] == name), None)
     if member is None:
         raise DamageError(f"sample {record.key} has no member {name} in its manifest")
-    compression = codec_named(record.cache.description[f"{kind}_codec"]).compression
+    compression = compression_of(record.cache.description[f"{kind}_codec"])
     return arrow_column_bytes(record.read(member), compression, where=f"sample {record.key}: member {name}")
 
 

@@ -200,6 +200,12 @@ class Objective(Generic[B]):
                 f"--cache {cache.path}: objective {name} trains on the teacher's own answers, and this cache has the given "
                 "ones; make one with `genrecal cache --generate`, or train with objective sft"
             )
+        if self.tier >= Tier.STATES and not cache.has_states:
+            raise UsageError(
+                f"--cache {cache.path}: objective {name} reads the teacher's states in stage {self.stage}, and this cache "
+                "holds targets only; use objective byte-kl, kl, uld or sft, or make a cache with `genrecal cache --store "
+                f"{self.tier.name.lower()}`"
+            )
         if self.needs_draws and not cache.draws:
             raise UsageError(
                 f"--cache {cache.path}: loss.target sample needs sampled targets, and this cache has none; "

@@ -100,6 +100,11 @@ def checked_facts(facts: Any, *, where: str) -> dict[str, Any]:
     return facts  # type: ignore[no-any-return]
 
 
+def compression_of(name: str) -> str | None:
+    """Of the buffers of Arrow files with states in that codec, or "none" for files without states."""
+    return "zstd" if name == "none" else codec_named(name).compression
+
+
 def check_codec_option(option: str, name: str) -> None:
     """Raises UsageError for a codec that cannot be written."""
     if name not in CODECS:

@@ -108,6 +108,8 @@ def wrong_settings(description: dict[str, Any]) -> dict[str, str]:
     for name in ("vocab_size", "top_k"):
         if not wrong.keys() & {name, "head_rows"} and get(name) > get("head_rows"):
             wrong[name] = "at most head_rows"
+    if get("answer_codec") == "none" != get("question_codec"):
+        wrong["question_codec"] = "none, as the answer states'"
     sizes = ("num_samples", "samples_per_shard", "num_shards")
     if not wrong.keys() & set(sizes) and get("num_shards") != -(-get("num_samples") // get("samples_per_shard")):
         wrong |= dict.fromkeys(sizes, "numbers that fit each other")

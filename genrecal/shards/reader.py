@@ -119,6 +119,11 @@ class Cache(Sequence["CachedRecord"]):
         return int(self.description["hidden_size"])
 
     @property
+    def has_states(self) -> bool:
+        """Whether the teacher's answer states are stored, and its head beside them."""
+        return bool(self.description["answer_codec"] != "none")
+
+    @property
     def draws(self) -> int:
         """Draws a row of the sampled targets; 0 if there are none."""
         return int(self.description["sampled_targets"])
@@ -173,7 +178,12 @@ class Cache(Sequence["CachedRecord"]):
         return np.asarray(column.to_numpy())
 
     def head(self, device: str = "cpu") -> FrozenHead:
-        """The teacher's frozen head. Raises DamageError if the file is not the one the cache was made with."""
+        """The teacher's frozen head.
+
+        Raises FormatError for a cache without states, DamageError if the file is not the one the cache was made with.
+        """
+        if not self.has_states:
+            raise FormatError(f"{self.path}: no head: the cache holds targets only (`genrecal cache --store targets`)")
         path = self.store.where(HEAD_FILE)
         teacher = self.description.get("teacher")
         expected = teacher.get("head_sha256") if isinstance(teacher, dict) else None
@@ -335,7 +345,7 @@ class CachedRecord:
         return question_rows(self._table(member), where=self._where(member))
 
     def hidden(self) -> np.ndarray:
-        """float32 `[R, D]`: the teacher's states over the answer rows, decoded."""
+        """float32 `[R, D]`: the teacher's states over the answer rows, decoded. Raises FormatError if none are stored."""
         return self.answer_rows().hidden
 
     def question_hidden(self) -> np.ndarray | None:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from genrecal.errors import DamageError, FormatError
 from genrecal.samples import Sample
-from genrecal.shards.codecs import Codec, Coded, checked_facts, codec_named, decode
+from genrecal.shards.codecs import Codec, Coded, checked_facts, codec_named, compression_of, decode
 from genrecal.shards.strict_json import strict_json
 
 METADATA_KEY = b"genrecal"
@@ -44,7 +44,7 @@ class QuestionRows:
 
     @property
     def hidden(self) -> np.ndarray:
-        """float32 `[R, D]`: the states, decoded on the CPU."""
+        """float32 `[R, D]`: the states, decoded on the CPU. Raises FormatError where there are none."""
         if isinstance(self.states, np.ndarray):
             return self.states
         return decode(self.coded.columns, self.coded.facts).numpy()
@@ -52,7 +52,10 @@ class QuestionRows:
     @property
     def coded(self) -> Coded:
         """The states as they are stored."""
-        assert self.states is not None, "the states were not read"
+        if self.states is None:
+            raise FormatError(
+                "there are no states: they were not read, or not stored (`genrecal cache --store targets`)"
+            )
         return Coded.plain(self.states) if isinstance(self.states, np.ndarray) else self.states
 
     def __len__(self) -> int:
@@ -131,16 +134,22 @@ def row_entropy(log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # --------------------------------------------------------------------------------------------------- rows -> Arrow file
 
 
-def to_arrow(rows: QuestionRows, codec: Codec) -> bytes:
+def to_arrow(rows: QuestionRows, codec: Codec | None) -> bytes:
     """Rows -> the bytes of an Arrow IPC file, buffers compressed as the codec says. The same rows give the same bytes.
+
+    Without a codec the states are left out.
 
     Raises SampleError for states that a codec cannot hold.
     """
     columns: dict[str, pa.Array] = {
         name: pa.array(getattr(rows, name), pa.int32()) for name in ("turn", "position", "token_id")
     }
-    states = rows.hidden
-    columns |= {name: _tensors(values) for name, values in codec.encode(states).items()}
+    facts, compression = None, compression_of("none")
+    if codec is not None:
+        states = rows.hidden
+        columns |= {name: _tensors(values) for name, values in codec.encode(states).items()}
+        facts = {METADATA_KEY: json.dumps(codec.facts(states.shape[1]), sort_keys=True)}
+        compression = codec.compression
     if isinstance(rows, AnswerRows):
         for name in ("target_id", "target_start", "target_end", "target_logit"):
             columns[name] = pa.array(getattr(rows, name), SCALARS[name], mask=~rows.predicts)
@@ -151,8 +160,7 @@ def to_arrow(rows: QuestionRows, codec: Codec) -> bytes:
             columns["sample_ids"] = _tensors(rows.sampled.ids.astype(np.int32, copy=False))
             columns["sample_counts"] = _tensors(rows.sampled.counts.astype(np.uint16, copy=False))
             columns["entropy"] = pa.array(rows.sampled.entropy, pa.float32())
-    facts = json.dumps(codec.facts(states.shape[1]), sort_keys=True)
-    return arrow_file(pa.table(columns).replace_schema_metadata({METADATA_KEY: facts}), codec.compression)
+    return arrow_file(pa.table(columns).replace_schema_metadata(facts), compression)
 
 
 def arrow_file(table: pa.Table, compression: str | None) -> bytes:
@@ -244,6 +252,12 @@ class _Columns:
             )
         return a, b
 
+    @property
+    def has_states(self) -> bool:
+        """Whether states are stored: they have columns and, in the schema's metadata, a codec."""
+        coded = METADATA_KEY in (self.table.schema.metadata or {})
+        return coded or any(name.startswith("hidden_") for name in self.table.schema.names)
+
     def states(self) -> Coded:
         codec, facts = self.codec()
         columns = {
@@ -282,7 +296,7 @@ def question_rows(table: pa.Table, *, where: str) -> QuestionRows:
 
 
 def answer_rows(table: pa.Table, *, where: str, states: bool = True) -> AnswerRows:
-    """What an `.answer.arrow` member holds; without its states if `states` is False."""
+    """What an `.answer.arrow` member holds; without its states if `states` is False or none are stored."""
     columns = _Columns(table, where)
     top_ids, top_logits = columns.pair("topk_ids", "topk_logits")
     sampled = None
@@ -291,7 +305,7 @@ def answer_rows(table: pa.Table, *, where: str, states: bool = True) -> AnswerRo
         sampled = SampledTargets(ids=ids, counts=counts, entropy=columns.scalars("entropy"))
     return AnswerRows(
         **_places(columns),
-        states=columns.states() if states else None,
+        states=columns.states() if states and columns.has_states else None,
         **{name: columns.targets(name) for name in ("target_id", "target_start", "target_end", "target_logit")},
         topk_ids=top_ids,
         topk_logits=top_logits,

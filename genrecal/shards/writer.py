@@ -38,7 +38,8 @@ class ShardWriter:
     Args:
         cache: the cache, a directory or any fsspec URL.
         shard: its number.
-        answer_codec, question_codec: how hidden states are coded; a question codec of None writes no question tier.
+        answer_codec, question_codec: how hidden states are coded; None stores none, and without question states there is
+            no question tier.
         head: the teacher's, to measure what the codecs cost.
         kl_budget: the largest mean KL in nats, through the head, that a codec may cost on this shard.
     """
@@ -48,17 +49,15 @@ class ShardWriter:
         cache: "str | os.PathLike[str] | Store",
         shard: int,
         *,
-        answer_codec: Codec,
+        answer_codec: Codec | None,
         question_codec: Codec | None,
         head: FrozenHead | None = None,
         kl_budget: float = math.inf,
     ):
         self.store, self.shard = open_store(cache), shard
-        self.answer_codec, self.question_codec = answer_codec, question_codec
+        self.codecs = {"answer": answer_codec, "question": question_codec}
         self.head, self.kl_budget = head, kl_budget
-        self._meters = {"answer": FidelityMeter(answer_codec)}
-        if question_codec is not None:
-            self._meters["question"] = FidelityMeter(question_codec)
+        self._meters = {tier: FidelityMeter(codec) for tier, codec in self.codecs.items() if codec is not None}
         self.rows: list[ManifestRow] = []
         self._not_read: Counter[str] = Counter()  # fields of the records, with the number of records that have them
         self.bytes = 0  # of the members written so far
@@ -80,11 +79,11 @@ class ShardWriter:
         Raises SampleError if a codec cannot hold its states.
         """
         answer, question = record.answer, record.question
-        kept = {"answer": to_arrow(answer, self.answer_codec)}
-        picked = {"answer": self._meters["answer"].pick(answer.hidden)}
-        if question is not None and self.question_codec is not None:
-            kept["question"] = to_arrow(question, self.question_codec)
-            picked["question"] = self._meters["question"].pick(question.hidden)
+        kept = {"answer": to_arrow(answer, self.codecs["answer"])}
+        if question is not None and self.codecs["question"] is not None:
+            kept["question"] = to_arrow(question, self.codecs["question"])
+        rows = {"answer": answer, "question": question}
+        picked = {tier: meter.pick(rows[tier].hidden) for tier, meter in self._meters.items() if tier in kept}
         return CodedRecord(
             sample=record.sample,
             members=kept,
@@ -159,13 +158,11 @@ class ShardWriter:
             "rows": len(self.rows),
             "cached": sum(row.status == CACHED for row in self.rows),
             "skipped": sum(row.status == SKIPPED for row in self.rows),
-            "codecs": {"answer": self.answer_codec.name},
+            "codecs": {tier: codec.name for tier, codec in self.codecs.items() if codec is not None},
             "fidelity": {tier: measured.to_json() for tier, measured in fidelity.items()},
             "not_read": dict(sorted(self._not_read.items())),
             "sha256": {},
         }
-        if self.question_codec is not None:
-            facts["codecs"]["question"] = self.question_codec.name
         for tier, tar in self._tars.items():
             facts["sha256"][tier] = tar.commit()
         self.store.write(manifest_name(self.shard), manifest_bytes(self.rows, facts))

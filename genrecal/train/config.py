@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from genrecal.errors import UsageError
-from genrecal.objectives import objective_named
+from genrecal.objectives import OBJECTIVES, objective_named
+from genrecal.objectives.base import Tier
 from genrecal.objectives.settings import LossConfig, RecalibratorConfig
 
 # What number formats are called: in --dtype and in precision, by any of these names.
@@ -222,6 +223,16 @@ class TrainConfig:
 
     def stage(self, number: int) -> StageConfig:
         return (self.stage1, self.stage2, self.stage3)[number - 1]
+
+
+def objectives_by_store() -> dict[str, list[str]]:
+    """For each `genrecal cache --store`, the objectives whose every stage it is enough for, but not the one before it."""
+    found: dict[str, list[str]] = {"targets": [], "states": [], "questions": []}
+    for name, objective in OBJECTIVES.items():
+        config = TrainConfig(objective=name)
+        tier = max(objective(stage, config).tier for stage in objective.stages)
+        found["targets" if tier < Tier.STATES else tier.name.lower()].append(name)
+    return found
 
 
 def load_config(file: Path | None = None, settings: Sequence[str] = ()) -> TrainConfig:

@@ -22,6 +22,7 @@ from genrecal.errors import DataError, ModelError, UsageError
 from genrecal.samples import open_samples
 from genrecal.shards.answer_source import AnswerSource
 from genrecal.shards.reader import open_cache
+from genrecal.train.config import objectives_by_store
 from genrecal.vlm.loading import load_processor
 from genrecal.vlm.rendering import Renderer
 from genrecal.vlm.shape import patches_of, shape_of
@@ -114,7 +115,7 @@ def test_what_writing_the_answers_costs(teacher, tmp_path, monkeypatch):
     assert answers.most_gpu_hours == pytest.approx(
         steps * weights / 1e6 / 3600, rel=0.01
     )  # nothing else counts at 1 MB/s
-    assert f"{answers.turns} written, {answers.at_once} at once" in plan_text(plan)
+    assert f"{answers.turns} written, {answers.at_once} at once" in plan_text(plan, objectives_by_store())
     assert make_plan(shape, teacher.vlm.renderer, samples, CacheOptions(), assumed).answers is None
 
 
@@ -135,7 +136,7 @@ def test_skipped_records_are_forecast_with_their_reasons(tiny, tmp_path):
     plan = make_plan(shape, renderer, open_samples([data]), CacheOptions(), PlanOptions(num_samples=4000))
     assert plan.skipped == 1000 and sum(plan.reasons.values()) == 5
     assert all("empty answer" in reason for reason in plan.reasons)
-    assert "empty answer" in plan_text(plan)
+    assert "empty answer" in plan_text(plan, objectives_by_store())
     with pytest.raises(DataError, match="none of 5 probed records can be used: .*empty answer"):
         make_plan(shape, renderer, open_samples([data], limit=5), CacheOptions(), PlanOptions())
 
@@ -255,7 +256,7 @@ def test_hours_and_price_follow_from_the_card(teacher, tmp_path):
     assert plan.hours == pytest.approx((plan.gpu_hours + plan.answers.gpu_hours) / 4) and plan.least_gpus == 1
     assert plan.cost == pytest.approx(2.0 * 4 * plan.hours)
     big = make_plan(KNOWN["qwen2-vl-72b"], None, samples, CacheOptions(), PlanOptions(gpu="rtx4090", gpus=4))
-    assert big.least_gpus == 7 and "NOT enough for the weights, which need 7" in plan_text(big)
+    assert big.least_gpus == 7 and "NOT enough for the weights, which need 7" in plan_text(big, objectives_by_store())
 
 
 def test_a_teacher_that_is_none(tmp_path):
