@@ -7,7 +7,7 @@ import math
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any
@@ -157,7 +157,7 @@ class ModelGroup:
     trust_remote_code: TrustRemoteCode = False
 
 
-class Store(Enum):
+class Store(StrEnum):
     """What `--store` keeps of the teacher; each holds what the one before holds."""
 
     targets = "targets"
