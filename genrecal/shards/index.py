@@ -135,15 +135,6 @@ def scan(store: Store, shards: Sequence[int]) -> Scan:
     return found
 
 
-def check_version(store: Store, shard: int, facts: dict[str, Any]) -> None:
-    """Raises FormatError for a manifest of another format version."""
-    if facts["format_version"] != FORMAT_VERSION:
-        raise FormatError(
-            f"{store.where(manifest_name(shard))}: format version {facts['format_version']!r}; "
-            f"this genrecal reads version {FORMAT_VERSION}"
-        )
-
-
 def index_of(scanned: Scan) -> Index:
     """The index of what was scanned, in memory."""
     return Index(scanned.table.column, scanned.digests)
@@ -231,7 +222,11 @@ def read_shard_manifest(store: Store, shard: int) -> tuple[pa.Table, dict[str, A
     except OSError as error:
         raise DamageError(f"{store.where(name)}: {error.strerror or error}; run `genrecal cache` again") from None
     table, facts = read_manifest(data, where=store.where(name))
-    check_version(store, shard, facts)
+    if facts["format_version"] != FORMAT_VERSION:
+        raise FormatError(
+            f"{store.where(name)}: format version {facts['format_version']!r}; "
+            f"this genrecal reads version {FORMAT_VERSION}"
+        )
     if facts["shard"] != shard:
         raise DamageError(
             f"{store.where(name)}: expected the manifest of shard {shard}, got that of shard {facts['shard']}; "

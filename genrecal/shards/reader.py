@@ -22,7 +22,6 @@ from genrecal.shards.head import HEAD_FILE, MAX_HEADER_BYTES, FrozenHead
 from genrecal.shards.index import (
     INDEX_FILE,
     READERS,
-    check_version,
     index_of,
     read_index,
     read_shard_manifest,
@@ -90,7 +89,6 @@ class Cache(Sequence["CachedRecord"]):
     def _read_manifest(self, shard: int) -> "ShardManifest":
         """A shard's manifest, which must be the one that the index was made from."""
         table, facts = read_shard_manifest(self.store, shard)
-        check_version(self.store, shard, facts)
         expected, got = (self._index.digests[shard], self._index.count(shard)), (str(facts.get(DIGEST)), len(table))
         if expected != got:
             raise DamageError(
