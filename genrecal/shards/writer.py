@@ -78,19 +78,17 @@ class ShardWriter:
 
         Raises SampleError if a codec cannot hold its states.
         """
-        answer, question = record.answer, record.question
-        kept = {"answer": to_arrow(answer, self.codecs["answer"])}
-        if question is not None and self.codecs["question"] is not None:
-            kept["question"] = to_arrow(question, self.codecs["question"])
-        rows = {"answer": answer, "question": question}
-        picked = {tier: meter.pick(rows[tier].hidden) for tier, meter in self._meters.items() if tier in kept}
+        rows = {"answer": record.answer, "question": record.question}
+        kept = {
+            tier: found for tier, found in rows.items() if found is not None and (tier == "answer" or self.codecs[tier])
+        }
         return CodedRecord(
             sample=record.sample,
-            members=kept,
-            picked=picked,
-            question_tokens=_question_tokens(answer),
-            answer_tokens=int(answer.predicts.sum()),
-            statistics=_answer_statistics(answer),
+            members={tier: to_arrow(found, self.codecs[tier]) for tier, found in kept.items()},
+            picked={tier: meter.pick(kept[tier].hidden) for tier, meter in self._meters.items() if tier in kept},
+            question_tokens=_question_tokens(record.answer),
+            answer_tokens=int(record.answer.predicts.sum()),
+            statistics=_answer_statistics(record.answer),
         )
 
     def append(self, coded: "CodedRecord", images: list[bytes]) -> None:
