@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from genrecal.vlm.config_file import layer_config
+from genrecal.vlm.config_file import experts_of, first_field, layer_config
 
 
 class Recalibrator(nn.Module):
@@ -90,7 +90,7 @@ def recalibrator_config(student_config: Any, num_blocks: int) -> Any:
         num_attention_heads=heads,
         num_key_value_heads=heads if latent or heads % key_heads else key_heads,
         head_dim=head_dim or text.hidden_size // heads // 2 * 2,
-        rms_norm_eps=_first(text, "rms_norm_eps", "norm_eps", "layer_norm_epsilon") or 1e-6,
+        rms_norm_eps=first_field(text, "rms_norm_eps", "norm_eps", "layer_norm_epsilon") or 1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": float(rope.get("rope_theta") or 10_000.0)},
         max_position_embeddings=text.max_position_embeddings,
         initializer_range=getattr(text, "initializer_range", 0.02),
@@ -102,21 +102,15 @@ def recalibrator_config(student_config: Any, num_blocks: int) -> Any:
 
 def active_width(text: Any) -> int:
     """The width of the MLP that a token meets: of experts, the chosen ones side by side, and the shared ones."""
-    used = _first(text, "num_experts_per_tok", "moe_k", "top_k_experts", "experts_per_token")
-    experts = _first(text, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    width = _first(text, "moe_intermediate_size", "expert_ffn_hidden_size") if experts else None
-    dense = _first(text, "intermediate_size", "ffn_dim") or 4 * text.hidden_size
-    if not (experts and used):
-        return dense
-    width = width or dense
-    shared = _first(text, "shared_expert_intermediate_size", "shared_intermediate_size")
-    return used * width + (shared or width * (_first(text, "n_shared_experts", "moe_num_shared_experts") or 0))
-
-
-def _first(text: Any, *names: str) -> Any:
-    """The first of these fields that is set; of one value for each layer, the first layer's."""
-    values = [value for name in names if (value := getattr(text, name, None))]
-    return next((value[0] if isinstance(value, list | tuple) else value for value in values), None)
+    _, used = experts_of(text)
+    dense = first_field(text, "intermediate_size", "ffn_dim") or 4 * text.hidden_size
+    if not used:
+        return int(dense)
+    width = first_field(text, "moe_intermediate_size", "expert_ffn_hidden_size") or dense
+    shared = first_field(text, "shared_expert_intermediate_size", "shared_intermediate_size")
+    return int(
+        used * width + (shared or width * (first_field(text, "n_shared_experts", "moe_num_shared_experts") or 0))
+    )
 
 
 def checkpoint_activations(model: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from genrecal.errors import ModelError
+from genrecal.vlm.config_file import experts_of, layer_config
 
 ImageRule = Callable[[int, int], tuple[int, list[int]]]  # width, height -> tokens, patches of each tile
 
@@ -100,15 +101,16 @@ def shape_of_model(model: Any, *, name: str) -> ModelShape:
     config = model.config
     text, vision = config.get_text_config(), getattr(config, "vision_config", None)
     decoder, head = model.get_decoder(), model.get_output_embeddings()
-    share = _experts_used(text)
+    layer, (experts, used) = layer_config(text), experts_of(text)
+    share = used / experts if experts else 1.0  # of a decoder's experts, what a token meets
     in_decoder = {id(p) for p in decoder.parameters()} | {id(p) for p in head.parameters()}
     return ModelShape(
         name=name,
         hidden_size=head.weight.shape[1],
         head_rows=head.weight.shape[0],
         layers=text.num_hidden_layers,
-        attention_width=text.num_attention_heads
-        * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads),
+        attention_width=layer.num_attention_heads
+        * (getattr(layer, "head_dim", None) or text.hidden_size // layer.num_attention_heads),
         text_parameters=sum(
             round(p.numel() * (share if ".experts." in name else 1))
             for name, p in decoder.named_parameters()
@@ -120,12 +122,6 @@ def shape_of_model(model: Any, *, name: str) -> ModelShape:
         parameters=sum(p.numel() for p in model.parameters()),
         value_bytes=getattr(config.dtype, "itemsize", 2),
     )
-
-
-def _experts_used(text: Any) -> float:
-    """The share of a decoder's experts that a token meets; 1 for a dense one."""
-    count = _first(text, "num_experts", "num_local_experts", "n_routed_experts")
-    return min(1.0, _first(text, "num_experts_per_tok") / count) if count else 1.0
 
 
 def _first(config: Any, *names: str) -> int:
