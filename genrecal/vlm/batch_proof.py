@@ -43,11 +43,11 @@ def why_alone(text_config: Any, renderer: Renderer, forward: Forward, *, device:
     encoded, own = _conversations(renderer, _tokens_to_fill(text_config, device))
     try:
         alone = [forward(renderer.collate([item]))[0] for item in encoded]
-        for item, states, inputs in zip(encoded, alone, own, strict=True):
+        for item, inputs in zip(encoded, own, strict=True):
             if inputs is None or not item.num_images:
                 continue
-            prompt = forward(inputs)[0]
-            if share := off_share(prompt, states[: len(prompt)]):
+            prompt = forward(renderer.collate([renderer.without_last_answer(item)]))[0]
+            if share := off_share(forward(inputs)[0], prompt):
                 raise ModelError(
                     f"{share:.0%} of the states of {_described(item)} are not those that the model's own "
                     "apply_chat_template leads to"

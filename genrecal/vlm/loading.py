@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import itertools
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -77,13 +78,15 @@ def load_processor(path: str | Path, *, trust_remote_code: bool = False) -> Any:
             if _is_language_model(path):
                 return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
             processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except TypeError as error:
-        if image_backend() == "pil" and "video_processor" in str(error):  # SmolVLM's cannot do without
-            raise ModelError(
-                f"{path}: its processor needs torchvision and num2words; `genrecal doctor` says how to install them"
-            ) from None
-        raise ModelError(f"{path}: its processor cannot be loaded: {first_line(error)}") from None
     except Exception as error:
+        # A processor that finds no torchvision says so, lacks an argument, or is given its parts in another order.
+        if image_backend() == "pil" and re.search(
+            "torchvision|video_processor|Received a dict for argument", str(error)
+        ):
+            needs = "torchvision and num2words" if "video_processor" in str(error) else "torchvision"
+            raise ModelError(
+                f"{path}: its processor needs {needs}; `genrecal doctor` says how to install them"
+            ) from None
         raise ModelError(f"{path}: its processor cannot be loaded: {first_line(error)}") from None
     if image_backend() == "pil" and "video_processor" in getattr(type(processor), "get_attributes", list)():
 
