@@ -107,11 +107,11 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
         check_devices(ranks, device)
         if device.index is not None:
             torch.cuda.set_device(device)
+        cache, midway = ranks.together(lambda: (open_for(run, stages), Midway.of(run.config)))
 
-        def begin() -> tuple[Mixture, Midway | None, dict[str, Any], Wandb | None]:
-            cache, midway = open_for(run, stages), Midway.of(run.config)
+        def begin() -> tuple[dict[str, Any], Wandb | None]:
             if not ranks.first:
-                return cache, midway, {}, None
+                return {}, None
             check_stages(run, cache, stages, run.check(cache, ranks.size)["global_batch"])
             check_layout(run.student, trust_remote_code=run.trust_remote_code)
             empty = empty_model(run.student, trust_remote_code=run.trust_remote_code)
@@ -122,9 +122,9 @@ def train(run: Run, *, stages: Sequence[int] = (1, 2, 3), live_teacher: Any = No
                 write_whole(run.path / CACHE_FACTS, (json.dumps(cache_facts(cache), indent=2) + "\n").encode())
             project = run.config.wandb
             wandb = held.enter_context(Wandb(project, run.path, asdict(run.config))) if project else None
-            return cache, midway, begun, wandb
+            return begun, wandb
 
-        cache, midway, begun, wandb = ranks.together(begin)
+        begun, wandb = ranks.together(begin)
         begun = ranks.gather(begun)[0]
         ranks.wait_for(run.path / RUN_FILE)
         ranks.together(lambda: run.check_files(begun, cache))

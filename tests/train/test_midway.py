@@ -15,6 +15,7 @@ from genrecal.cache.job import run_cache_job
 from genrecal.cache.options import CacheOptions
 from genrecal.errors import DataError, UsageError
 from genrecal.evaluate.evaluate import evaluate
+from genrecal.run_folder import read_snapshots
 from genrecal.samples import open_samples
 from genrecal.train.config import load_config
 from genrecal.train.logs import MACHINE, read_evaluations, read_metrics
@@ -23,7 +24,7 @@ from genrecal.train.midway import Midway
 from genrecal.train.run import Run
 
 SMALL = "batch_size=3 accumulation=2 max_steps=5 epochs=9 lr=1e-3 lr_end=1e-4 checkpoint_every=2".split()
-SETTINGS = ["data.workers=0", *(f"stage{n}.{setting}" for n in (1, 2, 3) for setting in SMALL)]
+SETTINGS = ["data.workers=0", "measure.samples=0", *(f"stage{n}.{setting}" for n in (1, 2, 3) for setting in SMALL)]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def run_of(tiny, made, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def asked(run_of):
-    run = run_of()
+    run = run_of("measure.samples=8")
     train(run, stages=[1, 2, 3])
     return run
 
@@ -60,13 +61,15 @@ def steps_of(run):
 
 
 def test_training_is_the_same_bit_for_bit_with_and_without(run_of, asked):
+    """Evaluation and the report's snapshots."""
     without = run_of(asked=False)
     train(without, stages=[1, 2, 3])
     assert steps_of(without) == steps_of(asked) and len(steps_of(asked)) == 15
     for stage in (1, 2, 3):
         ours, theirs = load_file(asked.stage_result(stage)), load_file(without.stage_result(stage))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert read_evaluations(without.path) == []
+    assert read_evaluations(without.path) == read_snapshots(without.path) == []
+    assert len(read_snapshots(asked.path)) == 3
 
 
 def test_each_evaluation_is_a_line_a_file_and_on_the_board(asked):
