@@ -79,7 +79,8 @@ class Run:
     def prove(self, window: list[Item], *, batch_tokens: int = 0) -> None:
         """Have the teacher prove itself on some of these conversations, if it has not yet. Raises ModelError."""
         ready = [(item.sample, item.encoded) for item in window if isinstance(item.sample, Sample) and item.encoded]
-        self._proof.check(self.teacher, ready, batch_tokens=batch_tokens)
+        with self.watch.timed("teacher"):
+            self._proof.check(self.teacher, ready, batch_tokens=batch_tokens)
 
     def windows(self, records: Sequence[int], read: ReadRecord) -> Iterator[list[Item]]:
         """Render these records, in windows that follow from their order and size alone.
