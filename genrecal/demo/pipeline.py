@@ -174,7 +174,7 @@ def _table_note(found: Comparison) -> str:
         f"n = {found.questions} held-out questions, whose answers are right; {WRONG_ANSWERS:.0%} of the given training "
         'answers are wrong. ± one standard error over conversations, one seed; "more than SFT": points, question by question. '
         "Log-loss: nats an answer, end of turn included. The students took the same steps of stages 2 and 3 over the "
-        "same pictures and questions."
+        "same images and questions."
     )
 
 
