@@ -79,11 +79,11 @@ T = TypeVar("T")
 
 
 def map_tensors(value: T, function: Any, kind: type = torch.Tensor) -> T:
-    """`function` on every tensor (or other `kind`) of a dataclass, its dataclasses, dicts and tuples."""
+    """`function` on every tensor (or other `kind`) of a dataclass, its dataclasses, dicts, lists and tuples."""
     if isinstance(value, kind):
         return function(value)  # type: ignore[no-any-return]
     if isinstance(value, list):
-        return [map_tensors(item, function) for item in value]  # type: ignore[return-value]
+        return [map_tensors(item, function, kind) for item in value]  # type: ignore[return-value]
     if isinstance(value, dict):
         return {name: map_tensors(item, function, kind) for name, item in value.items()}  # type: ignore[return-value]
     if isinstance(value, tuple):

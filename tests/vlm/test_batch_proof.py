@@ -33,6 +33,11 @@ def test_a_family_whose_batches_are_wrong_runs_alone(tmp_path, capsys):
     student = student_batch(items, teacher.renderer)
     assert [inputs["input_ids"].shape[1] for inputs in student.student_passes] == [len(item) for item in items]
     assert student.student_inputs["input_ids"].shape == (4, max(map(len, items)))
+    passes = student.to(torch.device("cpu"), torch.float32).decoded().student_passes
+    for inputs, own in zip(passes, alone, strict=True):
+        unmasked = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        with torch.inference_mode():
+            assert not off_share(teacher.vlm.hidden(unmasked)[0], own)
 
 
 def test_other_faults_of_batches_are_found(teacher, monkeypatch):
