@@ -87,9 +87,6 @@ SHAPES: dict[str, Any] = {
                               "num_attention_heads": 3},
         },
     },
-    # Little but the width of a 7B's or a 72B's states: what reading and decoding them costs beside a small step.
-    "d3584": {"teacher": wide(3584, 28)},
-    "d8192": {"teacher": wide(8192, 64)},
     # Qwen2-VL-72B and InternVL2.5-8B, the paper's 9:1, with their depths and an eighth of every width, the vocabulary's
     # too: each matrix product has the share of a step that it has there.
     "72b-8b/8": {
@@ -128,6 +125,10 @@ SHAPES: dict[str, Any] = {
         },
     },
 }  # fmt: skip
+
+# Little but the width of a 7B's or a 72B's states: what reading and decoding them costs beside a small step.
+for size, heads in ((3584, 28), (8192, 64)):
+    SHAPES[f"d{size}"] = {"teacher": wide(size, heads), "student": SHAPES["tiny"]["student"]}
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ class RecordSource(Protocol):
     def fetch(self, indices: Sequence[int], tier: Tier) -> list[Fetched]:
         """Samples of the cache and, unless the tier is NONE, their records up to that tier.
 
-        In the place of one whose bytes are damaged stands the error that says so.
+        A corrupt sample gives its error instead.
         """
 
 
@@ -82,9 +82,9 @@ class LiveSource:
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """What became of a micro-batch's samples: `batch` is None if the student could take none of them.
+    """A loaded micro-batch; `batch` is None if the student can take none of its samples.
 
-    skipped: "key: reason" of samples that it could not; damaged: where and how the bytes of others are damaged; error:
+    skipped: "key: reason" of samples that it cannot take; damaged: messages about corrupt samples; error:
     what stopped the loading, in place of a batch (a worker process hands it over as a value: torch would wrap a raised
     one in its own traceback).
     """
@@ -100,7 +100,7 @@ class BatchBuilder(Dataset[Loaded]):
 
     Args:
         beside: a conversation with an image that goes through the student after samples without one, no row of it read:
-            ranks that work together run the same modules in every micro-step, or they wait for each other for ever.
+            ranks that work together must run the same modules in every micro-step, or they deadlock.
         fillers: samples of which the first that the student can take stands in for a micro-batch that has none left, so
             that this rank keeps in step with the others; its loss is multiplied by 0. Empty: `batch` is None then.
     """
@@ -301,7 +301,7 @@ def micro_batch_stream(builder: BatchBuilder, data: StageData, steps: range, *, 
 
 
 def _in_shared_memory(loaded: Loaded) -> Loaded:
-    """Put the tensors where the training process sees them. torch would do so in a thread of its own, and wait for ever
+    """Move the tensors to shared memory. torch would do so in a thread of its own, and hang
     where there is no room."""
     try:
         return map_tensors(loaded, lambda tensor: tensor.share_memory_())
