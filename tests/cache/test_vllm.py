@@ -590,7 +590,11 @@ def test_two_workers_give_the_same_cache(tiny, tmp_path, words):
     ]  # fmt: skip
     for name, value in SMALL.items():
         command += ["--engine-arg", f"{name}={str(value).lower()}"]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "OMP_NUM_THREADS": "1",
+        "RAY_worker_niceness": "0",
+    }
     with contextlib.suppress(AttributeError):
         cores = sorted(os.sched_getaffinity(0))
         environment["VLLM_CPU_OMP_THREADS_BIND"] = f"{cores[0]}|{cores[-1]}"
