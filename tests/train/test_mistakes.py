@@ -45,7 +45,7 @@ def told(tiny, made, tmp_path, capsys):
         command += ["--out", str(tmp_path / "r"), *(word for setting in settings for word in ("--set", setting))]
         with pytest.raises(SystemExit) as stop:
             main([*command, *words])
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("cache:", "stage"))]
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("genrecal: error: ")]
         assert sorted(path.name for path in (tmp_path / "r").glob("*")) == sorted(kept)
         return stop.value.code, line
 
