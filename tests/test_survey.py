@@ -168,7 +168,7 @@ def test_the_job_stops_before_the_teacher_is_loaded(
 ) -> None:
     gone = tmp_path / "no/teacher"  # it would be an error of its own
     assert run("cache", "--teacher", gone, "--data", made, "--out", tmp_path / "c") == 1
-    out, err = capfd.readouterr()
+    out = capfd.readouterr().out
     assert out.startswith("6 of 15 samples have images (7 images)\n4 records have a field 'notes', which is not read\n")
     assert "16 of 31 records cannot be used, the job will stop at --max-skip 1.00%" in out
     assert err.startswith(
@@ -207,7 +207,7 @@ def test_cache_and_inspect_begin_with_the_images(made: Path, tmp_path: Path, cap
     assert run(*arguments, "--device", "cpu") == 0
     out = capfd.readouterr().out
     assert out.startswith("6 of 15 samples have images (7 images)\n")
-    assert re.search(r"^skipped 9 like .*d\.jsonl:1: image .*gone/0\.png does not exist$", out, re.MULTILINE)
+    assert out.count("gone/0.png does not exist") == 1  # by the survey, and not again at the end
     assert "15 samples cached, 16 skipped" in out
     assert run("inspect", tmp_path / "c") == 0
     assert capfd.readouterr().out.split("\n")[0].split() == "images 6 of 15 samples have images (7 images)".split()

@@ -153,7 +153,7 @@ def test_caches_of_two_teachers_train_as_by_hand(run_of, tiny, cache, tmp_path):
 def test_objectives_that_need_one_teacher_refuse_caches_of_two(tiny, run_of, cache, tmp_path, objective):
     other = shutil.copytree(cache, tmp_path / "other")
     content = json.loads((other / "cache.json").read_text())
-    content["teacher"]["head_sha256"] = "0" * 64
+    content["teacher"]["head_xxh3"] = "0" * 32
     (other / "cache.json").write_text(json.dumps(content))
     run = run_of(objective, "loss.target=exact")
     with pytest.raises(

@@ -113,8 +113,8 @@ def test_other_targets_are_refused(two, settings, message):
 
 def test_another_teacher_is_refused(two):
     teacher = open_cache(two[1]).description["teacher"]
-    change(two[1], teacher=teacher | {"head_sha256": "0" * 64})
-    with pytest.raises(UsageError, match=r"second: the teacher's head \(sha256\): expected .*, got 0{64}"):
+    change(two[1], teacher=teacher | {"head_xxh3": "0" * 32})
+    with pytest.raises(UsageError, match=r"second: the teacher's head: expected .*, got 0{32}"):
         open_caches(two)
     files = teacher["files_sha256"] | {"tokenizer.json": "1" * 64}
     change(two[1], teacher=teacher | {"files_sha256": files})

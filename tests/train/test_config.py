@@ -135,8 +135,8 @@ def test_the_aligned_objective_may_leave_out_the_splice_but_not_its_own_pass() -
 @pytest.mark.parametrize(
     ("text", "settings", "reason"),
     [
-        ("seed = ", [], r"--config .*run\.toml: Invalid value"),
-        ("seed = 1\nseed = 2", [], r"--config .*run\.toml: Cannot overwrite"),
+        ("seed = ", [], r"--config .*run\.toml: expected TOML, .*: Invalid value"),
+        ("seed = 1\nseed = 2", [], r"--config .*run\.toml: expected TOML, .*: Cannot overwrite"),
         ("[stage1]\nlrr = 1", [], r"unknown setting stage1\.lrr; the nearest one is stage1\.lr$"),
         ("stage1 = 5", ["stage1.lr=1"], "--set 'stage1.lr=1': stage1 is no table"),
         ("[lora.deeper]\nx = 1", [], r"unknown setting lora\.deeper"),

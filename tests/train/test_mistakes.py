@@ -134,7 +134,7 @@ def test_caches_of_two_teachers(told, made, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(made, other)
     content = json.loads((other / "cache.json").read_text())
-    content["teacher"]["head_sha256"] = "0" * 64
+    content["teacher"]["head_xxh3"] = "0" * 32
     (other / "cache.json").write_text(json.dumps(content))
     status, line = told(*FEW, "--cache", str(other))
     assert status == 2 and f"--cache {other}: the teacher's head" in line and "only caches of one teacher" in line
