@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +167,7 @@ def test_the_job_stops_before_the_teacher_is_loaded(
 ) -> None:
     gone = tmp_path / "no/teacher"  # it would be an error of its own
     assert run("cache", "--teacher", gone, "--data", made, "--out", tmp_path / "c") == 1
-    out = capfd.readouterr().out
+    out, err = capfd.readouterr()
     assert out.startswith("6 of 15 samples have images (7 images)\n4 records have a field 'notes', which is not read\n")
     assert "16 of 31 records cannot be used, the job will stop at --max-skip 1.00%" in out
     assert err.startswith(

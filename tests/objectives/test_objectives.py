@@ -157,7 +157,7 @@ def test_objectives_that_need_one_teacher_refuse_caches_of_two(tiny, run_of, cac
     (other / "cache.json").write_text(json.dumps(content))
     run = run_of(objective, "loss.target=exact")
     with pytest.raises(
-        UsageError, match="the teacher's head .*; objectives that read neither states nor the .* take several"
+        UsageError, match="the teacher's head: .*; objectives that read neither states nor the .* take several"
     ):
         open_for(replace(run, caches=(str(cache), str(other))), [2])
     if objective == "uld":  # without the head it takes them

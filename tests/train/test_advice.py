@@ -208,8 +208,8 @@ def strings(tree):
 BEFORE_A_RUN = (
     "loss.splice_weight 0 leaves", "engine ddp trains in several", "engine none trains in",
     ": stage  of objective  reads the teacher's question",
-    ": stage 1's regularisation needs", "--cache : loss.target sample needs", "evaluate.data with engine zero3", ": stage  cannot train",
-    "engine zero3 needs as many",
+    ": stage 1's regularisation needs", "--cache : loss.target sample needs", "evaluate.data with engine zero3",
+    ": stage  cannot train", ": engine zero3 needs as many",
 )  # fmt: skip
 
 
