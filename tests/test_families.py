@@ -1,8 +1,8 @@
-"""Every family of families.json as a teacher and as a student; what docs/models.md says of it is true. Slow."""
+"""Every family of families.py as a teacher and as a student; what docs/models.md says of it is true. Slow."""
 
 import pytest
 from conftest import mixed_samples, write_llava
-from families import can_run, genrecal, rows_of, run_family
+from families import SPECS, can_run, genrecal, rows_of, run_family
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ def cache(tiny, data, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("family", sorted(rows_of()))
+@pytest.mark.parametrize("family", sorted(SPECS))
 def test_the_table_is_true(family, tmp_path, data, cache):
     if not can_run(family):
         pytest.skip("needs torchvision (and timm)")
