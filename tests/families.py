@@ -36,8 +36,8 @@ TURNS = """
 {{ begin }}
 {%- for message in messages -%}
 {{ opens[message.role] }}ANSWER_THOUGHT
-{{ message.content if plain_answers and message.role == "assistant" else show(message.content) }}
-{{ closes[message.role] }}
+{{- message.content if plain_answers and message.role == "assistant" else show(message.content) }}
+{{- closes[message.role] }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ opens.assistant + prompt }}PROMPT_THOUGHT{%- endif -%}"""
 ANSWER_THOUGHT = """
