@@ -134,6 +134,7 @@ CLEAN = """
 import importlib, pkgutil
 import genrecal
 from genrecal.cli import main
+from genrecal.demo.pipeline import ASSETS
 
 for module in pkgutil.walk_packages(genrecal.__path__, "genrecal."):
     if module.name not in {with_extras} + ("genrecal.__main__",):
