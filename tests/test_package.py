@@ -176,9 +176,7 @@ def test_a_clean_environment_reads_trains_and_exports(wheel, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(CLEAN.format(data=str(data), with_extras=WITH_EXTRAS))
     assert run(script).splitlines()[-1].startswith(str(tmp_path / "env"))
-    code = (
-        "import genrecal, sys; r = genrecal.open_cache('cache')[0]; r.answer_rows(); r.images; print('torch' in sys.modules)"
-    )
+    code = "import genrecal, sys; r = genrecal.open_cache('cache')[0]; r.answer_rows(); r.images; print('torch' in sys.modules)"
     assert run("-c", code) == "False\n"
 
 
