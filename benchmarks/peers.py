@@ -6,7 +6,8 @@
 The demo's teacher (Qwen2-VL) and student (InternVL), whose tokenizers differ; conversations of one image and one question,
 of which three in ten have a wrong answer. Every method trains the student's decoder layers and final norm. TRL's run the
 teacher beside the student; ours read a cache, and the time to make it is printed on its own. Each run is a process of its own,
-one after another: samples/s is over its training steps, memory is the process's peak (resident set), loading included.
+one after another: samples/s is over its training
+steps (ours count loading and the checks before the first step too), memory is the process's peak (resident set).
 """
 
 import argparse
@@ -99,7 +100,8 @@ def train_with_ours(method: str, cache: Path, out: Path, steps: int, seed: int) 
         f"stage2.batch_size={BATCH}", "stage2.accumulation=1", "stage2.epochs=1000", f"stage2.max_steps={steps}",
         f"stage2.lr={LR}", "stage2.lr_end=0", "stage2.checkpoint_every=0",
     ]  # fmt: skip
-    run = Run(out / "run", load_config(None, settings), str(ASSETS / "student"), (str(cache),))
+    config = load_config(None, settings)
+    run = Run(path=out / "run", config=config, student=str(ASSETS / "student"), caches=(str(cache),))
     started = time.monotonic()
     train(run, stages=[2])
     seconds = time.monotonic() - started
