@@ -6,8 +6,8 @@
 The demo's teacher (Qwen2-VL) and student (InternVL), whose tokenizers differ; conversations of one image and one question,
 of which three in ten have a wrong answer. Every method trains the student's decoder layers and final norm. TRL's run the
 teacher beside the student; ours read a cache, and the time to make it is printed on its own. Each run is a process of its own,
-one after another: samples/s is over its training
-steps (ours count loading and the checks before the first step too), memory is the process's peak (resident set).
+one after another: samples/s is over its training steps (ours count loading and the checks before the first step too),
+memory is the process's peak (resident set).
 """
 
 import argparse
