@@ -150,7 +150,20 @@ def main() -> None:
     test = one_question_each(words.out / "test", words.samples, "test", Flaws())
     cache, started = words.out / "cache", time.monotonic()
     subprocess.run(
-        ["genrecal", "cache", "--teacher", ASSETS / "teacher", "--data", data, "--out", cache, "--dtype", "float32"],
+        [
+            sys.executable,
+            "-m",
+            "genrecal",
+            "cache",
+            "--teacher",
+            ASSETS / "teacher",
+            "--data",
+            data,
+            "--out",
+            cache,
+            "--dtype",
+            "float32",
+        ],
         check=True,
     )
     print(f"cache: {time.monotonic() - started:.0f} s, once for all runs below", flush=True)
