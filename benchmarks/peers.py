@@ -34,7 +34,7 @@ OURS = {
     "uld": ["objective=uld"],
     "byte-kl": ["objective=byte-kl", "loss.ce_weight=0"],
 }
-TRL = ("TRL SFT", "TRL GOLD", "TRL ULD")
+TRL = ("TRL SFT", "TRL GOLD", "TRL GOLD and CE", "TRL ULD", "TRL ULD and CE")
 
 
 def one_question_each(folder: Path, number: int, split: str, flaws: Flaws) -> Path:
@@ -77,8 +77,10 @@ def train_with_trl(method: str, data: Path, out: Path, steps: int, seed: int) ->
     if method == "TRL SFT":
         trainer = SFTTrainer(model=student, args=SFTConfig(**shared, completion_only_loss=True), **rest)
     else:
-        hybrid = method == "TRL GOLD"
-        gold = GOLDConfig(**shared, use_uld_loss=True, uld_use_hybrid_loss=hybrid, lmbda=0.0, beta=0.0)
+        hybrid, ce = "GOLD" in method, float("CE" in method)
+        gold = GOLDConfig(
+            **shared, use_uld_loss=True, uld_use_hybrid_loss=hybrid, lmbda=0.0, beta=0.0, uld_crossentropy_weight=ce
+        )
         teacher = AutoModelForImageTextToText.from_pretrained(ASSETS / "teacher", dtype=torch.float32)
         trainer = GOLDTrainer(model=student, teacher_model=teacher, args=gold, **rest)
     started = time.monotonic()
