@@ -15,7 +15,7 @@ from genrecal.vlm.rendering import PromptOptions
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSettings:
-    """Which teacher to load, and how. Can be pickled, so that each Ray actor loads its own.
+    """Which teacher to load, and how. Can be pickled, so that each Ray task loads its own.
 
     Args:
         path: a model folder or hub name.

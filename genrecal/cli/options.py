@@ -157,6 +157,10 @@ class ModelGroup:
     trust_remote_code: TrustRemoteCode = False
 
 
+OF_STATES = ("--answer-codec", "--kl-budget")  # options that do nothing without these states
+OF_QUESTIONS = ("--question-codec", "--question-fraction", "--question-seed")
+
+
 class Store(StrEnum):
     """What `--store` keeps of the teacher; each holds what the one before holds."""
 
@@ -204,6 +208,13 @@ class StorageGroup:
             self.generate, self.generate_temperature, self.generate_top_p, self.generate_seed, self.max_answer_tokens
         )
         values = {name: getattr(self, name) for name in names} | {"top_k": top_k, "draws": draws, "answers": answers}
+        unused = {Store.targets: (*OF_STATES, *OF_QUESTIONS), Store.states: OF_QUESTIONS, Store.questions: ()}[
+            self.store
+        ]
+        for option in changed(self):
+            if option in unused and getattr(self, option[2:].replace("-", "_")) != "none":
+                needed = Store.questions if option in OF_QUESTIONS else "states or questions"
+                raise UsageError(f"{option}: expected --store {needed} with it, got --store {self.store}")
         if self.store != Store.questions:
             values["question_codec"] = "none"
         if self.store == Store.targets:

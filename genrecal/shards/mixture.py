@@ -163,7 +163,8 @@ def tokenizer_digest(cache: Cache) -> str:
 def _check_same(first: Cache, other: Cache, several_teachers: bool) -> None:
     def facts(cache: Cache) -> dict[str, Any]:
         return {
-            "the teacher's head": cache.description["teacher"].get("head_xxh3"),
+            "the teacher's head": cache.description["teacher"].get("head_xxh3")
+            or cache.description["teacher"].get("head_sha256"),
             "the teacher's tokenizer (sha256)": tokenizer_digest(cache),
             **{name: cache.description.get(name) for name in (*SAME_TEACHER, *SAME)},
         }

@@ -64,6 +64,19 @@ def test_what_is_not_stored_cannot_be_asked_for(stores):
             ask()
 
 
+@pytest.mark.parametrize("words, needed", [
+    ("--store targets --answer-codec int4", "--answer-codec: expected --store states or questions"),
+    ("--store targets --kl-budget 0.1", "--kl-budget: expected --store states or questions"),
+    ("--store targets --question-fraction 0.5", "--question-fraction: expected --store questions"),
+    ("--store states --question-codec bf16", "--question-codec: expected --store questions"),
+    ("--store states --question-seed 3", "--question-seed: expected --store questions"),
+])  # fmt: skip
+def test_an_option_that_would_do_nothing_is_refused(words, needed, tmp_path, capsys):
+    for command in ("plan", "cache"):
+        assert main(f"{command} --teacher t --data d.jsonl --out {tmp_path / 'c'} {words}".split()) == 2
+        assert needed in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("deep", [False, True])
 def test_a_cache_of_targets_is_verified(stores, deep):
     assert verify_cache(stores / "targets", deep=deep).whole
