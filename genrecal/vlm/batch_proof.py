@@ -26,6 +26,10 @@ OFF = {torch.float32: 0.01, torch.float16: 0.05, torch.bfloat16: 0.1}
 MAX_OFF_SHARE, MAX_OFF_SHARE_LEFT = 0.02, 0.1
 WINDOW_NAMES = ("window", "topk", "top_k", "budget", "block_size", "chunk_size", "kpool")  # of a text config's numbers
 MAX_WINDOW_TOKENS = {"cpu": 64, "cuda": 1024}  # a longer window is not filled
+NO_ROOM = (
+    "out of memory while four short conversations were tried, beside the weights; take a larger GPU, several (--device split), "
+    "or a narrower --dtype"
+)
 Forward = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 
 
@@ -54,19 +58,20 @@ def why_alone(text_config: Any, renderer: Renderer, forward: Forward, *, device:
                 )
     except ModelError:
         raise
+    except torch.OutOfMemoryError:
+        raise ModelError(NO_ROOM) from None
     except Exception as error:
         raise ModelError(f"it cannot run a rendered conversation: {_one_line(error)}") from None
-    reasons = {
-        "right": "",
-        "unmasked": "",
-        "left": "",
-    }  # students are trained without a mask; answers are written padded left
+    # Students are trained without a mask; answers are written with padding on the left.
+    reasons = {"right": "", "unmasked": "", "left": ""}
     for way in reasons:
         try:
             inputs = renderer.collate(encoded, padding_side="left" if way == "left" else "right")
             if way == "unmasked":
                 inputs.pop("attention_mask", None)
             together = forward(inputs)
+        except torch.OutOfMemoryError:  # says nothing about the model
+            raise ModelError(NO_ROOM) from None
         except Exception as error:  # tensors that cannot be joined, or what the model makes of them
             reasons[way] = f"a batch cannot be run: {_one_line(error)}"
             continue

@@ -40,6 +40,18 @@ def test_a_family_whose_batches_are_wrong_runs_alone(tmp_path, capsys):
             assert not off_share(teacher.vlm.hidden(unmasked)[0], own)
 
 
+def test_out_of_memory_says_nothing_about_batches(teacher):
+    """It is an error of its own, not a reason to run one conversation at a time."""
+
+    def forward(inputs):
+        if len(inputs["input_ids"]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return teacher.vlm.hidden(inputs)
+
+    with pytest.raises(ModelError, match="out of memory while four short conversations were tried"):
+        why_alone(teacher.vlm.text_config, teacher.renderer, forward)
+
+
 def test_other_faults_of_batches_are_found(teacher, monkeypatch):
     """States that depend on the batch, on padding on the left alone, or that are wrong with no batch at all."""
     renderer, config = teacher.renderer, teacher.vlm.text_config
